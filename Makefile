@@ -1,0 +1,40 @@
+# Two commands do everything: `make demo` and `make test`. Both set up `.venv` first, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test check format bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml scripts/install_torch.sh
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	scripts/install_torch.sh $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[dev,video]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/qwen3vl-mem demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+MODEL ?= .bench/2B
+bench: $(READY)
+	test -d $(MODEL) || $(BIN)/python benchmarks/make_checkpoint.py 2B $(MODEL)
+	$(BIN)/python benchmarks/budget/run.py $(MODEL) --cache-dir .bench/cache --limits 2.6 1.6 1.2
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info src/*.egg-info

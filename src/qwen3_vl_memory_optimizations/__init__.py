@@ -1,0 +1,72 @@
+"""Virtual memory for tensors: Qwen3-VL inside a hard memory budget.
+
+`create_optimized_model` gives a transformers model whose weights live in a hierarchy of memory and SSD;
+`MemoryOptimizer` manages tensors directly.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .errors import (
+    CheckpointError,
+    CodecError,
+    ConfigurationError,
+    CorruptDataError,
+    InputError,
+    InsufficientDiskSpaceError,
+    MemoryBudgetExceeded,
+    MemoryOptimizationError,
+    ShortIOError,
+    StorageError,
+    TensorFreedError,
+    UnknownTensorError,
+)
+
+if TYPE_CHECKING:
+    from .config import MemoryConfig
+    from .factory import create_optimized_model
+    from .optimizer import MemoryOptimizer
+    from .paging import ManagedTensor
+    from .pools import AdvancedMemoryPool
+
+# torch takes seconds to import; the command line and `--help` do without it.
+_LAZY = {
+    "AdvancedMemoryPool": ".pools",
+    "ManagedTensor": ".paging",
+    "MemoryConfig": ".config",
+    "MemoryOptimizer": ".optimizer",
+    "create_optimized_model": ".factory",
+}
+
+__all__ = [
+    "AdvancedMemoryPool",
+    "CheckpointError",
+    "CodecError",
+    "ConfigurationError",
+    "CorruptDataError",
+    "InputError",
+    "InsufficientDiskSpaceError",
+    "ManagedTensor",
+    "MemoryBudgetExceeded",
+    "MemoryConfig",
+    "MemoryOptimizationError",
+    "MemoryOptimizer",
+    "ShortIOError",
+    "StorageError",
+    "TensorFreedError",
+    "UnknownTensorError",
+    "__version__",
+    "create_optimized_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,21 @@
+"""Codecs: tensor <-> encoded rows, and products computed on the encoded form. Pure: no file, no pool, no policy."""
+
+from .base import Codec, LinearInput, Scratch, Segment, columns_of
+from .int8 import INT8Codec
+from .kernels import KernelSelector
+from .raw import RawCodec
+from .registry import codec_names, create_codec, register_codec
+
+__all__ = [
+    "Codec",
+    "INT8Codec",
+    "KernelSelector",
+    "LinearInput",
+    "RawCodec",
+    "Scratch",
+    "Segment",
+    "codec_names",
+    "columns_of",
+    "create_codec",
+    "register_codec",
+]

@@ -1,0 +1,169 @@
+"""What every codec is: a row-wise mapping between a matrix and its encoded segments.
+
+A tensor of shape `[rows, ...]` is seen as a matrix `[rows, columns]`. A codec describes its encoded form as *segments*;
+the first one is paged (moved between tiers by ranges of rows), the others are small and stay resident. Because every
+segment is indexed by row, any range of rows can be encoded, decoded and multiplied on its own: a weight larger than the
+memory is computed on piece by piece.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+Encoded = Mapping[str, torch.Tensor]
+"""Segment name -> tensor, all with the same leading number of rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One part of an encoded form: `shape[0]` is the number of rows of the tensor."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Size in bytes."""
+        n_elements = 1
+        for extent in self.shape:
+            n_elements *= extent
+        return n_elements * self.dtype.itemsize
+
+
+class Scratch:
+    """Reusable memory for transient results; grows to the largest request and is then only reused.
+
+    One slot a purpose: two slots are alive at the same time, two requests for one slot are not.
+
+    Args:
+        on_grow: called with the additional bytes *before* they are allocated; may raise to refuse them.
+        slot_bytes: the size a user of a slot should keep to, by working in several steps.
+    """
+
+    def __init__(self, on_grow: Callable[[int], None] | None = None, slot_bytes: int = 16 * 2**20) -> None:
+        self.slot_bytes = slot_bytes
+        self._slots: dict[str, torch.Tensor] = {}
+        self._on_grow = on_grow
+
+    def get(self, slot: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return an uninitialised tensor of this shape in the memory of `slot`."""
+        n_elements = 1
+        for extent in shape:
+            n_elements *= extent
+        n_bytes = n_elements * dtype.itemsize
+        buffer = self._slots.get(slot)
+        if buffer is None or buffer.numel() < n_bytes:
+            held_bytes = 0 if buffer is None else buffer.numel()
+            if self._on_grow is not None:
+                self._on_grow(n_bytes - held_bytes)
+            del buffer
+            self._slots.pop(slot, None)  # the old memory goes before the new one comes
+            buffer = self._slots[slot] = torch.empty(n_bytes, dtype=torch.uint8)
+        return buffer[:n_bytes].view(dtype).view(shape)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes held."""
+        return sum(buffer.numel() for buffer in self._slots.values())
+
+    def clear(self) -> None:
+        """Let go of the memory."""
+        self._slots.clear()
+
+
+class LinearInput:
+    """The left operand of a product, with the forms codecs derive from it computed once.
+
+    Args:
+        x: activations `[..., columns]`, floating point; seen as `x2d` of shape `[M, columns]`.
+    """
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x2d = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        self._derived: dict[object, object] = {}
+
+    @property
+    def rows(self) -> int:
+        """M, the number of rows of `x2d`."""
+        return self.x2d.shape[0]
+
+    def derived(self, key: object, compute: Callable[[torch.Tensor], object]) -> object:
+        """Return `compute(x2d)`, computed at the first call for `key`."""
+        if key not in self._derived:
+            self._derived[key] = compute(self.x2d)
+        return self._derived[key]
+
+
+class Codec(ABC):
+    """Encodes rows of a matrix and computes with the encoded form.
+
+    Class attributes:
+        name: the key in the registry and in packed checkpoints.
+        lossless: whether `decode(encode(w))` is `w`, bit by bit.
+    """
+
+    name: ClassVar[str]
+    lossless: ClassVar[bool]
+
+    @abstractmethod
+    def supports(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        """Whether tensors of this shape and dtype can be encoded."""
+
+    @abstractmethod
+    def segments(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Segment, ...]:
+        """Return the segments of the encoded form of a tensor of this shape and dtype; the first is the paged one."""
+
+    @abstractmethod
+    def encode(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Encode a range of rows `[n, ...]`.
+
+        Raises:
+            CodecError: values that this codec cannot represent.
+        """
+
+    @abstractmethod
+    def decode(self, encoded: Encoded, out: torch.Tensor) -> torch.Tensor:
+        """Decode a range of rows into `out` `[n, columns]` (any floating dtype) and return it."""
+
+    @abstractmethod
+    def linear(self, x: LinearInput, encoded: Encoded, bias: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
+        """Return `x @ rows.T + bias` of shape `[M, n]` in the dtype of `x`; `bias` `[n]` is that of these rows."""
+
+
+def linear_in_steps(
+    x: LinearInput,
+    encoded: Encoded,
+    bias: torch.Tensor | None,
+    decode: Callable[[Encoded, torch.Tensor], torch.Tensor],
+    scratch: Scratch,
+) -> torch.Tensor:
+    """Return `x @ rows.T + bias`, decoding as many rows at a time as the scratch memory should take.
+
+    Rows of the result are independent of each other, so the steps change no bit of it.
+    """
+    rows, columns = next(iter(encoded.values())).shape
+    step = max(4, scratch.slot_bytes // (columns * x.x2d.element_size()) // 4 * 4)
+    if rows <= step:
+        return F.linear(x.x2d, decode(encoded, scratch.get("decoded", (rows, columns), x.x2d.dtype)), bias)
+    out = x.x2d.new_empty((x.rows, rows))
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        part = {name: segment[start:stop] for name, segment in encoded.items()}
+        decoded = decode(part, scratch.get("decoded", (stop - start, columns), x.x2d.dtype))
+        out[:, start:stop] = F.linear(x.x2d, decoded, None if bias is None else bias[start:stop])
+    return out
+
+
+def columns_of(shape: tuple[int, ...]) -> int:
+    """Return the number of columns of the matrix view of a tensor of this shape."""
+    n = 1
+    for extent in shape[1:]:
+        n *= extent
+    return n

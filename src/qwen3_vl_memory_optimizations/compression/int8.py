@@ -1,0 +1,146 @@
+"""INT8 with one symmetric scale an output channel (LLM.int8(), arXiv:2208.07339; SmoothQuant, arXiv:2211.10438)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..errors import CodecError
+from .base import Codec, Encoded, LinearInput, Scratch, Segment, columns_of, linear_in_steps
+from .kernels import KernelSelector, int8_product_saturates, row_class
+
+_LEVELS = 127
+_PACKED_COLUMNS = 32
+_PACKED_ROWS = 4
+_MOST_PACKED_ROWS = 32
+_LEAST_SPLIT_ROWS = 5
+
+
+class INT8Codec(Codec):
+    """One byte a weight; a fp32 scale and the integer sum of each row.
+
+    The scale is rounded up to a bf16 value when it is chosen, so that kernels that take bf16 scales lose nothing.
+
+    Args:
+        kernels: the measured choice of kernels, shared between codecs.
+    """
+
+    name = "int8"
+    lossless = False
+
+    def __init__(self, kernels: KernelSelector | None = None) -> None:
+        self.kernels = kernels or KernelSelector()
+
+    def supports(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        """Floating-point tensors of two dimensions or more."""
+        return dtype.is_floating_point and len(shape) >= 2 and 0 not in shape
+
+    def segments(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Segment, ...]:
+        """`data` int8 `[rows, columns]`, `scale` fp32 `[rows]` and `row_sum` (of `data`) int32 `[rows]`."""
+        return (
+            Segment("data", torch.int8, (shape[0], columns_of(shape))),
+            Segment("scale", torch.float32, (shape[0],)),
+            Segment("row_sum", torch.int32, (shape[0],)),
+        )
+
+    def encode(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Quantise rows `[n, ...]` of any floating dtype.
+
+        Raises:
+            CodecError: NaN or infinite values: no scale represents them.
+        """
+        matrix = rows.reshape(rows.shape[0], -1).float()
+        largest = matrix.abs().amax(dim=1)
+        if not bool(torch.isfinite(largest).all()):
+            raise CodecError("INT8 cannot represent NaN or infinite weights; keep this tensor with codec 'none'")
+        scale = _bf16_at_least(largest / _LEVELS)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        data = torch.round(matrix / scale[:, None]).clamp_(-_LEVELS, _LEVELS).to(torch.int8)
+        return {"data": data, "scale": scale, "row_sum": data.sum(dim=1, dtype=torch.int32)}
+
+    def decode(self, encoded: Encoded, out: torch.Tensor) -> torch.Tensor:
+        """`data * scale` in the dtype of `out`."""
+        return out.copy_(encoded["data"]).mul_(encoded["scale"].to(out.dtype)[:, None])
+
+    def linear(self, x: LinearInput, encoded: Encoded, bias: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
+        """Product on the encoded rows by the kernel that measures fastest for this number of rows."""
+        data = encoded["data"]
+        n, k = data.shape
+        candidates: dict[str, Callable[[], torch.Tensor]] = {}
+        if x.rows <= _MOST_PACKED_ROWS and k % _PACKED_COLUMNS == 0 and n % _PACKED_ROWS == 0:
+            candidates["packed"] = lambda: _packed_product(x, encoded)
+        if x.rows >= _LEAST_SPLIT_ROWS or not candidates:
+            candidates["decoded"] = lambda: linear_in_steps(x, encoded, None, self.decode, scratch)
+        if x.rows >= _LEAST_SPLIT_ROWS:
+            candidates["split"] = lambda: _split_product(x, encoded)
+        if len(candidates) == 1:
+            product = next(iter(candidates.values()))()
+        else:
+            product = self.kernels.run((self.name, row_class(x.rows), k, x.x2d.dtype), candidates)
+        return product if bias is None else product.add_(bias)
+
+
+def _bf16_at_least(values: torch.Tensor) -> torch.Tensor:
+    """Return the smallest bf16 values that are not below `values` (fp32, not negative), as fp32."""
+    bits = values.view(torch.int32)
+    return torch.where((bits & 0xFFFF) == 0, bits, (bits & -0x10000) + 0x10000).view(torch.float32)
+
+
+def _packed_product(x: LinearInput, encoded: Encoded) -> torch.Tensor:
+    """Few rows: torch's weight-only kernel, which reads each weight byte once. Its only fast form takes bf16.
+
+    Shapes it does not divide (32 columns, 4 rows) crash it; the caller checks.
+    """
+    activations = x.derived("bf16", lambda x2d: x2d.to(torch.bfloat16))
+    assert isinstance(activations, torch.Tensor)
+    product = torch._weight_int8pack_mm(activations, encoded["data"], encoded["scale"].to(torch.bfloat16))
+    return product.to(x.x2d.dtype)
+
+
+def _split_product(x: LinearInput, encoded: Encoded) -> torch.Tensor:
+    """Many rows: integer product with each activation written as two integers, `hi * base + lo`.
+
+    One 8-bit number a value would not do for rows with outliers, which real models have; two cost a second product and
+    leave a relative error of 2**-14 of the largest value of the row, so outliers need no special case. Where the
+    integer product saturates, digits are taken in [0, 127] and moved to [-128, -1]: oneDNN adds the 128 back, and
+    127 * 127 * 2 fits its 16-bit sums; the offset is taken out again through `row_sum`.
+    """
+    data, scale = encoded["data"], encoded["scale"]
+    digits: torch.Tensor
+    row_scale: torch.Tensor
+    if int8_product_saturates():
+        digits, row_scale = x.derived("digits7", _digits_of_seven_bits)  # type: ignore[misc]
+        base, offset = 128, 64 * 129
+    else:
+        digits, row_scale = x.derived("digits8", _digits_of_eight_bits)  # type: ignore[misc]
+        base, offset = 254, 0
+    product = torch._int_mm(digits, data.t())
+    m = x.rows
+    total = product[:m].float().mul_(base).add_(product[m:])
+    if offset:
+        total.add_(encoded["row_sum"].float(), alpha=offset)
+    return total.mul_(row_scale).mul_(scale).to(x.x2d.dtype)
+
+
+def _row_scale(matrix: torch.Tensor, largest_integer: int) -> torch.Tensor:
+    scale = matrix.abs().amax(dim=1, keepdim=True) / largest_integer
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def _digits_of_eight_bits(x2d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Digits `[2M, K]` int8 with value = hi * 254 + lo, both in [-127, 127], and the scale `[M, 1]` of a row."""
+    matrix = x2d.float()
+    scale = _row_scale(matrix, 127 * 254)
+    value = torch.round(matrix / scale)
+    hi = torch.round(value / 254)
+    return torch.cat((hi.to(torch.int8), (value - hi * 254).to(torch.int8))), scale
+
+
+def _digits_of_seven_bits(x2d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Digits `[2M, K]` int8 in [-128, -1] with value + 64 * 129 = (hi + 128) * 128 + (lo + 128)."""
+    matrix = x2d.float()
+    scale = _row_scale(matrix, 63 * 128)
+    shifted = torch.round(matrix / scale).add_(64 * 129)
+    hi = torch.floor(shifted / 128)
+    return torch.cat(((hi - 128).to(torch.int8), (shifted - hi * 128 - 128).to(torch.int8))), scale

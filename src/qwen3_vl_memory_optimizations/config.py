@@ -1,0 +1,190 @@
+"""`MemoryConfig`: every setting of the memory system, checked once, where it enters.
+
+Keys and defaults follow sections 4.1 and 5.2 of the specification; `ram_budget`, `tensor_budget`, `gpu_budget`,
+`cache_dir`, `codec`, `swap_algorithm` and `image_policy` are this library's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from .errors import ConfigurationError
+
+CODEC_CHOICES = ("auto", "int8", "fp16", "svd", "sparse", "none")
+SWAP_ALGORITHMS = ("lru", "clock", "predictive")
+IMAGE_POLICIES = ("downsize", "refuse")
+
+_UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", re.IGNORECASE)
+_FRACTIONS = ("swap_pressure_threshold",)
+_INTERVALS = ("tier_migration_interval", "gc_collection_interval")
+_SIZES = (
+    "memory_pool_size",
+    "l1_cache_size",
+    "l2_cache_size",
+    "l3_cache_size",
+    "ram_budget",
+    "tensor_budget",
+    "gpu_budget",
+)
+_CHOICES = {"codec": CODEC_CHOICES, "swap_algorithm": SWAP_ALGORITHMS, "image_policy": IMAGE_POLICIES}
+
+
+def parse_size(value: object, *, key: str = "size") -> int:
+    """Return a size in bytes.
+
+    Args:
+        value: a number of bytes (`2.5 * 1024**3` is fine) or a text such as `"4GB"`, `"512 MiB"`, `"1.6G"`.
+            GB is 10**9 bytes, GiB is 2**30.
+        key: the name to use in the error.
+
+    Raises:
+        ConfigurationError: not a size, not finite, or not above zero.
+    """
+    if isinstance(value, str):
+        match = _SIZE.fullmatch(value)
+        if match is None:
+            raise ConfigurationError(
+                f"{key}: {value!r} is not a size; write bytes, or a text such as '4GB' or '512MiB'"
+            )
+        number = float(match[1]) * _UNITS[(match[2] or "").upper()]
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        number = float(value)
+    else:
+        raise ConfigurationError(f"{key}: expected a size in bytes or a text such as '4GB', got {type(value).__name__}")
+    if not math.isfinite(number) or number < 1:
+        raise ConfigurationError(f"{key}: {value!r} is not a usable size; it must be at least one byte")
+    return int(number)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryConfig:
+    """Settings of a `MemoryOptimizer`. All sizes are bytes; floats and texts such as `"4GB"` are accepted.
+
+    Attributes:
+        ram_budget: the most the whole process may use, interpreter and libraries included; `None`: no limit
+            but the machine's.
+        tensor_budget: the most the managed tensors and their workspace may use; for embedding in a larger application.
+        gpu_budget: the most device memory; without a GPU it has no effect.
+        cache_dir: where packed checkpoints lie; default `$QWEN3VL_MEM_CACHE`, else `~/.cache/qwen3vl-mem`.
+        codec: how large weights are stored: `auto` lets the library choose, `none` keeps them as they are.
+        enable_memory_pooling: page frames and blocks are reused instead of returned to the system at once.
+        enable_compression: with `False`, `codec="auto"` means `"none"`.
+        enable_int8_quantization: with `False`, `codec="auto"` does not choose INT8.
+        memory_pool_size: address space reserved for each pool of runtime tensors.
+
+    Raises:
+        ConfigurationError: a value of the wrong type or out of its range, named with its key.
+    """
+
+    enable_memory_pooling: bool = True
+    enable_cache_hierarchy: bool = True
+    enable_compression: bool = True
+    enable_swapping: bool = True
+    enable_tiering: bool = True
+    enable_predictive_gc: bool = True
+
+    memory_pool_size: int = 2560 * 2**20
+    enable_l1_gpu_cache: bool = True
+    l1_cache_size: int = 512 * 2**20
+    enable_l2_cpu_cache: bool = True
+    l2_cache_size: int = 2**30
+    enable_l3_ssd_cache: bool = True
+    l3_cache_size: int = 5 * 2**30
+    enable_int8_quantization: bool = True
+    enable_sparse_compression: bool = True
+    enable_memory_swapping: bool = True
+    swap_pressure_threshold: float = 0.8
+    enable_memory_tiering: bool = True
+    tier_migration_interval: float = 0.5
+    gc_collection_interval: float = 1.0
+
+    ram_budget: int | None = None
+    tensor_budget: int | None = None
+    gpu_budget: int | None = None
+    cache_dir: Path | None = None
+    codec: str = "auto"
+    swap_algorithm: str = "predictive"
+    image_policy: str = "downsize"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field.name, getattr(self, field.name)))
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any] | MemoryConfig | None) -> MemoryConfig:
+        """Return a `MemoryConfig` from a dict of keys (4.1, 5.2), another `MemoryConfig`, or nothing (the defaults).
+
+        Raises:
+            ConfigurationError: an unknown key (with the nearest valid one) or a bad value.
+        """
+        if settings is None:
+            return cls()
+        if isinstance(settings, MemoryConfig):
+            return settings
+        if not isinstance(settings, Mapping):
+            raise ConfigurationError(f"memory_config: expected a dict or MemoryConfig, got {type(settings).__name__}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in settings:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+                raise ConfigurationError(f"memory_config: unknown key {key!r}; did you mean {near!r}?")
+        return cls(**settings)
+
+    @property
+    def packed_dir(self) -> Path:
+        """Where packed checkpoints are kept."""
+        base = self.cache_dir or Path(os.environ.get("QWEN3VL_MEM_CACHE") or Path.home() / ".cache" / "qwen3vl-mem")
+        return base / "packed"
+
+    def weight_codec(self) -> str:
+        """Return the codec for large weights with `auto` and the `enable_*` switches resolved."""
+        if self.codec != "auto":
+            return self.codec
+        return "int8" if self.enable_compression and self.enable_int8_quantization else "none"
+
+
+def _checked(key: str, value: Any) -> Any:
+    hint = get_type_hints(MemoryConfig)[key]
+    if value is None and type(None) in get_args(hint):
+        return None
+    if key in _SIZES:
+        return parse_size(value, key=key)
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise ConfigurationError(f"{key}: expected True or False, got {value!r}")
+        return value
+    if key in _FRACTIONS or key in _INTERVALS:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigurationError(f"{key}: expected a number, got {value!r}")
+        if key in _FRACTIONS and not 0 < value <= 1:
+            raise ConfigurationError(f"{key}: {value!r} is outside (0, 1]")
+        if key in _INTERVALS and value <= 0:
+            raise ConfigurationError(f"{key}: {value!r} s is not above zero")
+        return float(value)
+    if key in _CHOICES:
+        if value not in _CHOICES[key]:
+            raise ConfigurationError(f"{key}: {value!r} is not one of {', '.join(_CHOICES[key])}")
+        return value
+    if key == "cache_dir":
+        if not isinstance(value, str | os.PathLike):
+            raise ConfigurationError(f"cache_dir: expected a path, got {type(value).__name__}")
+        return Path(value).expanduser()
+    raise AssertionError(f"no rule for the setting {key}")

@@ -1,0 +1,1 @@
+"""The integration with transformers: skeletons, packing, loading, inputs."""

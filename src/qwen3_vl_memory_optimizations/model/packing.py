@@ -1,0 +1,237 @@
+"""From a Hugging Face checkpoint to a packed one: encoded, in the order of use, each page ready for a direct read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from ..compression import Codec, columns_of, create_codec
+from ..config import MemoryConfig
+from ..errors import CheckpointError, ConfigurationError
+from ..storage import (
+    AlignedBuffer,
+    Checkpoint,
+    DirectFile,
+    PackedEntry,
+    PackedLayout,
+    PackedWriter,
+    TensorExtent,
+    pack_lock,
+)
+from .skeleton import WeightSite, build_skeleton, rows_per_page, weight_sites
+
+Progress = Callable[[str, int, int], None]
+"""Called with a description, the bytes done and the bytes in all."""
+
+CODECS_KEY = "qwen3vl_mem.codecs"
+_CHUNK_BYTES = 16 << 20
+_SIDE_FILE_MOST_BYTES = 64 << 20
+_WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx)(\.index\.json)?$")
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def segment_name(tensor_name: str, segment: str, is_first: bool) -> str:
+    """Return the name of a segment in a packed checkpoint; the first one has the name of the tensor."""
+    return tensor_name if is_first else f"{tensor_name}.{segment}"
+
+
+def packed_directory(source: Checkpoint, codec: str, config: MemoryConfig) -> Path:
+    """Return where the packed form of a checkpoint lies, or will."""
+    stem = source.directory.resolve().name or "model"
+    return config.packed_dir / f"{stem}-{source.fingerprint()[:12]}-{codec}"
+
+
+def pack_checkpoint(
+    source_dir: str | Path,
+    *,
+    codec: str = "int8",
+    config: MemoryConfig | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Pack a checkpoint, once; the next call returns at once.
+
+    It holds a few chunks of one tensor at a time. Interrupted, it goes on where it stopped; two processes do the work
+    once.
+
+    Args:
+        source_dir: a Hugging Face directory.
+        codec: how large weights are encoded.
+        config: says where packed checkpoints lie.
+        progress: called as the work goes on.
+
+    Returns:
+        The directory of the packed checkpoint.
+
+    Raises:
+        CheckpointError: the source is not a usable checkpoint.
+        InsufficientDiskSpaceError: the result does not fit on the disk.
+    """
+    config = config or MemoryConfig()
+    source = Checkpoint.open(source_dir)
+    if source.packed:
+        raise ConfigurationError(f"{source_dir} is packed already")
+    final_dir = packed_directory(source, codec, config)
+    if final_dir.is_dir():
+        return final_dir
+    final_dir.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    skeleton = build_skeleton(source.directory, source.config, torch.float32)
+    plan = _plan(source, weight_sites(skeleton), create_codec(codec))
+    report = progress or (lambda description, done, total: None)
+    with pack_lock(final_dir):
+        if not final_dir.is_dir():
+            _remove_stale(final_dir)
+            _write(source, plan, final_dir, report)
+    return final_dir
+
+
+def _remove_stale(final_dir: Path) -> None:
+    """Clear packings of the same directory whose source has changed since: they can never be used again."""
+    stem = re.sub(r"-[0-9a-f]{12}-\w+$", "", final_dir.name)
+    for other in final_dir.parent.glob(f"{stem}-*.partial"):
+        if other.name != f"{final_dir.name}.partial" and re.fullmatch(
+            re.escape(stem) + r"-[0-9a-f]{12}-\w+\.partial", other.name
+        ):
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _plan(source: Checkpoint, sites: list[WeightSite], codec: Codec) -> dict[str, tuple[TensorExtent, Codec]]:
+    """Return tensor name -> (extent, codec): the large ones in the order of use, then the others."""
+    raw = create_codec("none")
+    plan: dict[str, tuple[TensorExtent, Codec]] = {}
+    for site in sorted(sites, key=lambda site: not site.managed):
+        extent = find_extent(source, site)
+        dtype = TORCH_DTYPES[extent.dtype]
+        plan[site.name] = (extent, codec if site.managed and codec.supports(site.shape, dtype) else raw)
+    return plan
+
+
+def find_extent(source: Checkpoint, site: WeightSite) -> TensorExtent:
+    """Return where a parameter lies in a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing, or has another shape.
+    """
+    extent = source.tensors.get(site.name)
+    if extent is None:
+        raise CheckpointError(
+            f"{source.directory}: the tensor {site.name!r} is missing; the checkpoint is incomplete or of another "
+            "architecture than its config.json says",
+            path=source.directory,
+        )
+    if tuple(extent.shape) != site.shape and not source.packed:
+        raise CheckpointError(
+            f"{extent.path}: {site.name!r} has shape {list(extent.shape)}, but config.json asks for {list(site.shape)}",
+            path=extent.path,
+        )
+    return extent
+
+
+def _write(source: Checkpoint, plan: dict[str, tuple[TensorExtent, Codec]], final_dir: Path, report: Progress) -> None:
+    entries = []
+    for name, (extent, codec) in plan.items():
+        for index, segment in enumerate(codec.segments(tuple(extent.shape), TORCH_DTYPES[extent.dtype])):
+            paged = index == 0 and len(extent.shape) >= 2
+            page_bytes = 0
+            if paged:
+                page_bytes = rows_per_page(segment.shape, segment.dtype.itemsize) * columns_of(segment.shape)
+                page_bytes *= segment.dtype.itemsize
+            dtype = _SAFETENSORS_DTYPES[segment.dtype]
+            shape = segment.shape if codec.name != "none" else tuple(extent.shape)
+            entries.append(
+                PackedEntry(segment_name(name, segment.name, index == 0), dtype, shape, segment.n_bytes, page_bytes)
+            )
+    metadata = {
+        "format": "pt",
+        CODECS_KEY: json.dumps({name: codec.name for name, (_, codec) in plan.items() if codec.name != "none"}),
+        "qwen3vl_mem.source": source.fingerprint(),
+    }
+    total = sum(extent.n_bytes for extent, _ in plan.values())
+    done = 0
+    with PackedWriter(final_dir, PackedLayout(entries), metadata) as writer:
+        complete = writer.open()
+        for name, (extent, codec) in plan.items():
+            segments = codec.segments(tuple(extent.shape), TORCH_DTYPES[extent.dtype])
+            names = [segment_name(name, segment.name, index == 0) for index, segment in enumerate(segments)]
+            if not all(part in complete for part in names):
+                small: dict[str, list[torch.Tensor]] = {}
+                chunks = _encoded_chunks(extent, codec, small, segments[0].name)
+                if names[0] in complete:
+                    for _ in chunks:  # the small segments of this tensor were not written yet
+                        pass
+                else:
+                    writer.append(names[0], chunks)
+                for part, segment in zip(names[1:], segments[1:], strict=True):
+                    if part not in complete:
+                        writer.append(part, [_bytes(torch.cat(small[segment.name]))])
+            done += extent.n_bytes
+            report("packing", done, total)
+        writer.finish(side_files(source.directory))
+
+
+def _encoded_chunks(
+    extent: TensorExtent, codec: Codec, small: dict[str, list[torch.Tensor]], first: str
+) -> Iterator[memoryview]:
+    """Yield the bytes of the first segment, some rows at a time; the others collect in `small`."""
+    dtype = TORCH_DTYPES[extent.dtype]
+    shape = tuple(extent.shape)
+    with DirectFile(extent.path) as file:
+        for rows in read_row_chunks(file, extent, dtype, shape, _CHUNK_BYTES):
+            encoded = codec.encode(rows)
+            yield _bytes(encoded.pop(first))
+            for name, values in encoded.items():
+                small.setdefault(name, []).append(values)
+
+
+def read_row_chunks(
+    file: DirectFile, extent: TensorExtent, dtype: torch.dtype, shape: tuple[int, ...], chunk_bytes: int
+) -> Iterator[torch.Tensor]:
+    """Yield a tensor some rows at a time; each chunk is valid until the next is asked for."""
+    if extent.n_bytes == 0:
+        yield torch.empty(shape, dtype=dtype)
+        return
+    rows = shape[0] if shape else 1
+    row_bytes = extent.n_bytes // rows
+    step = max(1, chunk_bytes // row_bytes)
+    with AlignedBuffer(min(step, rows) * row_bytes + 2 * 4096) as buffer:
+        for start in range(0, rows, step):
+            count = min(step, rows - start)
+            offset = extent.offset_bytes + start * row_bytes
+            lead = offset % 4096
+            file.read_into(buffer.address + lead, offset, count * row_bytes)
+            # A copy would double the memory; the view is dropped before the buffer is written again.
+            chunk = torch.frombuffer(buffer.view, dtype=torch.uint8, offset=lead, count=count * row_bytes)
+            if lead % dtype.itemsize:
+                chunk = chunk.clone()
+            yield chunk.view(dtype).view(count, *shape[1:]) if shape else chunk.view(dtype).view(())
+            del chunk
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data.cast("B")
+
+
+def side_files(directory: Path) -> list[Path]:
+    """Return the small files of a checkpoint that are not weights: configuration, tokenizer, processors."""
+    return [
+        path
+        for path in sorted(directory.iterdir())
+        if path.is_file() and not _WEIGHT_FILE.match(path.name) and os.path.getsize(path) <= _SIDE_FILE_MOST_BYTES
+    ]

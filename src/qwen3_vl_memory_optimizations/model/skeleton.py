@@ -1,0 +1,138 @@
+"""The transformers model without its weights, and which of them will be managed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..compression import columns_of
+from ..errors import CheckpointError
+from ..paging import PAGE_BYTES
+from ..pools import FRAME_BYTES, UNIT_BYTES
+
+MANAGED_LEAST_BYTES = 16 * 1024
+_ROW_MULTIPLE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSite:
+    """A parameter and every module that holds it (tied weights have several).
+
+    Attributes:
+        name: its first name in the state dict, under which checkpoints store it.
+        holders: (module, attribute) pairs.
+        managed: a large matrix of a linear or embedding layer; the others stay ordinary tensors.
+    """
+
+    name: str
+    holders: tuple[tuple[nn.Module, str], ...]
+    shape: tuple[int, ...]
+    managed: bool
+
+
+def build_skeleton(directory: Path, config_dict: dict[str, Any], compute_dtype: torch.dtype) -> nn.Module:
+    """Build the transformers model of a checkpoint on the meta device; buffers that are computed are real.
+
+    Args:
+        directory: the checkpoint, read for `config.json`.
+        config_dict: the parsed `config.json`.
+        compute_dtype: dtype of parameters and activations.
+
+    Raises:
+        CheckpointError: the architecture is none that generates text with this version of transformers.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(
+            f"{directory}: transformers does not know the model type {config_dict.get('model_type')!r}: {error}",
+            path=directory,
+        ) from error
+    return skeleton_of(config, compute_dtype, directory)
+
+
+def skeleton_of(config: Any, compute_dtype: torch.dtype, directory: Path | str = ".") -> nn.Module:
+    """Build the model of a configuration on the meta device (see `build_skeleton`)."""
+    model_class = _model_class(config, directory)
+    with torch.device("meta"):
+        model = model_class._from_config(config, dtype=compute_dtype)
+    materialize_buffers(model)
+    model.eval()
+    return model
+
+
+def _model_class(config: Any, directory: Path | str) -> Any:
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    for name in getattr(config, "architectures", None) or []:
+        known = getattr(transformers, name, None)
+        if known is not None and hasattr(known, "generate") and hasattr(known, "_from_config"):
+            return known
+    if config.model_type == "qwen3_vl":
+        return transformers.Qwen3VLForConditionalGeneration
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    architectures = ", ".join(getattr(config, "architectures", None) or ["none named"])
+    raise CheckpointError(
+        f"{directory}: model type {config.model_type!r} (architecture {architectures}) does not generate text; "
+        "Qwen3-VL and transformers' causal language models are supported",
+        path=directory,
+    )
+
+
+def materialize_buffers(model: nn.Module) -> None:
+    """Compute the buffers that checkpoints do not store (rotary frequencies), which the meta device left empty."""
+    for module in model.modules():
+        computed = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        if not computed:
+            continue
+        for name in computed:
+            module._buffers[name] = torch.empty_like(module.get_buffer(name), device="cpu")
+        model._init_weights(module)  # type: ignore[operator]
+
+
+def weight_sites(model: nn.Module, stored_itemsize: int = 2) -> list[WeightSite]:
+    """Return the parameters in the order of the modules, which is the order of the first forward."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    names: dict[int, str] = {}
+    parameters: dict[int, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            key = id(parameter)
+            names.setdefault(key, f"{prefix}.{attribute}" if prefix else attribute)
+            parameters[key] = parameter
+            holders.setdefault(key, []).append((module, attribute))
+    sites = []
+    for key, name in names.items():
+        shape = tuple(parameters[key].shape)
+        large = math.prod(shape) * stored_itemsize >= MANAGED_LEAST_BYTES
+        managed = large and all(
+            attribute == "weight" and isinstance(module, nn.Linear | nn.Embedding) for module, attribute in holders[key]
+        )
+        sites.append(WeightSite(name, tuple(holders[key]), shape, managed))
+    return sites
+
+
+def rows_per_page(shape: tuple[int, ...], itemsize: int) -> int:
+    """Return how many rows of a matrix make a page of about `PAGE_BYTES`.
+
+    Pages of whole units of frames are cheapest to move; where rows do not divide so, whole frames, else any.
+    """
+    row_bytes = columns_of(shape) * itemsize
+    n_pages = max(1, -(-shape[0] * row_bytes // PAGE_BYTES))
+    rows = -(-shape[0] // n_pages)
+    for granularity in (UNIT_BYTES, FRAME_BYTES, 1):
+        multiple = math.lcm(granularity // math.gcd(granularity, row_bytes), _ROW_MULTIPLE)
+        if multiple * row_bytes <= PAGE_BYTES // 2 or granularity == 1:
+            break
+    return -(-rows // multiple) * multiple

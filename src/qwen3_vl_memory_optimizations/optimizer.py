@@ -1,0 +1,263 @@
+"""`MemoryOptimizer`: one of each component, wired together (section 4.2 of the specification)."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import threading
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from .compression import RawCodec
+from .config import MemoryConfig
+from .errors import ConfigurationError, MemoryBudgetExceeded, format_bytes
+from .hardware import HardwareProfile, process_memory, rss_bytes
+from .paging import PAGE_BYTES, PROCESS, Ledger, ManagedTensor, Pager, TensorEntry
+from .pools import AdvancedMemoryPool
+
+TENSOR_KINDS = ("kv_cache", "vision_features", "text_embeddings", "general")
+
+_BASELINE_SLACK_BYTES = 8 * 2**20
+_LEAST_FRAMES_BYTES = 2 * PAGE_BYTES
+
+
+class MemoryOptimizer:
+    """Owns the bytes of managed tensors, and keeps them, or the whole process, within a budget.
+
+    Args:
+        hardware_config: keys `cpu_model`, `gpu_model`, `memory_size`, `storage_type`; what is missing is detected.
+        memory_config: the keys of `MemoryConfig`, as a dict or an instance.
+
+    Attributes:
+        config: the settings.
+        hardware: the machine.
+        pager: moves the bytes.
+        pool: address ranges of runtime tensors.
+
+    Raises:
+        ConfigurationError: an unknown key or a bad value.
+        MemoryBudgetExceeded: `ram_budget` is below what the process uses already.
+    """
+
+    def __init__(
+        self,
+        hardware_config: Mapping[str, Any] | None = None,
+        memory_config: Mapping[str, Any] | MemoryConfig | None = None,
+    ) -> None:
+        self.config = MemoryConfig.from_mapping(memory_config)
+        self.hardware = HardwareProfile.from_mapping(hardware_config or {})
+        self.baseline_bytes = rss_bytes()
+        ledger = Ledger(self.config.ram_budget, self.config.tensor_budget)
+        self._check_budget()
+        ledger.set("process", self.baseline_bytes, PROCESS)
+        swap_dir = self.config.cache_dir or Path(tempfile.gettempdir())
+        swap_dir.mkdir(parents=True, exist_ok=True)
+        self.pager = Pager(ledger, swap_dir=swap_dir, reuse_frames=self.config.enable_memory_pooling)
+        self.pager.on_pass = self._remeasure_process
+        self.pool = AdvancedMemoryPool(self.config.memory_pool_size)
+        self._ids = itertools.count()
+        self._sessions = 0
+        self._session_lock = threading.Lock()
+
+    def _check_budget(self) -> None:
+        budget = self.config.ram_budget
+        least = self.baseline_bytes + _LEAST_FRAMES_BYTES
+        if budget is not None and budget < least:
+            raise MemoryBudgetExceeded(
+                f"ram_budget of {format_bytes(budget)} cannot work: this process uses {format_bytes(self.baseline_bytes)} "
+                f"before any tensor; give at least {format_bytes(least)}",
+                requested_bytes=least,
+                available_bytes=budget,
+                budget_bytes=budget,
+                owner="process",
+            )
+
+    # --- tensors ------------------------------------------------------------------------------------------------------
+
+    def allocate_tensor(
+        self,
+        shape: tuple[int, ...] | list[int] | torch.Size | int,
+        dtype: torch.dtype = torch.float16,
+        tensor_type: str = "general",
+    ) -> ManagedTensor:
+        """Return a zeroed tensor from the pool of its kind; it is freed when the last reference to it goes.
+
+        Args:
+            shape: of the tensor.
+            dtype: any dtype of torch.
+            tensor_type: `kv_cache`, `vision_features`, `text_embeddings` or `general`.
+
+        Raises:
+            ConfigurationError: an unknown kind, or a negative extent.
+            MemoryBudgetExceeded: it does not fit, whatever else is swapped out.
+        """
+        if tensor_type not in TENSOR_KINDS:
+            raise ConfigurationError(f"tensor_type: {tensor_type!r} is not one of {', '.join(TENSOR_KINDS)}")
+        extents = (shape,) if isinstance(shape, int) else tuple(int(extent) for extent in shape)
+        if any(extent < 0 for extent in extents):
+            raise ConfigurationError(f"shape: {list(extents)} has a negative extent")
+        codec = RawCodec()
+        segment = codec.segments(extents, dtype)[0]
+        pool = self.pool.pools[tensor_type]
+        address = pool.allocate(segment.n_bytes)
+        try:
+            entry = TensorEntry(
+                f"{tensor_type}-{next(self._ids)}",
+                tensor_type,
+                extents,
+                dtype,
+                codec,
+                address,
+                segment.dtype,
+                (segment.shape[0], segment.shape[1]),
+                {},
+                rows_per_page=None,
+                page_bytes=PAGE_BYTES,
+            )
+            self.pager.add(entry, resident=True)
+        except BaseException:
+            pool.free(address)
+            raise
+        tensor = ManagedTensor(self.pager, entry)
+        weakref.finalize(tensor, _drop, self.pager, pool, entry, address)
+        tensor.zero_()
+        return tensor
+
+    def record_tensor_access(self, tensor_id: str) -> None:
+        """Note that a tensor was used; operations on managed tensors note themselves.
+
+        Raises:
+            UnknownTensorError: no managed tensor has this id.
+        """
+        self.pager.record(self.pager.entry(tensor_id))
+
+    def migrate_for_compute(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return `tensor` in the tier and format it is computed in: decoded, in memory, pinned while it lives.
+
+        A plain tensor passes through unchanged.
+        """
+        return tensor.decoded() if isinstance(tensor, ManagedTensor) else tensor
+
+    # --- sessions -----------------------------------------------------------------------------------------------------
+
+    def start_inference_session(self) -> None:
+        """Open a session. Sessions nest, and may overlap in threads."""
+        with self._session_lock:
+            self._sessions += 1
+
+    def end_inference_session(self) -> None:
+        """Close a session; with the last one, free page frames go back to the system.
+
+        Raises:
+            ConfigurationError: none is open.
+        """
+        with self._session_lock:
+            if self._sessions == 0:
+                raise ConfigurationError("end_inference_session: no session is open")
+            self._sessions -= 1
+            last = self._sessions == 0
+        if last:
+            self.pager.trim()
+
+    def inference_session(self) -> _Session:
+        """Return a context manager around `start_inference_session` and `end_inference_session`."""
+        return _Session(self)
+
+    # --- budget -------------------------------------------------------------------------------------------------------
+
+    def reserve_activations(self, n_bytes: int) -> None:
+        """Set memory aside for the transient tensors of a forward that is about to run.
+
+        Raises:
+            MemoryBudgetExceeded: it does not fit beside what the weights need at least.
+        """
+        self.pager.reserve("activations", n_bytes)
+
+    def _remeasure_process(self) -> None:
+        """At the start of each pass: what the process uses besides managed memory may have grown or shrunk."""
+        ledger = self.pager.ledger
+        if ledger.ram_budget_bytes is None:
+            return
+        managed = self.pager.frames.committed_bytes + sum(
+            ledger.held_bytes(owner) for owner in ("small weights", "workspace")
+        )
+        measured = rss_bytes() - managed
+        if abs(measured - ledger.held_bytes("process")) > _BASELINE_SLACK_BYTES:
+            self.pager.reserve("process", max(0, measured))
+
+    # --- figures --------------------------------------------------------------------------------------------------------
+
+    def get_memory_efficiency_stats(self) -> dict[str, Any]:
+        """Return what is held where, and what happened: `budget`, `paging`, `tiers`, `pools`, `kinds`, `codecs`."""
+        memory = process_memory()
+        pager, ledger = self.pager, self.pager.ledger
+        kinds: dict[str, dict[str, int]] = {}
+        codecs: dict[str, dict[str, int]] = {}
+        for use in pager.usage():
+            for table, key in ((kinds, use.kind), (codecs, use.codec)):
+                row = table.setdefault(key, {"tensors": 0, "logical_bytes": 0, "encoded_bytes": 0, "resident_bytes": 0})
+                row["tensors"] += 1
+                row["logical_bytes"] += use.logical_bytes
+                row["encoded_bytes"] += use.encoded_bytes
+                row["resident_bytes"] += use.resident_bytes
+        encoded = sum(row["encoded_bytes"] for row in kinds.values())
+        resident = sum(row["resident_bytes"] for row in kinds.values())
+        return {
+            "budget": {
+                "ram_budget_bytes": ledger.ram_budget_bytes,
+                "tensor_budget_bytes": ledger.tensor_budget_bytes,
+                "baseline_bytes": self.baseline_bytes,
+                "accounts_bytes": ledger.accounts(),
+                "frames_limit_bytes": pager.frames.limit_bytes if ledger.limited else None,
+                "frames_used_bytes": pager.frames.used_bytes,
+                "frames_peak_bytes": pager.frames.peak_bytes,
+                "process_rss_bytes": memory.rss_bytes,
+                "process_peak_rss_bytes": memory.peak_rss_bytes,
+            },
+            "paging": pager.stats.as_dict(pager.schedule.passes),
+            "tiers": {
+                "gpu": None,  # no device tier in this process
+                "cpu": {"resident_bytes": resident},
+                "ssd": {"only_there_bytes": encoded - resident, "swap_used_bytes": pager.swap_used_bytes},
+            },
+            "pools": self.pool.stats() if self.config.enable_memory_pooling else {},
+            "kinds": kinds,
+            "codecs": codecs,
+            "sessions_open": self._sessions,
+        }
+
+    # --- end ------------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Stop the I/O threads, remove the swap file, return the memory. Managed tensors are unusable afterwards."""
+        self.pager.close()
+
+    def __enter__(self) -> MemoryOptimizer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Session:
+    def __init__(self, optimizer: MemoryOptimizer) -> None:
+        self._optimizer = optimizer
+
+    def __enter__(self) -> MemoryOptimizer:
+        self._optimizer.start_inference_session()
+        return self._optimizer
+
+    def __exit__(self, *_: object) -> None:
+        self._optimizer.end_inference_session()
+
+
+def _drop(pager: Pager, pool: Any, entry: TensorEntry, address: int) -> None:
+    """The last reference to a runtime tensor went; its address is free once no view holds its pages."""
+    pager.free(entry.tensor_id, then=lambda: pool.free(address))

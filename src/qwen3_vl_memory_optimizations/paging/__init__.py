@@ -1,0 +1,23 @@
+"""Managed tensors, their residency, the budget, and the only module that moves bytes."""
+
+from .entry import FileSource, Page, PageState, TensorEntry, alias_memory
+from .ledger import PROCESS, TENSORS, Ledger
+from .managed_tensor import ManagedTensor
+from .pager import PAGE_BYTES, READ_AHEAD_BYTES, Pager
+from .stats import PagingStats
+
+__all__ = [
+    "PAGE_BYTES",
+    "PROCESS",
+    "READ_AHEAD_BYTES",
+    "TENSORS",
+    "FileSource",
+    "Ledger",
+    "ManagedTensor",
+    "Page",
+    "PageState",
+    "Pager",
+    "PagingStats",
+    "TensorEntry",
+    "alias_memory",
+]

@@ -1,0 +1,182 @@
+"""`Page` and `TensorEntry`: what the Pager knows of a managed tensor."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from ..compression import Codec
+from ..pools import FRAME_BYTES
+from ..storage import DirectFile
+
+_REMEMBERED_RANGES = 64
+
+
+class PageState(Enum):
+    """Where the bytes of a page are. `SWAPPED`: on the SSD only, in a checkpoint or in the swap file."""
+
+    RESIDENT = "resident"
+    WRITING = "writing"
+    SWAPPED = "swapped"
+    LOADING = "loading"
+    FREED = "freed"
+
+
+TRANSITIONS = {
+    (PageState.SWAPPED, PageState.LOADING),
+    (PageState.SWAPPED, PageState.RESIDENT),
+    (PageState.SWAPPED, PageState.FREED),
+    (PageState.LOADING, PageState.RESIDENT),
+    (PageState.LOADING, PageState.SWAPPED),
+    (PageState.RESIDENT, PageState.WRITING),
+    (PageState.RESIDENT, PageState.SWAPPED),
+    (PageState.RESIDENT, PageState.FREED),
+    (PageState.WRITING, PageState.SWAPPED),
+    (PageState.WRITING, PageState.RESIDENT),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FileSource:
+    """Where clean pages are read from: the paged segment lies at `offset_bytes` of `file`."""
+
+    file: DirectFile
+    offset_bytes: int
+    checksums: tuple[int, ...] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Page:
+    """A range of a tensor that moves as one: one request to the SSD.
+
+    Attributes:
+        start_bytes, stop_bytes: its range in the paged segment.
+        frames_start, frames_stop: addresses of the page frames that come and go with it. A frame that two pages share
+            (segments read in place need not start on a frame) belongs to neither and stays.
+        pins: a pinned page is not moved.
+        kept: part of the resident subset; other pages leave as soon as they were used.
+        unused: loaded, and not accessed since.
+    """
+
+    entry: TensorEntry
+    index: int
+    start_bytes: int
+    stop_bytes: int
+    frames_start: int
+    frames_stop: int
+    state: PageState = PageState.SWAPPED
+    pins: int = 0
+    dirty: bool = False
+    kept: bool = True
+    unused: bool = False
+    prefetched: bool = False
+    verified: bool = False
+    swap_offset: int | None = None
+    last_access: int = 0
+    error: Exception | None = None
+    ticket: object = None
+
+    @property
+    def resident(self) -> bool:
+        """Whether its bytes are in memory and complete."""
+        return self.state is PageState.RESIDENT
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the frames that move with the page."""
+        return self.frames_stop - self.frames_start
+
+
+class TensorEntry:
+    """The record of one managed tensor: codec, address, pages, segments.
+
+    Args:
+        tensor_id: unique in one Pager.
+        kind: `weights`, `kv_cache`, `vision_features`, `text_embeddings` or `general`.
+        shape, dtype: the logical ones, as seen by the model.
+        codec: how `segments` encode it.
+        address: of the paged segment, in reserved address space.
+        paged: dtype and shape of the paged segment.
+        resident: the other segments, by name.
+        rows_per_page: rows a page (weights), or `None`: pages of `page_bytes` whatever the rows.
+    """
+
+    def __init__(
+        self,
+        tensor_id: str,
+        kind: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        codec: Codec,
+        address: int,
+        paged_dtype: torch.dtype,
+        paged_shape: tuple[int, ...],
+        resident: dict[str, torch.Tensor],
+        *,
+        rows_per_page: int | None,
+        page_bytes: int,
+        source: FileSource | None = None,
+    ) -> None:
+        self.tensor_id, self.kind, self.shape, self.dtype, self.codec = tensor_id, kind, shape, dtype, codec
+        self.address, self.source, self.rows_per_page = address, source, rows_per_page
+        rows, columns = paged_shape
+        self.n_bytes = rows * columns * paged_dtype.itemsize
+        self.rows = rows
+        step = (rows_per_page * columns * paged_dtype.itemsize) if rows_per_page else page_bytes
+        self.pages = self._cut(step)
+        self.missing = len(self.pages)
+        self.freed = False
+        self.aliased = False
+        self.on_released: Callable[[], None] | None = None
+        data = alias_memory(address, self.n_bytes).view(paged_dtype).view(rows, columns)
+        self._segments = {codec.segments(shape, dtype)[0].name: data, **resident}  # the paged one first
+        self._ranges: dict[tuple[int, int], dict[str, torch.Tensor]] = {(0, rows): self._segments}
+
+    def _cut(self, step: int) -> list[Page]:
+        pages = []
+        base, end = self.address, self.address + self.n_bytes
+        for index, start in enumerate(range(0, self.n_bytes, max(step, 1))):
+            stop = min(start + step, self.n_bytes)
+            low, high = base + start, base + stop
+            frames_start = low // FRAME_BYTES * FRAME_BYTES if start == 0 else -(-low // FRAME_BYTES) * FRAME_BYTES
+            frames_stop = -(-high // FRAME_BYTES) * FRAME_BYTES if high == end else high // FRAME_BYTES * FRAME_BYTES
+            pages.append(Page(self, index, start, stop, frames_start, max(frames_start, frames_stop)))
+        return pages
+
+    def shared_frames(self) -> list[int]:
+        """Return the addresses of frames between pages that belong to none of them."""
+        return [
+            frame
+            for left, right in zip(self.pages, self.pages[1:], strict=False)
+            for frame in range(left.frames_stop, right.frames_start, FRAME_BYTES)
+        ]
+
+    def row_range(self, first: int, last: int) -> tuple[int, int]:
+        """Return the rows of the pages `first` (inclusive) to `last` (exclusive)."""
+        if first == 0 and last == len(self.pages):
+            return 0, self.rows
+        assert self.rows_per_page is not None
+        return first * self.rows_per_page, min(last * self.rows_per_page, self.rows)
+
+    def encoded(self, start: int, stop: int) -> dict[str, torch.Tensor]:
+        """Return the segments of a range of rows, as views that are made once."""
+        views = self._ranges.get((start, stop))
+        if views is None:
+            views = {name: segment[start:stop] for name, segment in self._segments.items()}
+            if len(self._ranges) < _REMEMBERED_RANGES:
+                self._ranges[start, stop] = views
+        return views
+
+    def lease(self) -> tuple[torch.Tensor, object]:
+        """Return the paged segment as a fresh uint8 tensor and the object that lives as long as any view of it."""
+        buffer = (ctypes.c_uint8 * self.n_bytes).from_address(self.address)
+        return torch.frombuffer(buffer, dtype=torch.uint8), buffer
+
+
+def alias_memory(address: int, n_bytes: int) -> torch.Tensor:
+    """Return a uint8 tensor over raw memory. The caller keeps the memory alive."""
+    return torch.frombuffer((ctypes.c_uint8 * n_bytes).from_address(address), dtype=torch.uint8)

@@ -1,0 +1,228 @@
+"""`ManagedTensor`: a `torch.Tensor` whose bytes the optimizer owns.
+
+It takes the place of a parameter inside an unchanged transformers module. `F.linear` and `F.embedding` compute on the
+encoded form; any other operation runs on a decoded copy, or on the bytes themselves where they are stored as they are,
+and then a view keeps them pinned for as long as it lives.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils import _pytree
+
+from ..compression import RawCodec
+from .entry import PageState, TensorEntry
+from .pager import Pager
+
+_Tensor = torch.Tensor
+
+# Questions about a tensor that its metadata answers; no byte is touched.
+_METADATA_ATTRIBUTES = (
+    "shape dtype device layout requires_grad is_leaf grad grad_fn ndim names itemsize nbytes is_cpu is_cuda is_meta "
+    "is_sparse is_sparse_csr is_quantized is_nested is_mkldnn is_mps is_xla is_xpu is_ipu is_hpu is_mtia is_vulkan "
+    "is_maia _version _base output_nr retains_grad _backward_hooks"
+).split()
+_METADATA_METHODS = (
+    "size dim numel nelement stride element_size is_floating_point is_complex is_contiguous storage_offset __len__ "
+    "requires_grad_ is_pinned get_device is_inference is_signed is_conj is_neg ndimension is_shared"
+).split()
+_METADATA = {
+    *(getattr(_Tensor, name).__get__ for name in _METADATA_ATTRIBUTES if hasattr(_Tensor, name)),
+    *(getattr(_Tensor, name) for name in _METADATA_METHODS if hasattr(_Tensor, name)),
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.numel,
+}
+_ITSELF = {_Tensor.detach, _Tensor.data.__get__, torch.detach, _Tensor.contiguous}  # type: ignore[attr-defined]
+
+
+class ManagedTensor(torch.Tensor):
+    """A tensor in the care of a Pager. Made by `MemoryOptimizer`, not by its constructor.
+
+    Attributes:
+        pager: who owns the bytes.
+        entry: the Pager's record of them.
+    """
+
+    pager: Pager
+    entry: TensorEntry
+
+    @staticmethod
+    def __new__(cls, pager: Pager, entry: TensorEntry) -> ManagedTensor:
+        self: ManagedTensor = torch.Tensor._make_wrapper_subclass(
+            cls,
+            entry.shape,
+            dtype=entry.dtype,
+        )
+        self.pager, self.entry = pager, entry
+        return self
+
+    @property
+    def tensor_id(self) -> str:
+        """The name the optimizer knows it by."""
+        return self.entry.tensor_id
+
+    @property
+    def kind(self) -> str:
+        """`weights`, `kv_cache`, `vision_features`, `text_embeddings` or `general`."""
+        return self.entry.kind
+
+    @property
+    def codec(self) -> str:
+        """The name of the codec of its encoded form."""
+        return self.entry.codec.name
+
+    @property
+    def tier(self) -> str:
+        """`cpu` while every page is in memory, else `ssd`."""
+        return "cpu" if all(page.state is PageState.RESIDENT for page in self.entry.pages) else "ssd"
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        entry = self.entry
+        return (
+            f"ManagedTensor({entry.tensor_id!r}, kind={entry.kind!r}, shape={tuple(entry.shape)}, dtype={entry.dtype}, "
+            f"codec={entry.codec.name!r}, tier={self.tier!r})"
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Route an operation: computed on the encoded form, answered from metadata, or run on the decoded tensor."""
+        kwargs = kwargs or {}
+        if func is F.linear:
+            result = _linear(*args, **kwargs)
+        elif func is F.embedding:
+            result = _embedding(*args, **kwargs)
+        elif func in _ITSELF and len(args) == 1 and not kwargs:
+            return args[0]
+        elif func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        else:
+            result = NotImplemented
+        return _run_decoded(func, args, kwargs) if result is NotImplemented else result
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Answer operations that torch starts below its Python interface; there is no encoded form of them."""
+        return _run_decoded(func, args, kwargs or {})
+
+    def decoded(self) -> torch.Tensor:
+        """Return a plain tensor with the values: the bytes themselves (pinned while it lives) or a decoded copy."""
+        return _plain(self)
+
+
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+    if type(weight) is not ManagedTensor or type(input) is ManagedTensor or weight.entry.rows_per_page is None:
+        return NotImplemented
+    if type(bias) is ManagedTensor:
+        bias = bias.decoded()
+    return weight.pager.linear(weight.entry, input, bias)
+
+
+def _embedding(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    if type(weight) is not ManagedTensor or type(input) is ManagedTensor or max_norm is not None:
+        return NotImplemented
+    entry = weight.entry
+    if entry.rows_per_page is None or input.dtype not in (torch.int32, torch.int64):
+        return NotImplemented
+    rows, positions = torch.unique(input, return_inverse=True)
+    if rows.numel() and not (0 <= int(rows[0]) and int(rows[-1]) < entry.shape[0]):
+        raise IndexError(f"embedding index outside [0, {entry.shape[0]}): {int(rows[0])} to {int(rows[-1])}")
+    encoded = weight.pager.read_rows(entry, rows)
+    table = entry.codec.decode(encoded, torch.empty((len(rows), *entry.shape[1:]), dtype=entry.dtype))
+    return table[positions]
+
+
+def _plain(managed: ManagedTensor) -> torch.Tensor:
+    """Decode; where the codec keeps the values as they are, alias the bytes and pin them for the alias's life."""
+    pager, entry = managed.pager, managed.entry
+    pager.pin(entry)
+    data = next(iter(entry.encoded(0, entry.rows).values()))
+    if isinstance(entry.codec, RawCodec) and data.dtype == entry.dtype:
+        raw, buffer = entry.lease()
+        weakref.finalize(buffer, pager.unpin, entry)
+        return raw.view(entry.dtype).view(entry.shape)
+    try:
+        decoded = torch.empty((entry.rows, entry.n_bytes // entry.rows // data.element_size()), dtype=entry.dtype)
+        return entry.codec.decode(entry.encoded(0, entry.rows), decoded).view(entry.shape)
+    finally:
+        pager.unpin(entry)
+
+
+def _run_decoded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run any operation on plain tensors; what it wrote to goes back into the managed ones."""
+    plain: dict[int, tuple[ManagedTensor, torch.Tensor]] = {}
+
+    def unwrap(value: Any) -> Any:
+        if type(value) is not ManagedTensor:
+            return value
+        if id(value.entry) not in plain:
+            plain[id(value.entry)] = (value, _plain(value))
+        return plain[id(value.entry)][1]
+
+    plain_args, plain_kwargs = _pytree.tree_map(unwrap, (args, kwargs))
+    result = func(*plain_args, **plain_kwargs)
+    outputs = [leaf for leaf in _pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    name = getattr(func, "__name__", "")
+    writes = name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
+    writes = writes or (name.startswith("__i") and name not in ("__int__", "__index__", "__invert__"))
+    for managed, decoded in plain.values():
+        written = (writes and args and args[0] is managed) or kwargs.get("out") is managed
+        if written:
+            _write_back(managed, decoded)
+        start = managed.entry.address
+        for output in outputs:
+            if output is not decoded and start <= _address(output) < start + managed.entry.n_bytes:
+                managed.entry.aliased = True
+
+    def rewrap(value: Any) -> Any:
+        return next((managed for managed, decoded in plain.values() if decoded is value), value)
+
+    return _pytree.tree_map(rewrap, result)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # a layout without a storage shares no memory
+        return 0
+
+
+def _write_back(managed: ManagedTensor, decoded: torch.Tensor) -> None:
+    pager, entry = managed.pager, managed.entry
+    pager.pin(entry)
+    try:
+        segments = entry.encoded(0, entry.rows)
+        data = next(iter(segments.values()))
+        in_place = decoded.untyped_storage().data_ptr() == data.untyped_storage().data_ptr()
+        if not in_place:
+            for name, values in entry.codec.encode(decoded.to(entry.dtype)).items():
+                segments[name].copy_(values)
+        pager.mark_dirty(entry)
+    finally:
+        pager.unpin(entry)

@@ -1,0 +1,59 @@
+"""Counters of the Pager, apart from its logic."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TensorUse:
+    """What one tensor holds: its size as the model sees it, as it is encoded, and how much of that is in memory."""
+
+    kind: str
+    codec: str
+    logical_bytes: int
+    encoded_bytes: int
+    resident_bytes: int
+
+
+@dataclass(slots=True)
+class PagingStats:
+    """What happened since the start, or since `reset`.
+
+    Attributes:
+        hits: page accesses that found bytes kept from an earlier access.
+        misses: page accesses whose bytes had been read from the SSD since the access before.
+        faults: misses that had to wait.
+        stall_s: seconds waited.
+        hit_bytes, miss_bytes: the same accesses, by size.
+        prefetches: pages read before they were asked for; `prefetches_used`: those accessed afterwards.
+        bytes_read, bytes_written: traffic with the SSD (checkpoint and swap file).
+        row_bytes_read: single rows read for embedding look-ups.
+        evictions: clean pages dropped; swap_writes, swap_reads: pages through the swap file.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    faults: int = 0
+    stall_s: float = 0.0
+    hit_bytes: int = 0
+    miss_bytes: int = 0
+    prefetches: int = 0
+    prefetches_used: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    row_bytes_read: int = 0
+    evictions: int = 0
+    swap_writes: int = 0
+    swap_reads: int = 0
+
+    def as_dict(self, passes: int) -> dict[str, float | int | None]:
+        """Return the counters and the ratios that follow; a ratio of nothing is `None`."""
+        accesses = self.hit_bytes + self.miss_bytes
+        return {
+            **asdict(self),
+            "passes": passes,
+            "hit_rate": self.hit_bytes / accesses if accesses else None,
+            "prefetch_accuracy": self.prefetches_used / self.prefetches if self.prefetches else None,
+            "bytes_read_per_pass": self.bytes_read / passes if passes else None,
+        }

@@ -1,0 +1,29 @@
+"""Page-aligned address ranges and the page frames behind them. Knows bytes and lifetimes of blocks, nothing else."""
+
+from .blocks import BlockAllocator
+from .frames import UNIT_BYTES, FramePool, round_up
+from .typed import (
+    AdvancedMemoryPool,
+    GeneralTensorPool,
+    KVCachePool,
+    TensorPool,
+    TextEmbeddingPool,
+    VisionFeaturePool,
+)
+from .virtual import FRAME_BYTES, reserve, unreserve
+
+__all__ = [
+    "FRAME_BYTES",
+    "UNIT_BYTES",
+    "AdvancedMemoryPool",
+    "BlockAllocator",
+    "FramePool",
+    "GeneralTensorPool",
+    "KVCachePool",
+    "TensorPool",
+    "TextEmbeddingPool",
+    "VisionFeaturePool",
+    "reserve",
+    "round_up",
+    "unreserve",
+]

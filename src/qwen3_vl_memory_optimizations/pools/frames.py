@@ -1,0 +1,122 @@
+"""`FramePool`: the physical memory of all managed tensors, and its limit."""
+
+from __future__ import annotations
+
+import logging
+
+from ..errors import MemoryBudgetExceeded, MemoryOptimizationError, format_bytes
+from .virtual import FRAME_BYTES, can_move_frames, discard, move_frames
+
+logger = logging.getLogger(__name__)
+
+UNIT_BYTES = 512 * 1024
+"""Frames are kept and moved in units of this size. Every moved unit is one mapping of the kernel's at most 65,530, and a
+mapping cannot be moved in parts on kernels before 6.17; smaller rests are returned to the system and faulted in anew."""
+
+
+def round_up(n_bytes: int, multiple: int = FRAME_BYTES) -> int:
+    """Return the next multiple."""
+    return -(-n_bytes // multiple) * multiple
+
+
+class FramePool:
+    """Counts the frames behind managed tensors, and keeps freed ones for the next owner.
+
+    Because frames move between addresses, free ones never fragment: any of them serve any block. A range must be
+    released as it was backed. Not thread-safe: the Pager locks.
+
+    Args:
+        limit_bytes: the most memory, used and free frames together.
+        reuse: keep freed frames (True) or return them to the system at once (`enable_memory_pooling=False`).
+    """
+
+    def __init__(self, limit_bytes: int, *, reuse: bool = True) -> None:
+        self.limit_bytes = limit_bytes // FRAME_BYTES * FRAME_BYTES
+        self.used_bytes = 0
+        self.peak_bytes = 0
+        self.reused_bytes = 0
+        self._reuse = reuse and can_move_frames()
+        self._free: dict[int, None] = {}  # addresses of free units, oldest first
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory held for the next owner."""
+        return len(self._free) * UNIT_BYTES
+
+    @property
+    def committed_bytes(self) -> int:
+        """Physical memory held: used and free frames."""
+        return self.used_bytes + self.free_bytes
+
+    @property
+    def available_bytes(self) -> int:
+        """What can still be backed without an eviction."""
+        return self.limit_bytes - self.used_bytes
+
+    def back(self, address: int, n_bytes: int, *, owner: str) -> None:
+        """Put memory behind `[address, address + n_bytes)`; its contents are undefined.
+
+        Raises:
+            MemoryBudgetExceeded: over the limit; nothing was changed.
+        """
+        if n_bytes > self.available_bytes:
+            raise MemoryBudgetExceeded(
+                f"{owner}: {format_bytes(n_bytes)} do not fit; {format_bytes(max(0, self.available_bytes))} of "
+                f"{format_bytes(self.limit_bytes)} are free",
+                requested_bytes=n_bytes,
+                available_bytes=max(0, self.available_bytes),
+                budget_bytes=self.limit_bytes,
+                owner=owner,
+            )
+        units = range(address, address + n_bytes // UNIT_BYTES * UNIT_BYTES, UNIT_BYTES)
+        there = [unit for unit in units if unit in self._free]
+        for unit in there:
+            del self._free[unit]
+        self.reused_bytes += len(there) * UNIT_BYTES
+        for unit in set(units).difference(there) if self._free else ():
+            if not self._free:
+                break
+            self._move_to(unit)
+        self.used_bytes += n_bytes
+        self._trim()
+        self.peak_bytes = max(self.peak_bytes, self.committed_bytes)
+
+    def _move_to(self, unit: int) -> None:
+        source = next(iter(self._free))
+        del self._free[source]
+        try:
+            move_frames(source, unit, UNIT_BYTES)
+            self.reused_bytes += UNIT_BYTES
+        except MemoryOptimizationError as error:
+            # Out of mappings, most likely: pages are then faulted in anew, which is slower and always works.
+            logger.warning("page frames cannot be moved any more (%s); they are returned to the system instead", error)
+            self._reuse = False
+            discard(source, UNIT_BYTES)
+            self.trim()
+
+    def release(self, address: int, n_bytes: int) -> None:
+        """Take the memory behind a range for the next owner; what it held is lost."""
+        self.used_bytes -= n_bytes
+        whole = n_bytes // UNIT_BYTES * UNIT_BYTES if self._reuse else 0
+        self._free.update(dict.fromkeys(range(address, address + whole, UNIT_BYTES)))
+        discard(address + whole, n_bytes - whole)
+        self._trim()
+
+    def set_limit(self, limit_bytes: int) -> None:
+        """Change the limit; free frames over it go back to the system. Used ones are the caller's to evict first."""
+        self.limit_bytes = limit_bytes // FRAME_BYTES * FRAME_BYTES
+        self._trim()
+
+    def trim(self) -> int:
+        """Return all free frames to the system; return how many bytes that were."""
+        freed = self.free_bytes
+        for unit in self._free:
+            discard(unit, UNIT_BYTES)
+        self._free.clear()
+        return freed
+
+    def _trim(self) -> None:
+        while self._free and self.committed_bytes > self.limit_bytes:
+            unit = next(iter(self._free))
+            del self._free[unit]
+            discard(unit, UNIT_BYTES)

@@ -1,0 +1,105 @@
+"""The typed pools of section 2.1: each kind of runtime tensor in an address range of its own."""
+
+from __future__ import annotations
+
+from .blocks import BlockAllocator
+from .virtual import reserve, unreserve
+
+
+class TensorPool:
+    """Page-aligned blocks of one kind of tensor. Holds addresses; the memory behind them is the `FramePool`'s.
+
+    Args:
+        size_bytes: address space to reserve (it costs no memory until it is used).
+        page_size: granularity in bytes.
+    """
+
+    kind = "general"
+
+    def __init__(self, size_bytes: int, page_size: int = 4096) -> None:
+        self._blocks = BlockAllocator(size_bytes, page_size)
+        self._base = reserve(self._blocks.size_bytes)
+        self.allocations = 0
+
+    def allocate(self, n_bytes: int) -> int:
+        """Return the address of a block of at least `n_bytes`.
+
+        Raises:
+            MemoryBudgetExceeded: the pool's address space is used up.
+        """
+        address = self._base + self._blocks.allocate(n_bytes, owner=self.kind)
+        self.allocations += 1
+        return address
+
+    def free(self, address: int) -> None:
+        """Free a block; its neighbours coalesce with it."""
+        self._blocks.free(address - self._base)
+
+    def stats(self) -> dict[str, float | int | None]:
+        """Return bytes, allocations and fragmentation of this pool."""
+        return {
+            "size_bytes": self._blocks.size_bytes,
+            "used_bytes": self._blocks.granted_bytes,
+            "requested_bytes": self._blocks.requested_bytes,
+            "utilization": self._blocks.granted_bytes / self._blocks.size_bytes,
+            "allocations": self.allocations,
+            "internal_fragmentation": self._blocks.internal_fragmentation,
+            "external_fragmentation": self._blocks.external_fragmentation,
+        }
+
+    def close(self) -> None:
+        """Give the address space back."""
+        if self._base:
+            unreserve(self._base, self._blocks.size_bytes)
+            self._base = 0
+
+
+class GeneralTensorPool(TensorPool):
+    """Tensors of no particular kind."""
+
+
+class KVCachePool(TensorPool):
+    """Keys and values."""
+
+    kind = "kv_cache"
+
+
+class VisionFeaturePool(TensorPool):
+    """Outputs of the vision tower."""
+
+    kind = "vision_features"
+
+
+class TextEmbeddingPool(TensorPool):
+    """Embedded text."""
+
+    kind = "text_embeddings"
+
+
+class AdvancedMemoryPool:
+    """The four typed pools (section 2.1).
+
+    Args:
+        initial_size: address space of each pool, in bytes.
+        page_size: granularity in bytes.
+
+    Attributes:
+        pools: kind -> pool.
+    """
+
+    def __init__(self, initial_size: int, page_size: int = 4096) -> None:
+        self.initial_size = initial_size
+        self.page_size = page_size
+        self.pools: dict[str, TensorPool] = {
+            pool.kind: pool(initial_size, page_size)
+            for pool in (GeneralTensorPool, KVCachePool, VisionFeaturePool, TextEmbeddingPool)
+        }
+
+    def stats(self) -> dict[str, dict[str, float | int | None]]:
+        """Return the figures of each pool."""
+        return {kind: pool.stats() for kind, pool in self.pools.items()}
+
+    def close(self) -> None:
+        """Give the address space back."""
+        for pool in self.pools.values():
+            pool.close()

@@ -1,0 +1,84 @@
+"""Address space and page frames apart: reserve, back, move and give back memory (mmap(2), mremap(2), madvise(2)).
+
+A tensor keeps one contiguous address for life; the physical memory behind it comes and goes. Moving frames between
+addresses costs a page-table update (about 20 us a MiB); letting the kernel take them back and fault in zeroed new ones
+costs ten to fifty times as much.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import lru_cache
+
+from ..errors import MemoryOptimizationError
+
+FRAME_BYTES = 4096
+
+_PROT_READ_WRITE = 0x3
+_MAP_PRIVATE_ANONYMOUS_NORESERVE = 0x2 | 0x20 | 0x4000
+_MREMAP_MAYMOVE_FIXED_DONTUNMAP = 0x1 | 0x2 | 0x4
+_MADV_DONTNEED = 4
+_MADV_NOHUGEPAGE = 15
+_MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+@lru_cache(maxsize=1)
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    size, address, integer = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int
+    libc.mmap.restype = address
+    libc.mmap.argtypes = [address, size, integer, integer, integer, ctypes.c_long]
+    libc.munmap.argtypes = [address, size]
+    libc.mremap.restype = address
+    libc.mremap.argtypes = [address, size, size, integer, address]
+    libc.madvise.argtypes = [address, size, integer]
+    return libc
+
+
+def _fail(call: str, n_bytes: int) -> MemoryOptimizationError:
+    return MemoryOptimizationError(f"{call} of {n_bytes} bytes failed: {os.strerror(ctypes.get_errno())}")
+
+
+def reserve(n_bytes: int) -> int:
+    """Reserve address space without memory behind it; return its address. Huge pages are off: they would back more
+    bytes than are accounted."""
+    libc = _libc()
+    address = libc.mmap(None, n_bytes, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS_NORESERVE, -1, 0)
+    if address is None or address == _MAP_FAILED:
+        raise _fail("mmap", n_bytes)
+    libc.madvise(address, n_bytes, _MADV_NOHUGEPAGE)  # fails harmlessly where the kernel has no huge pages
+    return int(address)
+
+
+def unreserve(address: int, n_bytes: int) -> None:
+    """Give back address space and whatever memory is behind it."""
+    if _libc().munmap(address, n_bytes) != 0:
+        raise _fail("munmap", n_bytes)
+
+
+def discard(address: int, n_bytes: int) -> None:
+    """Give the memory behind a range back to the system; the range stays reserved and reads as zeros."""
+    if n_bytes and _libc().madvise(address, n_bytes, _MADV_DONTNEED) != 0:
+        raise _fail("madvise", n_bytes)
+
+
+def move_frames(source: int, target: int, n_bytes: int) -> None:
+    """Move the memory behind `source` to `target`; afterwards `source` is reserved and empty."""
+    moved = _libc().mremap(source, n_bytes, n_bytes, _MREMAP_MAYMOVE_FIXED_DONTUNMAP, target)
+    if moved != target:
+        raise _fail("mremap", n_bytes)
+
+
+@lru_cache(maxsize=1)
+def can_move_frames() -> bool:
+    """Whether this kernel moves frames and keeps the source reserved (Linux 5.7)."""
+    base = reserve(2 * FRAME_BYTES)
+    try:
+        ctypes.memset(base, 7, 1)
+        move_frames(base, base + FRAME_BYTES, FRAME_BYTES)
+        return ctypes.string_at(base + FRAME_BYTES, 1) == b"\x07"
+    except MemoryOptimizationError:
+        return False
+    finally:
+        unreserve(base, 2 * FRAME_BYTES)

@@ -1,0 +1,97 @@
+"""`PassSchedule`: the order in which weights are touched, learnt from the passes themselves.
+
+A transformer touches its weights in the same order at each forward. A *pass* is a run of accesses without
+repetition; the first access that was already made in the pass begins the next one. Passes that begin with the same
+tensor are of one sort: an image prefill begins with the vision tower, a decode step with the first layer. For each
+sort the last order seen is remembered, and which sort came after which, so the next uses of every tensor are known
+across the end of a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+
+
+class PassSchedule:
+    """Learns passes and foretells accesses.
+
+    Args:
+        hint: the order to expect before anything was seen (the order of the checkpoint).
+    """
+
+    def __init__(self, hint: Sequence[Hashable] = ()) -> None:
+        self._hint: list[Hashable] = list(hint)
+        self._orders: dict[Hashable, list[Hashable]] = {}
+        self._counts: dict[Hashable, int] = {}
+        self._successor: dict[Hashable, Hashable] = {}
+        self._previous: Hashable | None = None
+        self._current: list[Hashable] = []
+        self._seen: set[Hashable] = set()
+        self._expected: list[Hashable] = []
+        self._index: dict[Hashable, int] = {}
+        self._position = -1
+        self.passes = 0
+
+    def record(self, item: Hashable) -> bool:
+        """Note an access; return whether it began a new pass."""
+        begins = not self._current or item in self._seen
+        if begins:
+            self._finish_pass()
+            self._expect(self._order_beginning_with(item))
+        position = self._position + 1
+        if not (position < len(self._expected) and self._expected[position] == item):
+            position = self._index.get(item, self._position)
+        self._position = position
+        self._current.append(item)
+        self._seen.add(item)
+        return begins
+
+    def upcoming(self) -> Iterator[Hashable]:
+        """Yield the items expected after the last access, nearest first, across one end of a pass."""
+        yield from self._expected[self._position + 1 :]
+        yield from self._following()
+
+    def distances(self) -> dict[Hashable, int]:
+        """Return the number of accesses until each item that is expected again; what is missing is not expected."""
+        distances: dict[Hashable, int] = {}
+        for distance, item in enumerate(self.upcoming(), start=1):
+            distances.setdefault(item, distance)
+        return distances
+
+    def cycles(self) -> list[list[Hashable]]:
+        """Return the known orders, the most frequent sort of pass first; the hint while none is complete."""
+        if not self._orders:
+            return [self._expected or self._hint]
+        firsts = sorted(self._orders, key=lambda first: -self._counts[first])
+        return [self._orders[first] for first in firsts]
+
+    def _following(self) -> list[Hashable]:
+        first = self._current[0] if self._current else None
+        return self._orders.get(self._successor.get(first, first), [])
+
+    def _finish_pass(self) -> None:
+        if not self._current:
+            return
+        first = self._current[0]
+        self._orders[first] = self._current
+        self._counts[first] = self._counts.get(first, 0) + 1
+        if self._previous is not None:
+            self._successor[self._previous] = first
+        self._previous = first
+        self._current, self._seen = [], set()
+        self.passes += 1
+
+    def _order_beginning_with(self, item: Hashable) -> list[Hashable]:
+        known = self._orders.get(item)
+        if known is not None:
+            return known
+        # A sort of pass not seen yet: it is most likely the rest of a known order from here on.
+        for order in ([self._orders[self._previous]] if self._previous is not None else []) + [self._hint]:
+            if item in order:
+                return order[order.index(item) :]
+        return [item]
+
+    def _expect(self, order: list[Hashable]) -> None:
+        self._expected = order
+        self._index = {item: position for position, item in enumerate(order)}
+        self._position = -1

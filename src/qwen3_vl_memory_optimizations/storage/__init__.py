@@ -1,0 +1,34 @@
+"""Bytes and the SSD: direct I/O, checkpoints in safetensors files, the packed checkpoint, the swap file."""
+
+from .checkpoint import Checkpoint
+from .checksums import PageChecksums, page_count
+from .direct_io import BLOCK_BYTES, AlignedBuffer, DirectFile
+from .io_queue import BACKGROUND, DEMAND, PREFETCH, IOQueue, Ticket
+from .packed import PackedEntry, PackedLayout, PackedWriter, pack_lock
+from .probe import measure_read_bandwidth, measure_scratch_bandwidth
+from .safetensors_file import SafetensorsHeader, TensorExtent, read_header
+from .swap_file import SwapFile
+
+__all__ = [
+    "BACKGROUND",
+    "BLOCK_BYTES",
+    "DEMAND",
+    "PREFETCH",
+    "AlignedBuffer",
+    "Checkpoint",
+    "DirectFile",
+    "IOQueue",
+    "PackedEntry",
+    "PackedLayout",
+    "PackedWriter",
+    "PageChecksums",
+    "SafetensorsHeader",
+    "SwapFile",
+    "TensorExtent",
+    "Ticket",
+    "measure_read_bandwidth",
+    "measure_scratch_bandwidth",
+    "pack_lock",
+    "page_count",
+    "read_header",
+]

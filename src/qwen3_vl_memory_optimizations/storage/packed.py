@@ -1,0 +1,322 @@
+"""Writing a packed checkpoint: resumable, and a part is never taken for the whole.
+
+It is a safetensors file made for direct reads: each tensor starts on a block boundary; padding tensors fill
+the gaps, because safetensors allows none. The metadata holds a checksum for each page. The header comes
+last: until then the file starts with zeros, which no reader accepts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+
+from ..errors import InsufficientDiskSpaceError, ShortIOError, StorageError
+from .checkpoint import SINGLE_FILE
+from .checksums import PageChecksums
+from .direct_io import (
+    BLOCK_BYTES,
+    DISK_FULL,
+    AlignedBuffer,
+    DirectFile,
+    disk_full_error,
+    free_disk_bytes,
+    round_up,
+)
+from .packed_layout import PackedEntry, PackedLayout, compact_json
+
+__all__ = ["PackedEntry", "PackedLayout", "PackedWriter", "pack_lock"]
+
+JOURNAL_FILE = "journal.jsonl"
+_BOUNCE_BYTES = 16 << 20
+
+
+class PackedWriter:
+    """Writes one packed checkpoint in `<final_dir>.partial`, and renames it when it is whole.
+
+    A run that was interrupted is taken up where it stopped, by making the writer again with the same layout
+    and metadata; put a fingerprint of the source into the metadata, so that another source starts over. One
+    process at a time: hold `pack_lock`.
+
+    Args:
+        final_dir: the directory to make; it must not exist, or be empty.
+        layout: what goes where.
+        metadata: texts to store in the file.
+    """
+
+    def __init__(self, final_dir: Path, layout: PackedLayout, metadata: Mapping[str, str]) -> None:
+        self.final_dir = Path(final_dir)
+        self.partial_dir = self.final_dir.with_name(self.final_dir.name + ".partial")
+        self._layout = layout
+        self._metadata = dict(metadata)
+        self._fingerprint = layout.fingerprint(metadata)
+        self._data_start = len(layout.header(metadata))
+        self._checksums: dict[str, tuple[int, ...]] = {}
+        self._file: DirectFile | None = None
+        self._journal = -1
+
+    def open(self) -> set[str]:
+        """Make or take up the partial directory.
+
+        Returns:
+            The names of the entries that are written already.
+
+        Raises:
+            InsufficientDiskSpaceError: the disk cannot hold what is still to be written; nothing was changed.
+            StorageError: the final directory is there already, or the directory cannot be written.
+        """
+        model = self.partial_dir / SINGLE_FILE
+        journal = self.partial_dir / JOURNAL_FILE
+        with self._disk_errors():
+            if self.final_dir.exists() and any(self.final_dir.iterdir()):
+                raise StorageError(
+                    f"{self.final_dir}: exists already; delete it to pack the checkpoint again",
+                    path=self.final_dir,
+                )
+            self._checksums, journal_bytes = self._read_journal()
+        self._require_free_space()
+        with self._disk_errors():
+            self.partial_dir.mkdir(parents=True, exist_ok=True)
+            if not journal_bytes:
+                # In this order: a journal must never outlive the data it vouches for.
+                journal.unlink(missing_ok=True)
+                model.unlink(missing_ok=True)
+            self._file = DirectFile(model, writable=True)
+            self._file.resize(self._data_start + self._layout.data_bytes)
+            self._journal = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            if not journal_bytes:
+                self._log({"layout": self._fingerprint})
+            else:
+                # A line that was cut off must not run into the next one.
+                os.ftruncate(self._journal, journal_bytes)
+        return set(self._checksums)
+
+    def append(self, name: str, chunks: Iterable[memoryview | bytes]) -> None:
+        """Write the bytes of one entry; entries may come in any order. At most 16 MiB are held.
+
+        Raises:
+            ShortIOError: the chunks are not as many bytes as the layout says.
+            InsufficientDiskSpaceError: the disk is full; what is written so far stays and is taken up the
+                next time.
+            StorageError: the device failed.
+        """
+        assert self._file is not None and self._journal >= 0, "open() comes first"
+        entry = self._layout.entries[name]
+        with self._disk_errors():
+            checksums = self._write_entry(self._file, entry, chunks)
+            self._file.sync()
+            self._log({"name": name, "checksums": [f"{value:016x}" for value in checksums]})
+        self._checksums[name] = checksums
+
+    def finish(self, copy_files: Iterable[Path] = ()) -> None:
+        """Write the header, copy small files beside it, and give the directory its final name.
+
+        Args:
+            copy_files: `config.json`, the tokenizer and so on; links are followed.
+
+        Raises:
+            InsufficientDiskSpaceError: the disk is full; what is written stays and is taken up the next time.
+            StorageError: a file cannot be copied, or the final directory has appeared meanwhile.
+        """
+        assert self._file is not None, "open() comes first"
+        assert self._checksums.keys() == self._layout.entries.keys(), "entries are missing"
+        sources = [Path(source) for source in copy_files]
+        assert not {source.name for source in sources} & {SINGLE_FILE, JOURNAL_FILE}, sources
+        header = self._layout.header(self._metadata, self._checksums)
+        with self._disk_errors():
+            with AlignedBuffer(len(header)) as buffer:
+                buffer.view[: len(header)] = header
+                self._file.write_from(buffer.address, 0, len(header))
+            self._file.sync()
+            for source in sources:
+                target = self.partial_dir / source.name
+                shutil.copyfile(source, target)
+                _sync_path(target)
+            _sync_path(self.partial_dir)
+            self.close()
+            os.replace(self.partial_dir, self.final_dir)
+            _sync_path(self.final_dir.parent)
+            # Not before: without its journal a partial directory is started over.
+            (self.final_dir / JOURNAL_FILE).unlink()
+
+    def close(self) -> None:
+        """Close the files; what is written stays and can be taken up. Closing again does nothing."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._journal >= 0:
+            os.close(self._journal)
+            self._journal = -1
+
+    def __enter__(self) -> PackedWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write_entry(
+        self, file: DirectFile, entry: PackedEntry, chunks: Iterable[memoryview | bytes]
+    ) -> tuple[int, ...]:
+        offset = self._data_start + self._layout.offsets[entry.name]
+        pages = PageChecksums(entry.n_bytes, entry.page_bytes)
+        with AlignedBuffer(min(_BOUNCE_BYTES, entry.n_bytes)) as bounce:
+            filled = 0
+            for piece in _pieces(chunks, len(bounce.view)):
+                if pages.done_bytes + len(piece) > entry.n_bytes:
+                    raise self._size_error(entry, f"at least {pages.done_bytes + len(piece)}")
+                pages.update(piece)
+                head = piece[: len(bounce.view) - filled]
+                bounce.view[filled : filled + len(head)] = head
+                filled += len(head)
+                if filled == len(bounce.view):
+                    file.write_from(bounce.address, offset, filled)
+                    offset += filled
+                    tail = piece[len(head) :]
+                    filled = len(tail)
+                    bounce.view[:filled] = tail
+            if pages.done_bytes != entry.n_bytes:
+                raise self._size_error(entry, str(pages.done_bytes))
+            end = round_up(filled)
+            bounce.view[filled:end] = bytes(end - filled)
+            file.write_from(bounce.address, offset, end)
+        return pages.result()
+
+    def _size_error(self, entry: PackedEntry, given: str) -> ShortIOError:
+        return ShortIOError(
+            f"{self.partial_dir}: {given} bytes were given for {entry.name!r}, its layout says {entry.n_bytes}",
+            path=self.partial_dir,
+        )
+
+    def _log(self, line: dict[str, object]) -> None:
+        text = compact_json(line).encode() + b"\n"
+        before_bytes = os.fstat(self._journal).st_size
+        if os.write(self._journal, text) < len(text):
+            os.ftruncate(self._journal, before_bytes)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _read_journal(self) -> tuple[dict[str, tuple[int, ...]], int]:
+        """Return the checksums of the complete entries, and how much of the journal counts; 0: start over."""
+        try:
+            text = (self.partial_dir / JOURNAL_FILE).read_bytes()
+            present_bytes = (self.partial_dir / SINGLE_FILE).stat().st_size
+        except FileNotFoundError:
+            return {}, 0
+        if present_bytes != self._data_start + self._layout.data_bytes:
+            return {}, 0
+        complete: dict[str, tuple[int, ...]] = {}
+        valid_bytes = 0
+        for number, line in enumerate(text.splitlines(keepends=True)):
+            try:
+                fields = json.loads(line) if line.endswith(b"\n") else None
+                if number == 0:
+                    if fields is None or fields["layout"] != self._fingerprint:
+                        return {}, 0
+                elif fields is None:
+                    break
+                else:
+                    complete[fields["name"]] = tuple(int(value, 16) for value in fields["checksums"])
+            except (ValueError, KeyError, TypeError):
+                # A power cut can leave a line of the right length with other bytes.
+                break
+            valid_bytes += len(line)
+        return complete, valid_bytes
+
+    def _require_free_space(self) -> None:
+        """Raise unless the disk can hold the file, next to what it holds of it already."""
+        required = self._data_start + self._layout.data_bytes
+        with contextlib.suppress(FileNotFoundError):
+            # Taken up or started over, these bytes are used again.
+            required -= (self.partial_dir / SINGLE_FILE).stat().st_blocks * 512
+        available = self._free_bytes()
+        if available < required:
+            raise disk_full_error(
+                self.final_dir,
+                required,
+                available,
+                remedy="free some disk space, or choose a directory on another disk",
+            )
+
+    def _free_bytes(self) -> int:
+        parent = self.final_dir.absolute().parent
+        while not parent.exists():
+            parent = parent.parent
+        return free_disk_bytes(parent)
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """Turn failures of the disk into errors that say what stays and what to do."""
+        remedy = f"free some disk space and run it again: it goes on from what is in {self.partial_dir}"
+        try:
+            yield
+        except InsufficientDiskSpaceError as error:
+            raise disk_full_error(
+                self.partial_dir, error.required_bytes, error.available_bytes, remedy=remedy
+            ) from error
+        except OSError as error:
+            if error.errno in DISK_FULL:
+                raise disk_full_error(self.partial_dir, BLOCK_BYTES, self._free_bytes(), remedy=remedy) from error
+            path = error.filename or self.partial_dir
+            raise StorageError(f"{path}: {error.strerror or error}", path=path) from error
+
+
+@contextlib.contextmanager
+def pack_lock(final_dir: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Keep other processes from packing into `final_dir`; look whether it is there only inside.
+
+    The lock is `<final_dir>.lock`, which stays; the system gives it back when a process dies.
+
+    Args:
+        final_dir: the directory to be made.
+        on_wait: called once, when another process holds the lock.
+
+    Raises:
+        StorageError: the lock file cannot be made or locked.
+    """
+    path = Path(final_dir).with_name(Path(final_dir).name + ".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be opened: {error.strerror}", path=path) from error
+    try:
+        _lock(fd, path, on_wait)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int, path: Path, on_wait: Callable[[], None] | None) -> None:
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if on_wait is not None:
+                on_wait()
+            fcntl.flock(fd, fcntl.LOCK_EX)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be locked: {error.strerror}", path=path) from error
+
+
+def _pieces(chunks: Iterable[memoryview | bytes], max_bytes: int) -> Iterator[memoryview]:
+    for chunk in chunks:
+        view = memoryview(chunk)
+        if view.nbytes:
+            view = view.cast("B")
+            for start in range(0, len(view), max_bytes):
+                yield view[start : start + max_bytes]
+
+
+def _sync_path(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
