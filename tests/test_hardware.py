@@ -21,9 +21,7 @@ AVX512_BF16_FLAGS = "fpu sse4_2 avx avx2 fma f16c avx512f avx512bw avx512_bf16"
 LAPTOP_FLAGS = "fpu sse4_2 avx f16c fma avx2"
 
 
-def make_machine(
-    root: Path, *, flags: str = LAPTOP_FLAGS, memory_bytes: int = 8 * GIB, cgroup: str = "0::/\n"
-) -> Path:
+def make_machine(root: Path, *, flags: str = LAPTOP_FLAGS, memory_bytes: int = 8 * GIB, cgroup: str = "0::/\n") -> Path:
     """Write the `/proc` of a laptop with 4 cores of 2 threads."""
     (root / "proc/self").mkdir(parents=True)
     threads = [
@@ -105,9 +103,7 @@ def test_a_profile_is_frozen_and_slotted(tmp_path):
         ({"avx512f"}, "AVX512", {}, False),
     ],
 )
-def test_fast_bf16_needs_the_instructions_and_nothing_that_caps_them(
-    flags, capability, environment, expected
-):
+def test_fast_bf16_needs_the_instructions_and_nothing_that_caps_them(flags, capability, environment, expected):
     assert hardware._has_fast_bf16(flags, capability, environment) is expected
 
 
@@ -235,10 +231,7 @@ def test_a_gpu_that_is_there_is_not_recorded_as_requested(tmp_path, monkeypatch,
 
 
 def test_more_memory_than_the_machine_has_is_not_planned_with(tmp_path):
-    assert (
-        HardwareProfile.from_mapping({"memory_size": 64.0 * GIB}, root=make_machine(tmp_path)).ram_bytes
-        == 8 * GIB
-    )
+    assert HardwareProfile.from_mapping({"memory_size": 64.0 * GIB}, root=make_machine(tmp_path)).ram_bytes == 8 * GIB
 
 
 def test_a_profile_and_nothing_are_accepted(tmp_path):

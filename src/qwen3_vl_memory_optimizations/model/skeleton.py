@@ -76,10 +76,11 @@ def _model_class(config: Any, directory: Path | str) -> Any:
         known = getattr(transformers, name, None)
         if known is not None and hasattr(known, "generate") and hasattr(known, "_from_config"):
             return known
-    if config.model_type == "qwen3_vl":
-        return transformers.Qwen3VLForConditionalGeneration
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if not getattr(config, "architectures", None):
+        if config.model_type == "qwen3_vl":
+            return transformers.Qwen3VLForConditionalGeneration
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     architectures = ", ".join(getattr(config, "architectures", None) or ["none named"])
     raise CheckpointError(
         f"{directory}: model type {config.model_type!r} (architecture {architectures}) does not generate text; "

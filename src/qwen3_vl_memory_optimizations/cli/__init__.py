@@ -1,0 +1,47 @@
+"""The command line `qwen3vl-mem`. One file a command; what a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .._version import __version__
+from . import demo, doctor, generate, pack
+from ._output import CommandGroup
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="qwen3vl-mem",
+    cls=CommandGroup,
+    help="Run Qwen3-VL inside a hard memory budget.",
+    epilog="Start with: qwen3vl-mem demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for command in (demo.demo, generate.generate, pack.pack, doctor.doctor):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="qwen3vl-mem")
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"qwen3vl-mem {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    # The options of the program itself; its help text is given to `Typer`.
+    pass

@@ -1,0 +1,63 @@
+"""Brief measurements of this machine: memory bandwidth and the speed of matrix products."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..compression import INT8Codec, LinearInput, Scratch
+
+_COLUMNS, _ROWS = 2048, 2048
+_LONGEST_S = 0.5
+
+
+def memory_bandwidth(n_bytes: int) -> float:
+    """Return how fast all threads together read memory, in bytes/s: the sum of a tensor of `n_bytes`."""
+    block = torch.ones(n_bytes // 4)
+    return n_bytes / _best_seconds(block.sum, runs=7)
+
+
+def product_speeds(rows: int, *, runs: int) -> dict[str, float]:
+    """Return how fast `rows` activations pass a 2048 x 2048 layer, in operations/s.
+
+    Args:
+        rows: 1 is a step of decoding; many is a prompt or an image.
+        runs: the best of so many counts.
+
+    Returns:
+        One figure for fp32, bf16, and INT8 weights as the library computes with them (fp32 activations).
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(_ROWS, _COLUMNS, generator=generator)
+    x = torch.randn(rows, _COLUMNS, generator=generator)
+    codec, scratch = INT8Codec(), Scratch()
+    encoded = codec.encode(weight)
+    low_x, low_weight = x.bfloat16(), weight.bfloat16()
+    products: dict[str, Callable[[], Any]] = {
+        "float32": lambda: F.linear(x, weight),
+        "bfloat16": lambda: F.linear(low_x, low_weight),
+        "int8": lambda: codec.linear(LinearInput(x), encoded, bias=None, scratch=scratch),
+    }
+    operations = 2 * rows * _COLUMNS * _ROWS
+    with torch.inference_mode():
+        return {name: operations / _best_seconds(run, runs) for name, run in products.items()}
+
+
+def _best_seconds(run: Callable[[], Any], runs: int) -> float:
+    """Return the shortest of several runs, after one that warms up; a slow run is not repeated for long."""
+    begin = time.perf_counter()
+    run()
+    best = time.perf_counter() - begin
+    for _ in range(runs):
+        start = time.perf_counter()
+        run()
+        end = time.perf_counter()
+        best = min(best, end - start)
+        # Where bf16 falls back to slow code, one run takes long enough.
+        if end - begin > _LONGEST_S:
+            break
+    return best

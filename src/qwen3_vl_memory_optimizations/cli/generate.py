@@ -1,0 +1,178 @@
+"""`qwen3vl-mem generate`: ask one question, and see the answer as it comes."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ._output import (
+    EXIT_INTERRUPTED,
+    CacheDirOption,
+    CodecOption,
+    DebugOption,
+    JsonOption,
+    RamBudgetOption,
+    TensorBudgetOption,
+    error_console,
+    percent,
+    print_json,
+    progress_bar,
+)
+
+if TYPE_CHECKING:
+    from ..model.processing import AnswerStreamer
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="A checkpoint directory, or a model id of the hub.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", help="An image; may be given several times.")
+    ] = None,
+    video: Annotated[Path | None, typer.Option("--video", help="A video file, or a directory of frames.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="What the model is told to be.")] = None,
+    ram_budget: RamBudgetOption = None,
+    tensor_budget: TensorBudgetOption = None,
+    codec: CodecOption = "auto",
+    cache_dir: CacheDirOption = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer.")] = 256,
+    max_pixels: Annotated[
+        int | None, typer.Option("--max-pixels", min=1, help="Scale larger images and frames down to this.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.")
+    ] = 0.0,
+    prompt_lookup: Annotated[
+        int, typer.Option("--prompt-lookup", min=0, metavar="N", help="Try N tokens copied from the prompt.")
+    ] = 0,
+    stats: Annotated[bool, typer.Option("--stats", help="Show speed and memory at the end (on stderr).")] = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Answer a question about images or a video, within a memory budget.
+
+    Ctrl-C stops the answer; what was said so far stays.
+
+    Example:
+
+    qwen3vl-mem generate Qwen/Qwen3-VL-2B-Instruct -i photo.jpg -p "What is this?"
+    """
+    from ..config import MemoryConfig
+
+    # Checked before anything slow is done.
+    budgets = {"ram_budget": ram_budget, "tensor_budget": tensor_budget}
+    config = MemoryConfig.from_mapping({**budgets, "codec": codec, "cache_dir": cache_dir})
+
+    from .. import create_optimized_model
+    from ..factory import _local_directory as local_directory
+    from ..model.processing import load_processor
+
+    directory = local_directory(model)
+    processor = load_processor(directory)
+    inputs = processor.prepare(prompt, image or [], video, system, max_pixels=max_pixels)
+    with progress_bar(quiet=as_json) as progress:
+        optimized = create_optimized_model(directory, memory_config=config, progress=progress)
+    optimizer = optimized.memory_optimizer
+
+    pieces: list[str] = []
+
+    def on_text(text: str) -> None:
+        pieces.append(text)
+        if not as_json:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    streamer = processor.streamer(on_text)
+    choices: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        choices["temperature"] = temperature
+    if prompt_lookup:
+        choices["prompt_lookup_num_tokens"] = prompt_lookup
+        # Else transformers also proposes to copy the places of pictures, and fails when it counts them.
+        choices["suppress_tokens"] = [processor.tokens.image_id, processor.tokens.video_id]
+    interrupted = False
+    read_before = optimizer.get_memory_efficiency_stats()["paging"]["bytes_read"]
+    start_s = time.perf_counter()
+    try:
+        try:
+            optimized.generate(**inputs, **choices, max_new_tokens=max_new_tokens, streamer=streamer)
+        except KeyboardInterrupt:
+            interrupted = True
+            streamer.end()  # the last word, which waited for its end
+        memory = optimizer.get_memory_efficiency_stats()
+    finally:
+        optimizer.close()
+
+    figures = Figures.of(streamer, start_s, memory, read_before)
+    if as_json:
+        answer = {
+            "answer": "".join(pieces).strip(),
+            "interrupted": interrupted,
+            "prompt_tokens": inputs["input_ids"].shape[1],
+            **dataclasses.asdict(figures),
+        }
+        print_json(answer | ({"memory": memory} if stats else {}))
+    else:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        if stats:
+            error_console().print(figures.line(), style="dim", highlight=False, soft_wrap=True)
+    if interrupted:
+        if not as_json:
+            error_console().print("stopped", style="yellow")
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """What one answer cost; `None` where there is nothing to measure.
+
+    Attributes:
+        tokens_per_s: after the first token.
+        bytes_read_per_token: from the SSD.
+        hit_rate: share of the weight bytes used that were in memory already.
+    """
+
+    new_tokens: int
+    time_to_first_token_s: float | None
+    tokens_per_s: float | None
+    peak_rss_bytes: int
+    bytes_read_per_token: float | None
+    hit_rate: float | None
+
+    @classmethod
+    def of(cls, streamer: AnswerStreamer, start_s: float, memory: dict[str, Any], read_before: int) -> Figures:
+        """Return the figures of an answer that began at `start_s` (`time.perf_counter()`)."""
+        tokens, first_s, last_s = streamer.n_tokens, streamer.first_token_s, streamer.last_token_s
+        rate = None
+        if first_s is not None and last_s is not None and last_s > first_s:
+            rate = (tokens - 1) / (last_s - first_s)
+        return cls(
+            new_tokens=tokens,
+            time_to_first_token_s=None if first_s is None else first_s - start_s,
+            tokens_per_s=rate,
+            peak_rss_bytes=memory["budget"]["process_peak_rss_bytes"],
+            bytes_read_per_token=(memory["paging"]["bytes_read"] - read_before) / tokens if tokens else None,
+            hit_rate=memory["paging"]["hit_rate"],
+        )
+
+    def line(self) -> str:
+        """Return the figures for people."""
+        from ..errors import format_bytes
+
+        read, first = self.bytes_read_per_token, self.time_to_first_token_s
+        return " | ".join(
+            (
+                f"{self.new_tokens} tokens",
+                "-" if self.tokens_per_s is None else f"{self.tokens_per_s:.2f} tokens/s",
+                "-" if first is None else f"first after {first:.2f} s",
+                f"peak {format_bytes(self.peak_rss_bytes)}",
+                "-" if read is None else f"{format_bytes(read)} read a token",
+                f"hit rate {percent(self.hit_rate)}",
+            )
+        )

@@ -1,0 +1,111 @@
+import json
+
+import pytest
+import torch
+
+import qwen3_vl_memory_optimizations
+
+FIGURES = {
+    "answer",
+    "interrupted",
+    "prompt_tokens",
+    "new_tokens",
+    "time_to_first_token_s",
+    "tokens_per_s",
+    "peak_rss_bytes",
+    "bytes_read_per_token",
+    "hit_rate",
+}
+
+
+@pytest.fixture
+def digits(tiny, demo_images):
+    return ["generate", tiny, "--image", demo_images / "digits_0.png", "--prompt", "read the digits."]
+
+
+@pytest.fixture(scope="session")
+def expected_digits(demo_images):
+    questions = json.loads((demo_images / "questions.json").read_text())
+    return next(row["expected"] for row in questions if row["image"] == "digits_0.png")
+
+
+def test_the_answer_is_all_there_is_on_stdout(run, digits, expected_digits):
+    result = run(*digits, "--tensor-budget", "2MB")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.strip() == expected_digits
+    assert result.stderr == ""
+
+
+def test_stats_go_to_stderr(run, digits, expected_digits):
+    result = run(*digits, "--stats")
+    assert result.stdout.strip() == expected_digits
+    for words in ("17 tokens", "tokens/s", "first after", "peak", "read a token", "hit rate"):
+        assert words in result.stderr
+
+
+def test_json_has_the_answer_and_its_cost(run, digits, expected_digits):
+    result = run(*digits, "--json", "--stats", "--tensor-budget", "1.5MB")
+    answer = json.loads(result.stdout)
+    assert set(answer) == FIGURES | {"memory"}
+    assert answer["answer"] == expected_digits
+    assert not answer["interrupted"]
+    assert answer["new_tokens"] == 17
+    assert answer["tokens_per_s"] > 0
+    assert answer["bytes_read_per_token"] > 0
+    assert 0 <= answer["hit_rate"] <= 1
+    assert answer["memory"]["budget"]["tensor_budget_bytes"] == 1_500_000
+
+
+def test_max_new_tokens_ends_the_answer(run, digits):
+    assert json.loads(run(*digits, "--json", "--max-new-tokens", 3).stdout)["new_tokens"] == 3
+
+
+def test_prompt_lookup_gives_the_same_answer(run, digits, expected_digits):
+    result = run(*digits, "--prompt-lookup", 3)
+    assert result.stdout.strip() == expected_digits, result.stderr
+
+
+def test_a_temperature_draws_tokens(run, digits):
+    torch.manual_seed(0)
+    drawn = run(*digits, "--temperature", 5, "--max-new-tokens", 12).stdout
+    assert drawn != run(*digits, "--max-new-tokens", 12).stdout
+
+
+def test_a_video_of_frames_is_answered(run, tiny, demo_images, tmp_path):
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes((demo_images / "vqa_0.png").read_bytes())
+    result = run("generate", tiny, "--video", tmp_path, "-p", "what color is the shape?", "--max-new-tokens", 4)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.strip()
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_ctrl_c_keeps_what_was_said(run, digits, monkeypatch, as_json):
+    create = qwen3_vl_memory_optimizations.create_optimized_model
+    closed = []
+
+    def create_interrupted(*args, **kwargs):
+        model = create(*args, **kwargs)
+        optimizer, close = model.memory_optimizer, model.memory_optimizer.close
+
+        def generate(*, input_ids, streamer, **kwargs):
+            streamer.put(input_ids)
+            for token in input_ids[0, -4:-2]:
+                streamer.put(token[None])
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(model, "generate", generate)
+        monkeypatch.setattr(optimizer, "close", lambda: (closed.append(True), close()))
+        return model
+
+    monkeypatch.setattr(qwen3_vl_memory_optimizations, "create_optimized_model", create_interrupted, raising=False)
+    result = run(*digits, *(["--json"] if as_json else []))
+    assert result.exit_code == 130
+    assert closed
+    if as_json:
+        answer = json.loads(result.stdout)
+        assert answer["interrupted"]
+        assert answer["new_tokens"] == 2
+    else:
+        assert "Traceback" not in result.stderr
+        assert result.stderr == "stopped\n"
