@@ -57,18 +57,18 @@ def create_optimized_model(
     """
     config = MemoryConfig.from_mapping(memory_config)
     if isinstance(model_config, str | os.PathLike):
-        return _from_checkpoint(_local_directory(model_config), config, dtype, progress)
+        return _from_checkpoint(local_directory(model_config), config, dtype, progress)
     if isinstance(model_config, nn.Module):
         return _from_model(model_config, config, dtype)
     if hasattr(model_config, "model_type") and hasattr(model_config, "to_dict"):
         return _from_config(model_config, config, dtype)
     raise ConfigurationError(
-        "model_config: expected a directory, a hub id, a transformers configuration or a loaded model, got "
+        "model_config: expected a directory, a hub id, a transformers configuration or a loaded model, not "
         f"{type(model_config).__name__}"
     )
 
 
-def _local_directory(name: str | os.PathLike[str]) -> Path:
+def local_directory(name: str | os.PathLike[str]) -> Path:
     """Return the directory of a checkpoint, fetching it from the hub where `name` is an id and not a path."""
     path = Path(name).expanduser()
     text = os.fspath(name)
@@ -81,8 +81,8 @@ def _local_directory(name: str | os.PathLike[str]) -> Path:
         return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{text}: neither a directory here nor a model that the hub gives ({type(error).__name__}); download it and "
-            "give its directory",
+            f"{text}: neither a directory here nor a model that the hub gives ({type(error).__name__}); "
+            "download it and give its directory",
             path=path,
         ) from error
 
@@ -96,8 +96,8 @@ def _require_workable(config: MemoryConfig) -> None:
     least = rss_bytes() + (0 if loaded else _LIBRARIES_BYTES) + FIXED_RESERVE_BYTES + _LEAST_FRAMES_BYTES
     if config.ram_budget is not None and config.ram_budget < least:
         raise MemoryBudgetExceeded(
-            f"ram_budget of {format_bytes(config.ram_budget)} cannot work: interpreter, torch, transformers and a working "
-            f"set take at least {format_bytes(least)} here",
+            f"ram_budget of {format_bytes(config.ram_budget)} cannot work: interpreter, torch, transformers and a "
+            f"working set take at least {format_bytes(least)} here",
             requested_bytes=least,
             available_bytes=config.ram_budget,
             budget_bytes=config.ram_budget,
@@ -114,6 +114,23 @@ def _tame_allocator() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 4 << 20)
     except (OSError, AttributeError):  # another C library has other habits
         return
+
+
+def _drop_library_cache() -> None:
+    """Let go of what the kernel read of the libraries beyond what this process maps: it counts in a control group."""
+    with open("/proc/self/maps") as maps:
+        paths = {line.split(maxsplit=5)[5].strip() for line in maps if line.count("/")}
+    for path in paths:
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except OSError:  # deleted, or no file
+            continue
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        except OSError:  # a device
+            pass
+        finally:
+            os.close(descriptor)
 
 
 def _release_garbage() -> None:
@@ -202,6 +219,7 @@ def _finish(model: Any, optimizer: MemoryOptimizer, compute_dtype: torch.dtype) 
             )
 
     if optimizer.config.ram_budget is not None:
+        _drop_library_cache()
         optimizer.reserve_activations(FIXED_RESERVE_BYTES)
     optimizer.pager.refit()
     model.register_forward_pre_hook(reserve, with_kwargs=True)

@@ -69,8 +69,8 @@ class MemoryOptimizer:
         least = self.baseline_bytes + _LEAST_FRAMES_BYTES
         if budget is not None and budget < least:
             raise MemoryBudgetExceeded(
-                f"ram_budget of {format_bytes(budget)} cannot work: this process uses {format_bytes(self.baseline_bytes)} "
-                f"before any tensor; give at least {format_bytes(least)}",
+                f"ram_budget of {format_bytes(budget)} cannot work: this process uses "
+                f"{format_bytes(self.baseline_bytes)} before any tensor; give at least {format_bytes(least)}",
                 requested_bytes=least,
                 available_bytes=budget,
                 budget_bytes=budget,
@@ -190,7 +190,7 @@ class MemoryOptimizer:
         if abs(measured - ledger.held_bytes("process")) > _BASELINE_SLACK_BYTES:
             self.pager.reserve("process", max(0, measured))
 
-    # --- figures --------------------------------------------------------------------------------------------------------
+    # --- figures ----------------------------------------------------------------------------------------------------
 
     def get_memory_efficiency_stats(self) -> dict[str, Any]:
         """Return what is held where, and what happened: `budget`, `paging`, `tiers`, `pools`, `kinds`, `codecs`."""
@@ -231,7 +231,7 @@ class MemoryOptimizer:
             "sessions_open": self._sessions,
         }
 
-    # --- end ------------------------------------------------------------------------------------------------------------
+    # --- end --------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Stop the I/O threads, remove the swap file, return the memory. Managed tensors are unusable afterwards."""

@@ -149,7 +149,9 @@ def test_refuses_a_tensor_budget_that_cannot_work(tmp_path):
         (lambda d: (d / "config.json").unlink(), "config.json"),
         (lambda d: (d / "model.safetensors").unlink(), "safetensors"),
         (
-            lambda d: (d / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]})),
+            lambda d: (d / "config.json").write_text(
+                json.dumps({"model_type": "bert", "architectures": ["BertModel"]})
+            ),
             "does not generate text",
         ),
         (lambda d: (d / "config.json").write_text('{"model_type": "no-such-model"}'), "no-such-model"),

@@ -46,7 +46,11 @@ def patches(images: np.ndarray) -> torch.Tensor:
 def prompt(question: str, n_images: int = 1, placeholder: int = IMAGE) -> list[int]:
     """Token ids of a question about images."""
     picture = [VISION_START, *[placeholder] * 16, VISION_END]
-    return [*ids_of("<|im_start|>user\n"), *picture * n_images, *ids_of(f"{question}<|im_end|>\n<|im_start|>assistant\n")]
+    return [
+        *ids_of("<|im_start|>user\n"),
+        *picture * n_images,
+        *ids_of(f"{question}<|im_end|>\n<|im_start|>assistant\n"),
+    ]
 
 
 def batch(prompts: list[list[int]], images: np.ndarray | None) -> dict[str, torch.Tensor]:
@@ -79,7 +83,9 @@ def cases() -> dict[str, dict[str, torch.Tensor]]:
     }
     video["mm_token_type_ids"] = (video["input_ids"] == VIDEO).int() * 2
     return {
-        "text": batch([ids_of("<|im_start|>user\nwhat shape is in the image?<|im_end|>\n<|im_start|>assistant\n")], None),
+        "text": batch(
+            [ids_of("<|im_start|>user\nwhat shape is in the image?<|im_end|>\n<|im_start|>assistant\n")], None
+        ),
         "image": batch([prompt(questions[0])], images[:1]),
         "two images": batch([prompt(questions[1], n_images=2)], images[1:3]),
         "video": video,

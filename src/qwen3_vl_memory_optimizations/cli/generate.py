@@ -69,7 +69,7 @@ def generate(
     config = MemoryConfig.from_mapping({**budgets, "codec": codec, "cache_dir": cache_dir})
 
     from .. import create_optimized_model
-    from ..factory import _local_directory as local_directory
+    from ..factory import local_directory as local_directory
     from ..model.processing import load_processor
 
     directory = local_directory(model)

@@ -38,7 +38,7 @@ class KernelSelector:
         self._choices: dict[Hashable, KernelChoice] = {}
 
     def run(self, key: Hashable, candidates: Mapping[str, Callable[[], torch.Tensor]]) -> torch.Tensor:
-        """Run the kernel chosen for `key`; at the first call all candidates are timed, the most exact ones listed first.
+        """Run the kernel chosen for `key`; at the first call all candidates are timed.
 
         Args:
             key: the class of the problem (rows, columns, dtype...).

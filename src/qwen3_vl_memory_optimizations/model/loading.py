@@ -128,7 +128,7 @@ class WeightLoader:
         Args:
             model: changed in place.
             codec_name: for the large weights.
-            initialize: the model is a skeleton; each module's weights are drawn as transformers does, when it is its turn.
+            initialize: the model is a skeleton; weights are drawn as transformers does, module by module.
 
         Raises:
             MemoryBudgetExceeded: what has no place in memory cannot be swapped out either.

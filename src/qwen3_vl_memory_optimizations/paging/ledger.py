@@ -13,8 +13,8 @@ _UNLIMITED = 1 << 62
 class Ledger:
     """Accounts by owner under two limits.
 
-    `ram_budget_bytes` bounds the whole process (accounts of both scopes); `tensor_budget_bytes` bounds the managed tensors,
-    their resident segments and their workspace (scope `tensors`). Page frames take what the accounts leave.
+    `ram_budget_bytes` bounds the whole process (accounts of both scopes); `tensor_budget_bytes` bounds the managed
+    tensors, their resident segments and their workspace (scope `tensors`). Page frames take what the accounts leave.
 
     Args:
         ram_budget_bytes: limit of the process, `None` for none.
@@ -62,8 +62,8 @@ class Ledger:
             available = max(0, n_bytes - (self.frames_floor_bytes - left))
             budget = (self.tensor_budget_bytes if scope == TENSORS else None) or self.ram_budget_bytes or 0
             raise MemoryBudgetExceeded(
-                f"{owner}: {format_bytes(n_bytes)} do not fit beside the {format_bytes(self.frames_floor_bytes)} that the "
-                f"weights need at least; {format_bytes(available)} are left of the budget of {format_bytes(budget)}",
+                f"{owner}: {format_bytes(n_bytes)} do not fit beside the {format_bytes(self.frames_floor_bytes)} that "
+                f"the weights need at least; {format_bytes(available)} are left of the budget of {format_bytes(budget)}",
                 requested_bytes=n_bytes,
                 available_bytes=available,
                 budget_bytes=budget,

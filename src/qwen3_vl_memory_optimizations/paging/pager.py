@@ -586,7 +586,7 @@ class Pager:
             if found != expected:
                 raise CorruptDataError(
                     f"{source.file.path}: {page.entry.tensor_id}, bytes {offset} to {offset + n_bytes}: checksum "
-                    f"{found:016x} instead of {expected:016x}; the file is damaged, delete its directory and pack again",
+                    f"{found:016x} instead of {expected:016x}; the file is damaged; delete its directory to pack again",
                     path=source.file.path,
                 )
             page.verified = True

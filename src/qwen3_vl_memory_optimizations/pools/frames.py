@@ -10,8 +10,8 @@ from .virtual import FRAME_BYTES, can_move_frames, discard, move_frames
 logger = logging.getLogger(__name__)
 
 UNIT_BYTES = 512 * 1024
-"""Frames are kept and moved in units of this size. Every moved unit is one mapping of the kernel's at most 65,530, and a
-mapping cannot be moved in parts on kernels before 6.17; smaller rests are returned to the system and faulted in anew."""
+"""Frames are kept and moved in units of this size. Every moved unit is one mapping of the kernel's at most 65,530, and
+mappings cannot be moved in parts on kernels before 6.17; smaller rests are returned to the system and faulted anew."""
 
 
 def round_up(n_bytes: int, multiple: int = FRAME_BYTES) -> int:

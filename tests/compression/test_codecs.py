@@ -1,0 +1,389 @@
+"""Every codec keeps the contract of `Codec`; INT8 and its kernels are held to figures."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen3_vl_memory_optimizations import CodecError, ConfigurationError
+from qwen3_vl_memory_optimizations.compression import (
+    INT8Codec,
+    KernelSelector,
+    LinearInput,
+    RawCodec,
+    Scratch,
+    codec_names,
+    create_codec,
+    int8,
+    register_codec,
+)
+from qwen3_vl_memory_optimizations.compression.base import linear_in_steps
+from qwen3_vl_memory_optimizations.compression.kernels import int8_product_saturates, row_class
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHAPES = ((64, 96), (1, 32), (7, 33), (3, 1), (130, 514), (4, 3, 5, 2))
+AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def snr_db(exact: torch.Tensor, found: torch.Tensor) -> float:
+    noise = (found.double() - exact.double()).square().sum()
+    return math.inf if noise == 0 else 10 * math.log10(float(exact.double().square().sum() / noise))
+
+
+def assert_snr(exact, found, floor_db, what=""):
+    found_db = snr_db(exact, found)
+    assert found_db >= floor_db, f"{what}: {found_db:.1f} dB, at least {floor_db} dB wanted"
+
+
+def decoded(codec, encoded, dtype):
+    return codec.decode(encoded, torch.full(encoded["data"].shape, 7.0, dtype=dtype))
+
+
+def product(codec, x, encoded, bias=None, slot_bytes=16 * 2**20):
+    return codec.linear(LinearInput(x), encoded, bias, Scratch(slot_bytes=slot_bytes))
+
+
+class CodecContract:
+    """What holds for every codec: `class TestMine(CodecContract)` with `name` and `floor_db`."""
+
+    name: str
+    floor_db = math.inf
+    product_floor_db: float
+
+    @pytest.fixture
+    def codec(self):
+        return create_codec(self.name)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_round_trip(self, codec, shape, dtype):
+        values = torch.randn(shape).to(dtype)
+        assert codec.supports(shape, dtype)
+        encoded = codec.encode(values)
+        found = decoded(codec, encoded, dtype)
+        if codec.lossless:
+            assert torch.equal(found.view(shape), values)
+        else:
+            assert_snr(values.view(shape[0], -1), found, self.floor_db, f"{self.name} {shape} {dtype}")
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_segments_describe_what_encode_makes(self, codec, shape, dtype):
+        encoded = codec.encode(torch.randn(shape).to(dtype))
+        segments = codec.segments(shape, dtype)
+        assert list(encoded) == [segment.name for segment in segments]
+        for segment in segments:
+            assert (encoded[segment.name].dtype, tuple(encoded[segment.name].shape)) == (segment.dtype, segment.shape)
+            assert encoded[segment.name].nbytes == segment.n_bytes
+            assert segment.shape[0] == shape[0]
+
+    def test_rows_are_encoded_independently(self, codec):
+        values = torch.randn(40, 64)
+        whole, part = codec.encode(values), codec.encode(values[12:20])
+        for name, segment in whole.items():
+            assert torch.equal(segment[12:20], part[name]), name
+
+    def test_zero_rows_stay_zero(self, codec):
+        values = torch.randn(8, 64)
+        values[3] = 0
+        encoded = codec.encode(values)
+        assert torch.equal(decoded(codec, encoded, torch.float32)[3], torch.zeros(64))
+        assert torch.equal(product(codec, torch.randn(6, 64), encoded)[:, 3], torch.zeros(6))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("n_rows", [1, 3, 6, 40])
+    def test_linear_is_the_product_with_the_decoded_rows(self, codec, n_rows, dtype):
+        encoded = codec.encode(torch.randn(36, 128).to(dtype))
+        x, bias = torch.randn(n_rows, 128).to(dtype), torch.randn(36).to(dtype)
+        weights = decoded(codec, encoded, torch.float64)
+        found = product(codec, x, encoded, bias)
+        assert found.dtype == dtype and found.shape == (n_rows, 36)
+        exact = F.linear(x.double(), weights, bias.double())
+        assert_snr(exact, found, self.product_floor_db, f"{self.name} {n_rows} rows {dtype}")
+
+    def test_linear_takes_batches_as_rows(self, codec):
+        encoded = codec.encode(torch.randn(8, 32))
+        x = torch.randn(2, 3, 32)
+        assert_snr(product(codec, x.reshape(6, 32), encoded), product(codec, x, encoded), 45)
+
+    def test_a_product_leaves_its_operands_as_they_were(self, codec):
+        encoded = codec.encode(torch.randn(8, 64))
+        x, bias = torch.randn(6, 64), torch.randn(8)
+        before = [tensor.clone() for tensor in (x, bias, *encoded.values())]
+        product(codec, x, encoded, bias)
+        assert all(torch.equal(a, b) for a, b in zip(before, (x, bias, *encoded.values()), strict=True))
+
+
+class TestRaw(CodecContract):
+    name = "none"
+    product_floor_db = 44  # the rounding of a bf16 result
+
+    def test_every_shape_and_dtype_is_kept(self):
+        for shape, dtype in (((), torch.int64), ((0, 4), torch.float32), ((5,), torch.bool)):
+            codec = RawCodec()
+            values = torch.zeros(shape, dtype=dtype)
+            segment = codec.segments(shape, dtype)[0]
+            assert codec.supports(shape, dtype) and segment.n_bytes == values.nbytes
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("n_rows", [1, 2, 5, 33])
+    @pytest.mark.parametrize("lead_bytes", [0, 8, 36])
+    def test_slices_of_rows_give_the_bits_of_the_whole_product(self, n_rows, dtype, lead_bytes):
+        weights = torch.randn(52, 200).to(dtype)
+        buffer = torch.zeros(weights.nbytes + 128, dtype=torch.uint8)
+        start = -buffer.data_ptr() % 64 + lead_bytes
+        placed = buffer[start : start + weights.nbytes].view(dtype).view(weights.shape).copy_(weights)
+        x, bias = torch.randn(n_rows, 200).to(dtype), torch.randn(52).to(dtype)
+        whole = F.linear(x, weights, bias)
+        for step in (4, 12, 52):
+            parts = [
+                product(RawCodec(), x, {"data": placed[first : first + step]}, bias[first : first + step])
+                for first in range(0, 52, step)
+            ]
+            found = torch.cat(parts, dim=1)
+            differing = int((found != whole).sum())
+            assert differing == 0, f"{differing} of {whole.numel()} values differ with steps of {step}"
+
+    @pytest.mark.parametrize("n_rows", [1, 6])
+    def test_rows_of_another_dtype_are_cast_in_steps(self, n_rows):
+        weights, x = torch.randn(52, 200).bfloat16(), torch.randn(n_rows, 200)
+        scratch = Scratch(slot_bytes=8 * 200 * 4)
+        found = RawCodec().linear(LinearInput(x), {"data": weights}, None, scratch)
+        assert torch.equal(found, F.linear(x, weights.float()))
+        assert scratch.n_bytes == 8 * 200 * 4
+
+
+class TestINT8(CodecContract):
+    name = "int8"
+    floor_db = 37
+    product_floor_db = 44
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+    def test_values_without_a_scale_are_refused(self, codec, bad):
+        for dtype in DTYPES:
+            values = torch.randn(4, 8).to(dtype)
+            values[2, 5] = bad
+            with pytest.raises(CodecError, match="NaN or infinite"):
+                codec.encode(values)
+
+    def test_only_matrices_of_numbers_are_supported(self, codec):
+        assert not codec.supports((8,), torch.float32)
+        assert not codec.supports((8, 8), torch.int32)
+        assert not codec.supports((0, 8), torch.float32)
+
+    @pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 1e4, 1e30])
+    def test_quality_does_not_depend_on_the_size_of_values(self, codec, size):
+        values = torch.randn(16, 256) * size
+        assert_snr(values, decoded(codec, codec.encode(values), torch.float32), 37, f"size {size}")
+
+    def test_no_value_is_clipped(self, codec):
+        values = torch.randn(64, 256)
+        encoded = codec.encode(values)
+        error = (decoded(codec, encoded, torch.float32) - values).abs()
+        assert bool((error <= encoded["scale"][:, None] * 0.5001).all())
+
+    def test_row_sum_is_the_sum_of_a_row(self, codec):
+        encoded = codec.encode(torch.randn(5, 3000).abs())
+        assert torch.equal(encoded["row_sum"], encoded["data"].int().sum(dim=1).int())
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.floats(min_value=0, max_value=1e38, width=32))
+def test_a_scale_is_the_smallest_bf16_value_not_below(value):
+    exact = torch.tensor([value], dtype=torch.float32)
+    scale = int8._bf16_at_least(exact)
+    assert torch.equal(scale.bfloat16().float(), scale)
+    assert scale >= exact
+    below = (scale.view(torch.int32) - 0x10000).view(torch.float32)
+    assert value == 0 or below < exact
+
+
+def outlier_problem(n_rows, n=96, k=512, dtype=torch.float32):
+    """Activations with channels 200 times larger than the others, as trained models have."""
+    x, codec = torch.randn(n_rows, k), INT8Codec()
+    x[:, :: k // 3] *= 200
+    encoded = codec.encode(torch.randn(n, k))
+    x = x.to(dtype)
+    return codec, x, encoded, F.linear(x.double(), decoded(codec, encoded, torch.float64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_rows", [1, 5, 32])
+def test_packed_kernel_with_outliers(n_rows, dtype):
+    _, x, encoded, exact = outlier_problem(n_rows, dtype=dtype)
+    assert_snr(exact, int8._packed_product(LinearInput(x), encoded), 44, f"packed {dtype}")
+
+
+@pytest.mark.parametrize(("dtype", "floor_db"), [(torch.float32, 120), (torch.float16, 60), (torch.bfloat16, 43)])
+@pytest.mark.parametrize("n_rows", [1, 5, 40])
+@pytest.mark.parametrize("slot_bytes", [1, 16 * 2**20])
+def test_decoding_kernel_with_outliers(n_rows, dtype, floor_db, slot_bytes):
+    codec, x, encoded, exact = outlier_problem(n_rows, dtype=dtype)
+    found = linear_in_steps(LinearInput(x), encoded, None, codec.decode, Scratch(slot_bytes=slot_bytes))
+    assert_snr(exact, found, floor_db, f"decoded {dtype}")
+
+
+@pytest.fixture(params=["7-bit", "8-bit"])
+def digits(request, monkeypatch):
+    if request.param == "8-bit" and int8_product_saturates():
+        pytest.skip("this machine's INT8 product saturates with 8-bit digits")
+    monkeypatch.setattr(int8, "int8_product_saturates", lambda: request.param == "7-bit")
+    return request.param
+
+
+@pytest.mark.parametrize(("dtype", "floor_db"), [(torch.float32, 60), (torch.float16, 58), (torch.bfloat16, 48)])
+@pytest.mark.parametrize(("n_rows", "n", "k"), [(5, 96, 512), (40, 96, 512), (9, 7, 33), (1, 1, 1), (6, 130, 514)])
+def test_split_kernel_with_outliers(digits, n_rows, n, k, dtype, floor_db):
+    _, x, encoded, exact = outlier_problem(n_rows, n, max(k, 3), dtype)
+    found = int8._split_product(LinearInput(x), encoded)
+    assert_snr(exact, found, floor_db, f"split {digits} {dtype} {(n_rows, n, k)}")
+
+
+def test_split_kernel_at_the_ends_of_its_ranges(digits):
+    """Every product at its largest: the case in which 16-bit sums saturate."""
+    codec, k = INT8Codec(), 4096
+    for x_sign in (1, -1):
+        for w_sign in (1, -1):
+            encoded = codec.encode(torch.full((32, k), float(w_sign)))
+            x = torch.full((8, k), 3.0 * x_sign)
+            exact = F.linear(x.double(), decoded(codec, encoded, torch.float64))
+            assert_snr(exact, int8._split_product(LinearInput(x), encoded), 60, f"{digits} {x_sign} {w_sign}")
+
+
+def test_split_kernel_with_a_zero_row_of_activations(digits):
+    codec = INT8Codec()
+    x = torch.randn(6, 64)
+    x[2] = 0
+    found = int8._split_product(LinearInput(x), codec.encode(torch.randn(8, 64)))
+    assert float(found[2].abs().max()) == 0
+
+
+@pytest.mark.parametrize(("n", "k"), [(6, 64), (8, 40), (1, 32), (5, 33), (3, 31)])
+@pytest.mark.parametrize("n_rows", [1, 4, 16])
+def test_shapes_that_crash_the_packed_kernel_never_reach_it(monkeypatch, n, k, n_rows):
+    def refuse(*args):
+        raise AssertionError(f"packed kernel called with n={n}, k={k}")
+
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", refuse)
+    codec = INT8Codec()
+    encoded, x = codec.encode(torch.randn(n, k)), torch.randn(n_rows, k)
+    exact = F.linear(x.double(), decoded(codec, encoded, torch.float64))
+    for _ in range(2):
+        assert_snr(exact, product(codec, x, encoded), 60, f"{n}x{k}")
+
+
+def test_a_choice_made_for_one_shape_is_not_forced_on_another():
+    """The key of a choice has no `n`: a last page of rows that 4 does not divide must not go to the packed kernel."""
+    codec = INT8Codec(KernelSelector(timer=iter_timer([1] * 3 + [9] * 30)))
+    weights = torch.randn(10, 64)
+    encoded = codec.encode(weights)
+    x = torch.randn(6, 64)
+    for rows in (slice(0, 8), slice(8, 10)):
+        part = {name: segment[rows] for name, segment in encoded.items()}
+        exact = F.linear(x.double(), decoded(codec, part, torch.float64))
+        assert_snr(exact, product(codec, x, part), 44, f"{rows}")
+
+
+def iter_timer(durations):
+    """A clock that says each timed run took so many seconds, in turn."""
+    now, starting, left = 0.0, True, iter(durations)
+
+    def timer():
+        nonlocal now, starting
+        if not starting:
+            now += next(left)
+        starting = not starting
+        return now
+
+    return timer
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        ([5, 5, 5, 1, 1, 1], "rough"),
+        ([5, 5, 5, 4.6, 4.6, 4.6], "exact"),  # not faster by the margin
+        ([9, 9, 2, 5, 5, 5], "exact"),  # the best run counts
+        ([5, 5, 5, 9, 1, 9], "rough"),
+    ],
+)
+def test_the_fastest_kernel_is_chosen_once(seconds, chosen):
+    selector = KernelSelector(timer=iter_timer(seconds))
+    calls = []
+
+    def kernel(name):
+        return lambda: calls.append(name) or torch.tensor(float(len(name)))
+
+    candidates = {"exact": kernel("exact"), "rough": kernel("rough")}
+    assert selector.run("key", candidates) == len(chosen)
+    assert sorted(calls) == ["exact"] * 3 + ["rough"] * 3
+    selector.run("key", candidates)
+    assert calls[6:] == [chosen]
+    assert selector.choices()["key"].name == chosen
+    assert selector.choices()["key"].seconds == {"exact": min(seconds[:3]), "rough": min(seconds[3:])}
+
+
+def test_rows_are_classed_by_powers_of_two():
+    assert [row_class(n) for n in (1, 2, 3, 5, 8, 9, 1000, 5000)] == [1, 2, 4, 8, 8, 16, 1024, 1024]
+
+
+def test_scratch_asks_before_it_grows_and_keeps_its_memory_when_refused():
+    asked = []
+
+    def ask(n_bytes):
+        if n_bytes > 1000:
+            raise MemoryError
+        asked.append(n_bytes)
+
+    scratch = Scratch(ask)
+    first = scratch.get("a", (10, 10), torch.float32)
+    assert scratch.get("a", (5, 5), torch.float32).data_ptr() == first.data_ptr()
+    scratch.get("a", (120,), torch.float32)
+    assert asked == [400, 80] and scratch.n_bytes == 480
+    with pytest.raises(MemoryError):
+        scratch.get("a", (2000,), torch.float32)
+    assert scratch.n_bytes == 480
+
+
+def test_registry_names_what_it_knows_and_refuses_a_name_twice():
+    with pytest.raises(ConfigurationError, match="int8, none"):
+        create_codec("zip")
+    with pytest.raises(ConfigurationError, match="already"):
+        register_codec("int8", INT8Codec)
+    assert {"int8", "none"} <= set(codec_names())
+
+
+def test_left_operands_are_derived_once():
+    x, calls = LinearInput(torch.randn(2, 3, 4)), []
+    for _ in range(2):
+        x.derived("key", lambda x2d: calls.append(x2d.shape))
+    assert calls == [(6, 4)] and x.rows == 6
+
+
+@pytest.mark.skipif(os.environ.get("ATEN_CPU_CAPABILITY") == "avx2", reason="this is the run with AVX2")
+def test_the_codecs_keep_their_contract_with_avx2_alone():
+    """The instruction set of the small machines: without VNNI the INT8 product saturates, and the digits differ."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, **AVX2},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]

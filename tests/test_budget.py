@@ -1,0 +1,102 @@
+"""The budget, proven from outside: control groups without swap whose limit is the budget."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.control_group import control_group, run_in_group, unavailable_reason
+from benchmarks.make_checkpoint import make_checkpoint
+
+from .model import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+MEASURE = ROOT / "benchmarks" / "budget" / "measure.py"
+
+needs_control_group = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
+
+
+@pytest.fixture(scope="module")
+def wide_checkpoint(tmp_path_factory):
+    """The matrices of the 2B shape, fewer layers: 1.3 GB in bf16, 0.65 GB in INT8."""
+    directory = tmp_path_factory.mktemp("checkpoint") / "2B-4layers"
+    make_checkpoint("2B", directory, layers=4, vision_layers=4)
+    return directory
+
+
+@needs_control_group
+@pytest.mark.parametrize("codec", ["int8", "none"])
+def test_a_wide_model_answers_about_an_image_in_less_than_its_own_size(wide_checkpoint, tmp_path, codec):
+    limit = 800_000_000  # interpreter, torch and transformers take half of it
+    options = ["--codec", codec, "--cache-dir", str(tmp_path), "--tokens", "8"]
+    with control_group(limit) as group:
+        done = run_in_group(
+            [sys.executable, str(MEASURE), str(wide_checkpoint), "--ram-budget", str(limit), *options], group
+        )
+        peak, kills = group.peak_bytes(), group.kills()
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert kills == 0
+    assert peak <= limit
+    assert figures["rss_peak_bytes"] <= limit
+    assert figures["encoded_bytes"] > figures["frames_limit_bytes"] > figures["resident_bytes"] > 0
+    # What is read a token is what has no place in memory, and little more.
+    missing = figures["decode_weight_bytes"] - figures["resident_bytes"]
+    assert figures["bytes_read_per_token"] <= 1.1 * max(missing, 0) + 24 * 2**20
+    assert figures["prefetch_accuracy"] > 0.9
+
+
+TINY = """
+import json, sys, torch
+from qwen3_vl_memory_optimizations import create_optimized_model
+from tests.model import tiny
+model = create_optimized_model(tiny.DIRECTORY, json.loads(sys.argv[1]))
+with torch.no_grad():
+    for _ in range(3):
+        found = model.generate(**tiny.cases()["image"], max_new_tokens=17, min_new_tokens=17, do_sample=False)
+stats = model.memory_optimizer.get_memory_efficiency_stats()
+print(json.dumps({"ids": found.tolist(), "stats": stats}))
+"""
+
+
+@needs_control_group
+def test_the_tiny_model_in_a_third_of_its_weights(tmp_path):
+    limit = 600_000_000
+    settings = {"codec": "none", "tensor_budget": 3_600_000, "ram_budget": limit, "cache_dir": str(tmp_path)}
+    with control_group(limit) as group:
+        done = run_in_group(
+            [sys.executable, "-c", TINY, json.dumps(settings)], group, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+        kills = group.kills()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert kills == 0
+    result = json.loads(done.stdout.splitlines()[-1])
+    expected = tiny.reference().generate(**tiny.cases()["image"], max_new_tokens=17, min_new_tokens=17, do_sample=False)
+    assert result["ids"] == expected.tolist()
+    budget, paging = result["stats"]["budget"], result["stats"]["paging"]
+    assert budget["frames_peak_bytes"] <= 3_600_000
+    assert paging["bytes_read"] > 10_800_000  # the SSD tier really worked
+    assert paging["evictions"] > 0
+
+
+def test_a_process_killed_while_generating_leaves_nothing_behind(tmp_path):
+    settings = {"codec": "none", "tensor_budget": 3_600_000, "cache_dir": str(tmp_path)}
+    endless = TINY.replace("range(3)", "range(10**6)").replace("with torch", "print('ready', flush=True)\nwith torch")
+    process = subprocess.Popen(
+        [sys.executable, "-c", endless, json.dumps(settings)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

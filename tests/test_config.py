@@ -1,0 +1,126 @@
+from pathlib import Path
+
+import pytest
+
+from qwen3_vl_memory_optimizations import ConfigurationError, MemoryConfig
+from qwen3_vl_memory_optimizations.config import parse_size
+
+SECTION_5_2 = {
+    "memory_pool_size": 2.5 * 1024 * 1024 * 1024,
+    "enable_l1_gpu_cache": True,
+    "l1_cache_size": 0.5 * 1024 * 1024 * 1024,
+    "enable_l2_cpu_cache": True,
+    "l2_cache_size": 1 * 1024 * 1024 * 1024,
+    "enable_l3_ssd_cache": True,
+    "l3_cache_size": 5 * 1024 * 1024 * 1024,
+    "enable_int8_quantization": True,
+    "enable_sparse_compression": True,
+    "enable_memory_swapping": True,
+    "swap_pressure_threshold": 0.75,
+    "enable_memory_tiering": True,
+    "tier_migration_interval": 0.5,
+    "enable_predictive_gc": True,
+    "gc_collection_interval": 1.0,
+}
+
+
+def test_the_recommended_settings_of_the_specification_are_taken_as_written():
+    config = MemoryConfig.from_mapping(SECTION_5_2)
+    assert config.memory_pool_size == 2_684_354_560
+    assert config.l1_cache_size == 536_870_912
+    assert type(config.l1_cache_size) is int
+    assert config.swap_pressure_threshold == 0.75
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [
+        ("1.6GB", 1_600_000_000),
+        ("4G", 4 * 10**9),
+        ("512 MiB", 512 * 2**20),
+        ("1.5kib", 1536),
+        (" 100 B ", 100),
+        ("7", 7),
+        (2.5 * 2**30, 2_684_354_560),
+    ],
+)
+def test_sizes(text, n_bytes):
+    assert parse_size(text) == n_bytes
+
+
+@pytest.mark.parametrize("value", [0, -1, 0.5, float("nan"), float("inf"), "0GB", "-4GB", "4 parsecs", "GB", "", "1e9"])
+def test_impossible_sizes_are_refused_by_name(value):
+    with pytest.raises(ConfigurationError, match="ram_budget"):
+        MemoryConfig(ram_budget=value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("ram_budget", True),
+        ("ram_budget", [4]),
+        ("memory_pool_size", None),
+        ("enable_swapping", 1),
+        ("enable_compression", "yes"),
+        ("enable_compression", None),
+        ("swap_pressure_threshold", "high"),
+        ("swap_pressure_threshold", True),
+        ("swap_pressure_threshold", 0),
+        ("swap_pressure_threshold", 1.01),
+        ("tier_migration_interval", 0),
+        ("gc_collection_interval", float("inf")),
+        ("codec", "zip"),
+        ("codec", None),
+        ("swap_algorithm", ["lru"]),
+        ("image_policy", "crop"),
+        ("cache_dir", 7),
+    ],
+)
+def test_a_wrong_type_or_value_names_its_key(key, value):
+    with pytest.raises(ConfigurationError, match=key):
+        MemoryConfig.from_mapping({key: value})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"),
+    [("ram_buget", "ram_budget"), ("enable_swaping", "enable_swapping"), ("Codec", "codec"), (3, "")],
+)
+def test_an_unknown_key_names_the_nearest(wrong, nearest):
+    with pytest.raises(ConfigurationError, match="unknown key") as caught:
+        MemoryConfig.from_mapping({wrong: 1})
+    assert repr(wrong) in str(caught.value) and nearest in str(caught.value)
+
+
+def test_configuration_errors_are_value_errors_and_nothing_else_than_a_mapping_is_taken():
+    with pytest.raises(ValueError, match="list"):
+        MemoryConfig.from_mapping([("codec", "none")])  # type: ignore[arg-type]
+
+
+def test_a_config_passes_through_and_cannot_be_changed():
+    config = MemoryConfig(codec="none")
+    assert MemoryConfig.from_mapping(config) is config
+    assert MemoryConfig.from_mapping(None) == MemoryConfig()
+    with pytest.raises(AttributeError):
+        config.codec = "int8"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("settings", "codec"),
+    [
+        ({}, "int8"),
+        ({"enable_compression": False}, "none"),
+        ({"enable_int8_quantization": False}, "none"),
+        ({"codec": "int8", "enable_compression": False}, "int8"),
+        ({"codec": "none"}, "none"),
+    ],
+)
+def test_the_codec_of_weights(settings, codec):
+    assert MemoryConfig(**settings).weight_codec() == codec
+
+
+def test_packed_dir_prefers_the_setting_then_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("QWEN3VL_MEM_CACHE", str(tmp_path))
+    assert MemoryConfig().packed_dir == tmp_path / "packed"
+    assert MemoryConfig(cache_dir="~/mem").packed_dir == Path.home() / "mem/packed"
+    monkeypatch.delenv("QWEN3VL_MEM_CACHE")
+    assert MemoryConfig().packed_dir == Path.home() / ".cache/qwen3vl-mem/packed"
