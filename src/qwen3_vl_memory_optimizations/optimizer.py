@@ -235,7 +235,8 @@ class MemoryOptimizer:
 
     def close(self) -> None:
         """Stop the I/O threads, remove the swap file, return the memory. Managed tensors are unusable afterwards."""
-        self.pager.close()
+        if self.pager.close():
+            self.pool.close()
 
     def __enter__(self) -> MemoryOptimizer:
         return self

@@ -1,12 +1,13 @@
 """Codecs: tensor <-> encoded rows, and products computed on the encoded form. Pure: no file, no pool, no policy."""
 
-from .base import Codec, LinearInput, Scratch, Segment, columns_of
+from .base import ROW_MULTIPLE, Codec, LinearInput, Scratch, Segment, columns_of
 from .int8 import INT8Codec
 from .kernels import KernelSelector
 from .raw import RawCodec
 from .registry import codec_names, create_codec, register_codec
 
 __all__ = [
+    "ROW_MULTIPLE",
     "Codec",
     "INT8Codec",
     "KernelSelector",

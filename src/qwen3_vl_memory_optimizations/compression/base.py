@@ -16,6 +16,9 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
+ROW_MULTIPLE = 16
+"""Weights are cut between rows at multiples of this: torch's fp32 products sum in another order in a narrower rest."""
+
 Encoded = Mapping[str, torch.Tensor]
 """Segment name -> tensor, all with the same leading number of rows."""
 
@@ -146,10 +149,11 @@ def linear_in_steps(
 ) -> torch.Tensor:
     """Return `x @ rows.T + bias`, decoding as many rows at a time as the scratch memory should take.
 
-    Rows of the result are independent of each other, so the steps change no bit of it.
+    Steps of whole multiples of `ROW_MULTIPLE` change no bit of the result.
     """
     rows, columns = next(iter(encoded.values())).shape
-    step = max(4, scratch.slot_bytes // (columns * x.x2d.element_size()) // 4 * 4)
+    fitting = scratch.slot_bytes // (columns * x.x2d.element_size())
+    step = max(ROW_MULTIPLE, fitting // ROW_MULTIPLE * ROW_MULTIPLE)
     if rows <= step:
         return F.linear(x.x2d, decode(encoded, scratch.get("decoded", (rows, columns), x.x2d.dtype)), bias)
     out = x.x2d.new_empty((x.rows, rows))

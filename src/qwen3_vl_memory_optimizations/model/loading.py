@@ -13,7 +13,7 @@ from torch import nn
 from ..compression import Codec, KernelSelector, create_codec
 from ..errors import CheckpointError
 from ..paging import FileSource, ManagedTensor, Pager, TensorEntry
-from ..pools import FRAME_BYTES, reserve
+from ..pools import FRAME_BYTES, reserve, unreserve
 from ..storage import Checkpoint, DirectFile, TensorExtent
 from .packing import CODECS_KEY, TORCH_DTYPES, Progress, find_extent, read_row_chunks, segment_name
 from .skeleton import WeightSite, materialize_buffers, rows_per_page, weight_sites
@@ -119,8 +119,18 @@ class WeightLoader:
             page_bytes=rows * row_bytes,
             source=FileSource(self._file(extent), extent.offset_bytes, extent.checksums),
         )
+        self._release_address_space(entry, lead)
         self._pager.add(entry, resident=False)
         return ManagedTensor(self._pager, entry)
+
+    def _release_address_space(self, entry: TensorEntry, lead: int) -> None:
+        address, n_bytes, frames = entry.address - lead, lead + entry.n_bytes + 2 * FRAME_BYTES, self._pager.frames
+
+        def release() -> None:
+            frames.forget(address, n_bytes)
+            unreserve(address, n_bytes)
+
+        entry.on_released = release
 
     def from_memory(self, model: nn.Module, codec_name: str, *, initialize: bool) -> None:
         """Encode the weights of a model in memory one by one, letting go of the originals.
@@ -178,6 +188,7 @@ class WeightLoader:
             page_bytes=rows * (first.n_bytes // first.shape[0]),
         )
         self._pager.ledger.add("small weights", sum(segment.n_bytes for segment in segments[1:]))
+        self._release_address_space(entry, 0)
         self._pager.add(entry, resident=True)
         entry.encoded(0, entry.rows)[first.name].copy_(encoded[first.name])
         put(site, ManagedTensor(self._pager, entry))

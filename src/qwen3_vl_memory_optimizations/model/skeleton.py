@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compression import columns_of
+from ..compression import ROW_MULTIPLE, columns_of
 from ..errors import CheckpointError
 from ..paging import PAGE_BYTES
 from ..pools import FRAME_BYTES, UNIT_BYTES
 
 MANAGED_LEAST_BYTES = 16 * 1024
-_ROW_MULTIPLE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +132,7 @@ def rows_per_page(shape: tuple[int, ...], itemsize: int) -> int:
     n_pages = max(1, -(-shape[0] * row_bytes // PAGE_BYTES))
     rows = -(-shape[0] // n_pages)
     for granularity in (UNIT_BYTES, FRAME_BYTES, 1):
-        multiple = math.lcm(granularity // math.gcd(granularity, row_bytes), _ROW_MULTIPLE)
+        multiple = math.lcm(granularity // math.gcd(granularity, row_bytes), ROW_MULTIPLE)
         if multiple * row_bytes <= PAGE_BYTES // 2 or granularity == 1:
             break
     return -(-rows // multiple) * multiple

@@ -62,8 +62,9 @@ class Ledger:
             available = max(0, n_bytes - (self.frames_floor_bytes - left))
             budget = (self.tensor_budget_bytes if scope == TENSORS else None) or self.ram_budget_bytes or 0
             raise MemoryBudgetExceeded(
-                f"{owner}: {format_bytes(n_bytes)} do not fit beside the {format_bytes(self.frames_floor_bytes)} that "
-                f"the weights need at least; {format_bytes(available)} are left of the budget of {format_bytes(budget)}",
+                f"{owner}: {format_bytes(n_bytes)} do not fit beside the {format_bytes(self.frames_floor_bytes)} "
+                f"that the weights need at least; {format_bytes(available)} are left of the budget of "
+                f"{format_bytes(budget)}",
                 requested_bytes=n_bytes,
                 available_bytes=available,
                 budget_bytes=budget,

@@ -80,7 +80,8 @@ class Pager:
         self._clock = 0
         self._read_ahead_bytes = READ_AHEAD_BYTES
         self._plan_state: tuple[object, ...] = ()
-        self._schedule_passes = -1
+        self._order_changed = False
+        self._write_error: Exception | None = None
         self._closed = False
 
     # --- registration ----------------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ class Pager:
             self.entries[entry.tensor_id] = entry
             if entry.kind == "weights":
                 self._order.append(entry.tensor_id)
-                self._schedule_passes = -1
+                self._order_changed = True
                 entry_bytes = sum(page.n_bytes for page in entry.pages)
                 self._weights_bytes += entry_bytes
                 self._weights_resident_bytes += entry_bytes if resident else 0
@@ -141,13 +142,17 @@ class Pager:
             entry = self.entries.pop(tensor_id, None)
             if entry is None:
                 return
-            entry.freed, entry.on_released = True, then
-            while any(page.state in (PageState.LOADING, PageState.WRITING) for page in entry.pages):
-                self._changed.wait()
-            if not any(page.pins for page in entry.pages):
-                self._release_entry(entry)
+            entry.freed = True
+            entry.on_released = then or entry.on_released
+            self._release_freed(entry)
 
-    def _release_entry(self, entry: TensorEntry) -> None:
+    def _release_freed(self, entry: TensorEntry) -> None:
+        """Release a freed tensor once nothing holds or moves its pages; never waits, as finalizers call this."""
+        moving = (PageState.LOADING, PageState.WRITING)
+        if not entry.freed or any(page.pins or page.state in moving for page in entry.pages):
+            return
+        if all(page.state is PageState.FREED for page in entry.pages):
+            return
         for page in entry.pages:
             if page.state is PageState.RESIDENT:
                 self._count_resident(page, -page.n_bytes)
@@ -230,14 +235,10 @@ class Pager:
         pages = entry.pages
         with self._lock:
             self._begin_access(entry)
-            if not entry.missing:
-                for page in pages:
-                    self._touch(page)
         first, n_pages = 0, len(pages)
         while first < n_pages:
             with self._lock:
-                if pages[first].pins == 0 or entry.missing:
-                    self._await(pages[first])
+                self._await(pages[first])
                 last = first
                 while last < n_pages and pages[last].state is PageState.RESIDENT:
                     pages[last].pins += 1
@@ -268,6 +269,8 @@ class Pager:
                 self.stats.hits += 1
                 self.stats.hit_bytes += page.n_bytes
         if entry.kind == "weights":
+            if self._order_changed:
+                self.schedule, self._order_changed = PassSchedule(self._order), False
             if self.schedule.record(entry.tensor_id) and self.on_pass is not None:
                 self.on_pass()
             self._replan()
@@ -310,8 +313,7 @@ class Pager:
                 page.pins -= 1
                 if not page.kept and page.pins == 0 and page.state is PageState.RESIDENT:
                     self._evict(page)
-            if entry.freed and not any(page.pins for page in entry.pages):
-                self._release_entry(entry)
+            self._release_freed(entry)
 
     def mark_dirty(self, entry: TensorEntry) -> None:
         """Note that a pinned tensor was written to: its source no longer holds it."""
@@ -362,9 +364,6 @@ class Pager:
         state = (self.schedule.passes, weights_limit, len(self._order))
         if state == self._plan_state:
             return
-        if self._schedule_passes == -1:
-            self.schedule = PassSchedule(self._order)
-            self._schedule_passes = 0
         self._plan_state = state
         pages = [page for name in self._order for page in self.entries[name].pages]
         total = sum(page.n_bytes for page in pages)
@@ -474,6 +473,9 @@ class Pager:
             if n_bytes > self.frames.available_bytes and self._moving:
                 self._changed.wait()
                 waited = True
+                if self._write_error is not None:
+                    error, self._write_error = self._write_error, None
+                    raise error
         return waited
 
     def refit(self) -> None:
@@ -564,6 +566,7 @@ class Pager:
                 self.frames.release(page.frames_start, page.n_bytes)
                 self._touch_failed(page)
                 page.error = error
+            self._release_freed(page.entry)
             self._changed.notify_all()
 
     def _touch_failed(self, page: Page) -> None:
@@ -632,7 +635,8 @@ class Pager:
                 self._set_state(page, PageState.RESIDENT)
                 self._swap.free(page.swap_offset)
                 page.swap_offset = None
-                page.error = error
+                self._write_error = error
+            self._release_freed(page.entry)
             self._changed.notify_all()
 
     def _unchanged(self, page: Page) -> bool:
@@ -678,15 +682,22 @@ class Pager:
         if self._closed:
             raise TensorFreedError("the memory optimizer is closed")
 
-    def close(self) -> None:
-        """Stop the I/O threads and remove the swap file. Managed tensors are unusable afterwards."""
+    def close(self) -> bool:
+        """Stop the I/O threads, release all memory, remove the swap file. Managed tensors are unusable afterwards.
+
+        Returns:
+            Whether all memory was released now: not where views of managed tensors are still alive.
+        """
         with self._lock:
             if self._closed:
-                return
+                return False
             self._closed = True
             self._changed.notify_all()
         self._queue.close()
         with self._lock:
-            for tensor_id in list(self.entries):
-                self.free(tensor_id)
+            entries = list(self.entries.values())
+            for entry in entries:
+                self.free(entry.tensor_id)
+            self.frames.trim()
         self._swap.close()
+        return all(page.state is PageState.FREED for entry in entries for page in entry.pages)

@@ -107,6 +107,12 @@ class FramePool:
         self.limit_bytes = limit_bytes // FRAME_BYTES * FRAME_BYTES
         self._trim()
 
+    def forget(self, address: int, n_bytes: int) -> None:
+        """Return the free frames inside a range to the system: its address space is about to go."""
+        for unit in [unit for unit in self._free if address <= unit < address + n_bytes]:
+            del self._free[unit]
+            discard(unit, UNIT_BYTES)
+
     def trim(self) -> int:
         """Return all free frames to the system; return how many bytes that were."""
         freed = self.free_bytes
