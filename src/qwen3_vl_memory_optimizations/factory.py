@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,6 @@ def local_directory(name: str | os.PathLike[str]) -> Path:
 
 def _require_workable(config: MemoryConfig) -> None:
     """Refuse a budget that cannot hold the process itself, before anything is loaded."""
-    import sys
-
     _tame_allocator()
     loaded = "transformers.modeling_utils" in sys.modules
     least = rss_bytes() + (0 if loaded else _LIBRARIES_BYTES) + FIXED_RESERVE_BYTES + _LEAST_FRAMES_BYTES
@@ -114,23 +113,6 @@ def _tame_allocator() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 4 << 20)
     except (OSError, AttributeError):  # another C library has other habits
         return
-
-
-def _drop_library_cache() -> None:
-    """Let go of what the kernel read of the libraries beyond what this process maps: it counts in a control group."""
-    with open("/proc/self/maps") as maps:
-        paths = {line.split(maxsplit=5)[5].strip() for line in maps if line.count("/")}
-    for path in paths:
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError:  # deleted, or no file
-            continue
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        except OSError:  # a device
-            pass
-        finally:
-            os.close(descriptor)
 
 
 def _release_garbage() -> None:
@@ -219,7 +201,6 @@ def _finish(model: Any, optimizer: MemoryOptimizer, compute_dtype: torch.dtype) 
             )
 
     if optimizer.config.ram_budget is not None:
-        _drop_library_cache()
         optimizer.reserve_activations(FIXED_RESERVE_BYTES)
     optimizer.pager.refit()
     model.register_forward_pre_hook(reserve, with_kwargs=True)

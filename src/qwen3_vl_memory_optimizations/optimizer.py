@@ -23,6 +23,9 @@ from .pools import AdvancedMemoryPool
 TENSOR_KINDS = ("kv_cache", "vision_features", "text_embeddings", "general")
 
 _BASELINE_SLACK_BYTES = 8 * 2**20
+_KERNEL_SHARE = 64
+"""One part in 64 of the budget is for page tables and file buffers that the kernel holds for the process; control
+groups count them, the resident set does not."""
 _LEAST_FRAMES_BYTES = 2 * PAGE_BYTES
 
 
@@ -55,6 +58,8 @@ class MemoryOptimizer:
         ledger = Ledger(self.config.ram_budget, self.config.tensor_budget)
         self._check_budget()
         ledger.set("process", self.baseline_bytes, PROCESS)
+        if self.config.ram_budget is not None:
+            ledger.set("kernel", self.config.ram_budget // _KERNEL_SHARE, PROCESS)
         swap_dir = self.config.cache_dir or Path(tempfile.gettempdir())
         swap_dir.mkdir(parents=True, exist_ok=True)
         self.pager = Pager(ledger, swap_dir=swap_dir, reuse_frames=self.config.enable_memory_pooling)

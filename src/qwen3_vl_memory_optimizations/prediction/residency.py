@@ -21,9 +21,10 @@ def choose_kept(sizes_bytes: Sequence[int], capacity_bytes: int) -> list[bool]:
         One flag a page; the kept ones hold at most `capacity_bytes`.
     """
     total = sum(sizes_bytes)
+    capacity_bytes = max(0, capacity_bytes)
     if total <= capacity_bytes:
         return [True] * len(sizes_bytes)
-    share = max(0, capacity_bytes) / total
+    share = capacity_bytes / total
     kept, due, kept_bytes = [], 0.0, 0
     for size in sizes_bytes:
         due += size * share

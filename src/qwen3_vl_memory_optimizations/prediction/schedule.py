@@ -1,10 +1,10 @@
 """`PassSchedule`: the order in which weights are touched, learnt from the passes themselves.
 
 A transformer touches its weights in the same order at each forward. A *pass* is a run of accesses without
-repetition; the first access that was already made in the pass begins the next one. Passes that begin with the same
-tensor are of one sort: an image prefill begins with the vision tower, a decode step with the first layer. For each
-sort the last order seen is remembered, and which sort came after which, so the next uses of every tensor are known
-across the end of a pass.
+repetition; the next one begins with the first access that was already made in the pass, or that is unexpected and
+known to begin passes. Passes that begin with the same tensor are of one sort: an image prefill begins with the vision
+tower, a decode step with the first layer. For each sort the last order seen is remembered, and which sort came after
+which, so the next uses of every tensor are known across the end of a pass.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ class PassSchedule:
 
     def record(self, item: Hashable) -> bool:
         """Note an access; return whether it began a new pass."""
-        begins = not self._current or item in self._seen
+        position = self._position + 1
+        expected = position < len(self._expected) and self._expected[position] == item
+        begins = not self._current or item in self._seen or (item in self._orders and not expected)
         if begins:
             self._finish_pass()
             self._expect(self._order_beginning_with(item))
-        position = self._position + 1
-        if not (position < len(self._expected) and self._expected[position] == item):
+            position = 0
+        elif not expected:
             position = self._index.get(item, self._position)
         self._position = position
         self._current.append(item)

@@ -1,0 +1,18 @@
+import pytest
+
+from qwen3_vl_memory_optimizations import MemoryOptimizer
+
+
+@pytest.fixture
+def make_optimizer(tmp_path):
+    """Return a function that makes optimizers with a budget for tensors alone; all are closed after the test."""
+    made = []
+
+    def make(budget_bytes=None, **settings):
+        settings = {"cache_dir": tmp_path / "cache", "memory_pool_size": 64 * 2**20, **settings}
+        made.append(MemoryOptimizer(memory_config={"tensor_budget": budget_bytes, **settings}))
+        return made[-1]
+
+    yield make
+    for optimizer in made:
+        optimizer.close()

@@ -1,0 +1,484 @@
+import gc
+import os
+import threading
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qwen3_vl_memory_optimizations import (
+    CorruptDataError,
+    InsufficientDiskSpaceError,
+    MemoryBudgetExceeded,
+    ShortIOError,
+    StorageError,
+    TensorFreedError,
+    UnknownTensorError,
+)
+from qwen3_vl_memory_optimizations.hardware import rss_bytes
+from qwen3_vl_memory_optimizations.paging import PROCESS, Ledger, PageState, Pager
+from qwen3_vl_memory_optimizations.storage import SwapFile
+from tests.paging.weights import COLUMNS, FRAMES_BYTES, ROWS, random_weights, register, settle
+
+MIB = 2**20
+
+
+def run_pass(managed, x=None):
+    """Use every weight once, in order; return the products."""
+    x = torch.ones(1, COLUMNS).bfloat16() if x is None else x
+    return {name: F.linear(x, weight) for name, weight in managed.items()}
+
+
+def state(pager):
+    """What must not change when something is refused."""
+    return (
+        pager.frames.used_bytes,
+        pager.frames.limit_bytes,
+        pager.ledger.accounts(),
+        pager.swap_used_bytes,
+        {name: [(page.state, page.pins) for page in entry.pages] for name, entry in pager.entries.items()},
+    )
+
+
+# --- weights that do not fit ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capacity", [2, 3, 5, 7])
+def test_a_cycle_hits_each_kept_page_and_the_budget_holds(make_optimizer, tmp_path, capacity):
+    n_tensors, n_passes = 8, 5
+    weights = random_weights(n_tensors)
+    optimizer = make_optimizer(capacity * FRAMES_BYTES)
+    managed = register(optimizer.pager, weights, tmp_path / "w.safetensors")
+    x = torch.randn(1, COLUMNS).bfloat16()
+    for _ in range(n_passes):
+        for name, found in run_pass(managed, x).items():
+            assert torch.equal(found, F.linear(x, weights[name])), name
+    settle(optimizer.pager)
+    stats, frames = optimizer.pager.stats, optimizer.pager.frames
+    assert stats.hits == (n_passes - 1) * (capacity - 1), "all frames but one hold a kept page"
+    assert stats.hits + stats.misses == n_passes * n_tensors
+    assert stats.hit_bytes + stats.miss_bytes == n_passes * n_tensors * FRAMES_BYTES
+    assert frames.peak_bytes <= frames.limit_bytes <= capacity * FRAMES_BYTES
+    assert stats.bytes_written == 0, "clean pages are dropped, not written"
+
+
+def test_what_fits_is_read_once(make_optimizer, tmp_path):
+    optimizer = make_optimizer(8 * FRAMES_BYTES)
+    managed = register(optimizer.pager, random_weights(8), tmp_path / "w.safetensors")
+    for _ in range(4):
+        run_pass(managed)
+    stats = optimizer.pager.stats
+    assert (stats.hits, stats.misses, stats.evictions) == (24, 8, 0)
+    assert 8 * (FRAMES_BYTES - 4096) <= stats.bytes_read <= 8 * (FRAMES_BYTES + 4096)
+    assert all(weight.tier == "cpu" for weight in managed.values())
+    assert optimizer.get_memory_efficiency_stats()["paging"]["hit_rate"] == 0.75
+
+
+def test_the_next_weights_are_read_before_they_are_asked_for(make_optimizer, tmp_path):
+    optimizer = make_optimizer(4 * FRAMES_BYTES)
+    managed = register(optimizer.pager, random_weights(8), tmp_path / "w.safetensors")
+    for _ in range(3):
+        for weight in managed.values():
+            F.linear(torch.ones(1, COLUMNS).bfloat16(), weight)
+            settle(optimizer.pager)  # as if the product took longer than the read
+    stats = optimizer.pager.stats
+    assert stats.prefetches_used >= 0.8 * (stats.misses - 1)
+    assert stats.faults < stats.misses / 4, f"{stats.faults} of {stats.misses} misses had to wait"
+
+
+@pytest.mark.parametrize("n_rows", [1, 7])
+def test_a_weight_larger_than_the_memory_is_computed_on_piece_by_piece(make_optimizer, tmp_path, n_rows):
+    weights = random_weights(1, rows=16 * 40 + 5)
+    optimizer = make_optimizer(200_000)
+    managed = register(optimizer.pager, weights, tmp_path / "w.safetensors", rows_per_page=16)
+    x, bias = torch.randn(2, n_rows, COLUMNS).bfloat16(), torch.randn(645).bfloat16()
+    assert weights["w0"].nbytes > 3 * optimizer.pager.frames.limit_bytes
+    for _ in range(2):
+        torch.testing.assert_close(F.linear(x, managed["w0"], bias), F.linear(x, weights["w0"], bias))
+    assert optimizer.pager.frames.peak_bytes <= 200_000
+    assert managed["w0"].tier == "ssd"
+
+
+def test_threads_on_more_weights_than_fit_all_get_right_results(make_optimizer, tmp_path):
+    """Two frames for four threads: whoever finds no room waits for the pages others compute on."""
+    weights = random_weights(6)
+    optimizer = make_optimizer(2 * FRAMES_BYTES)
+    managed = register(optimizer.pager, weights, tmp_path / "w.safetensors")
+    x = torch.randn(1, COLUMNS).bfloat16()
+    exact = {name: F.linear(x, values) for name, values in weights.items()}
+    failures, until = [], time.monotonic() + 2
+
+    def work(offset):
+        try:
+            names = list(managed)[offset:] + list(managed)[:offset]
+            while time.monotonic() < until:
+                for name in names:
+                    if not torch.equal(F.linear(x, managed[name]), exact[name]):
+                        failures.append(name)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(offset,), daemon=True) for offset in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not failures and not any(thread.is_alive() for thread in threads), failures[:3]
+    assert optimizer.pager.frames.peak_bytes <= 2 * FRAMES_BYTES
+    settle(optimizer.pager)
+    assert all(page.pins == 0 for entry in optimizer.pager.entries.values() for page in entry.pages)
+
+
+def test_threads_that_write_and_swap_get_their_own_values(make_optimizer):
+    optimizer = make_optimizer(3 * MIB)
+    failures, until = [], time.monotonic() + 2
+
+    def work(number):
+        try:
+            tensors = [optimizer.allocate_tensor((512, 512), torch.int32) for _ in range(2)]
+            for step in range(1000):
+                if time.monotonic() > until:
+                    return
+                for place, tensor in enumerate(tensors):
+                    tensor.fill_(100_000 * number + 10 * step + place)
+                for place, tensor in enumerate(tensors):
+                    low, high = tensor.min().item(), tensor.max().item()
+                    if low != high or low != 100_000 * number + 10 * step + place:
+                        failures.append((number, step, low, high))
+        except MemoryBudgetExceeded:
+            pass  # the others had everything pinned at that moment: refused, not wrong
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(1, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not failures and not any(thread.is_alive() for thread in threads), failures[:3]
+    assert optimizer.pager.frames.peak_bytes <= 3 * MIB
+
+
+# --- failures of the SSD ----------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_page_is_refused_and_the_others_go_on(make_optimizer, tmp_path):
+    path = tmp_path / "w.safetensors"
+    weights = random_weights(4)
+    optimizer = make_optimizer(2 * FRAMES_BYTES)
+    managed = register(optimizer.pager, weights, path, checksums=True)
+    raw = bytearray(path.read_bytes())
+    position = raw.index(weights["w2"].view(torch.uint8).numpy().tobytes())
+    raw[position + 70] ^= 1
+    path.write_bytes(raw)
+    x = torch.randn(1, COLUMNS).bfloat16()
+    for _ in range(3):
+        for name in managed:
+            if name == "w2":
+                with pytest.raises(CorruptDataError, match="w2.*checksum") as caught:
+                    F.linear(x, managed[name])
+                assert caught.value.path == path
+            else:
+                assert torch.equal(F.linear(x, managed[name]), F.linear(x, weights[name]))
+    raw[position + 70] ^= 1
+    path.write_bytes(raw)
+    assert torch.equal(F.linear(x, managed["w2"]), F.linear(x, weights["w2"])), "a repaired file is read again"
+    settle(optimizer.pager)
+    assert optimizer.pager.frames.used_bytes <= 2 * FRAMES_BYTES
+
+
+def test_a_truncated_file_is_an_error_of_ours_and_takes_no_memory(make_optimizer, tmp_path):
+    path = tmp_path / "w.safetensors"
+    optimizer = make_optimizer(2 * FRAMES_BYTES)
+    managed = register(optimizer.pager, random_weights(3), path)
+    os.truncate(path, path.stat().st_size - ROWS * COLUMNS * 2 - 5000)
+    for _ in range(2):
+        with pytest.raises(ShortIOError, match=str(path)):
+            F.linear(torch.ones(1, COLUMNS).bfloat16(), managed["w2"])
+    settle(optimizer.pager)
+    assert optimizer.pager.frames.used_bytes == 0
+    assert F.linear(torch.ones(1, COLUMNS).bfloat16(), managed["w0"]).shape == (1, ROWS)
+
+
+def test_a_swap_that_cannot_be_written_is_reported_and_loses_nothing(make_optimizer, monkeypatch):
+    optimizer = make_optimizer(2 * MIB)
+    tensors = [optimizer.allocate_tensor((MIB,), torch.uint8) for _ in range(2)]
+    for value, tensor in enumerate(tensors, start=1):
+        tensor.fill_(value)
+
+    def fail(self, offset, address, n_bytes):
+        raise StorageError("input/output error", path="swap")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SwapFile, "write", fail)
+        before = state(optimizer.pager)
+        for _ in range(2):
+            with pytest.raises(StorageError, match="input/output"):
+                optimizer.allocate_tensor((MIB,), torch.uint8)
+            settle(optimizer.pager)
+            assert state(optimizer.pager) == before
+    third = optimizer.allocate_tensor((MIB,), torch.uint8)
+    assert [int(tensor.max()) for tensor in (*tensors, third)] == [1, 2, 0]
+
+
+def test_a_full_disk_is_reported_and_loses_nothing(make_optimizer, monkeypatch):
+    optimizer = make_optimizer(2 * MIB)
+    tensors = [optimizer.allocate_tensor((MIB,), torch.uint8) for _ in range(2)]
+
+    def full(self, n_bytes):
+        raise InsufficientDiskSpaceError("full", path="swap", required_bytes=n_bytes, available_bytes=0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SwapFile, "allocate", full)
+        before = state(optimizer.pager)
+        with pytest.raises(InsufficientDiskSpaceError):
+            optimizer.allocate_tensor((MIB,), torch.uint8)
+        assert state(optimizer.pager) == before
+    assert [int(tensor.max()) for tensor in tensors] == [0, 0]
+    optimizer.allocate_tensor((MIB,), torch.uint8)
+
+
+# --- the budget -------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_fit_is_refused_before_anything_changes(make_optimizer):
+    optimizer = make_optimizer(4 * MIB)
+    tensor = optimizer.allocate_tensor((MIB,), torch.uint8)
+    view = tensor.view(-1)  # pinned
+    other = optimizer.allocate_tensor((MIB,), torch.uint8)
+    before = state(optimizer.pager)
+    with pytest.raises(MemoryBudgetExceeded, match="general") as caught:
+        optimizer.allocate_tensor((3 * MIB + 1,), torch.uint8)
+    error = caught.value
+    assert error.requested_bytes == 3 * MIB + 4096
+    assert error.available_bytes == 3 * MIB
+    assert error.budget_bytes == 4 * MIB
+    assert isinstance(error, MemoryError)
+    assert state(optimizer.pager) == before
+    assert optimizer.pool.stats()["general"]["used_bytes"] == 2 * MIB
+    del view
+    optimizer.allocate_tensor((4 * MIB,), torch.uint8)
+    assert other.tier == "ssd"
+
+
+def test_only_as_much_is_swapped_out_as_is_needed(make_optimizer):
+    optimizer = make_optimizer(8 * MIB)
+    tensors = [optimizer.allocate_tensor((MIB,), torch.uint8) for _ in range(8)]
+    another = optimizer.allocate_tensor((MIB,), torch.uint8)
+    settle(optimizer.pager)
+    assert optimizer.pager.stats.swap_writes == 1
+    assert [tensor.tier for tensor in (*tensors, another)] == ["ssd"] + ["cpu"] * 8
+
+
+def test_the_longest_unused_is_swapped_out_first(make_optimizer):
+    optimizer = make_optimizer(3 * MIB)
+    tensors = [optimizer.allocate_tensor((MIB,), torch.uint8) for _ in range(3)]
+    optimizer.record_tensor_access(tensors[0].tensor_id)
+    another = optimizer.allocate_tensor((MIB,), torch.uint8)
+    assert [tensor.tier for tensor in (*tensors, another)] == ["cpu", "ssd", "cpu", "cpu"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool])
+def test_swapped_tensors_come_back_bit_by_bit(make_optimizer, dtype):
+    optimizer = make_optimizer(6 * MIB)
+    tensors, values = [], []
+    for _ in range(4):
+        raw = torch.randint(0, 2 if dtype == torch.bool else 256, (2 * MIB + 8 * 13,), dtype=torch.uint8)
+        values.append(raw.view(dtype))
+        tensors.append(optimizer.allocate_tensor(values[-1].shape, dtype))
+        tensors[-1].copy_(values[-1])
+    for _ in range(2):
+        for tensor, value in zip(tensors, values, strict=True):
+            assert torch.equal(tensor.decoded().view(torch.uint8), value.view(torch.uint8))
+    stats = optimizer.pager.stats
+    assert stats.swap_writes >= 2 and stats.swap_reads >= 2
+    assert optimizer.pager.frames.peak_bytes <= 6 * MIB
+    written = stats.swap_writes
+    for tensor in tensors:
+        tensor.sum()
+    settle(optimizer.pager)
+    assert stats.swap_writes == written, "what has not changed since it was written is not written again"
+
+
+def test_freeing_returns_memory_addresses_and_swap(make_optimizer):
+    optimizer = make_optimizer(4 * MIB)
+    tensors = [optimizer.allocate_tensor((3 * MIB,), torch.uint8) for _ in range(2)]
+    settle(optimizer.pager)
+    assert optimizer.pager.swap_used_bytes == 3 * MIB
+    name = tensors[0].tensor_id
+    tensors.clear()
+    gc.collect()
+    assert optimizer.pager.frames.used_bytes == 0
+    assert optimizer.pager.swap_used_bytes == 0
+    assert optimizer.pool.stats()["general"]["used_bytes"] == 0
+    with pytest.raises(UnknownTensorError, match=name) as caught:
+        optimizer.record_tensor_access(name)
+    assert caught.value.tensor_id == name and isinstance(caught.value, KeyError)
+
+
+def test_a_refused_reservation_leaves_the_ledger_as_it_was(tmp_path, make_optimizer):
+    pager = Pager(Ledger(10 * MIB, None), swap_dir=tmp_path)
+    optimizer = make_optimizer()
+    optimizer.pager.close()
+    optimizer.pager = pager
+    tensor = optimizer.allocate_tensor((6 * MIB,), torch.uint8)
+    view = tensor.view(-1)
+    before = state(pager)
+    with pytest.raises(MemoryBudgetExceeded):
+        pager.reserve("activations", 5 * MIB)
+    assert state(pager) == before
+    pager.reserve("activations", 4 * MIB)
+    assert pager.frames.limit_bytes == 6 * MIB
+    del view
+    pager.reserve("activations", 9 * MIB)
+    assert (pager.frames.limit_bytes, tensor.tier) == (MIB, "ssd")
+    pager.reserve("activations", 0)
+    assert pager.frames.limit_bytes == 10 * MIB
+
+
+def test_the_ledger_keeps_what_weights_need_at_least():
+    ledger = Ledger(100, 60)
+    ledger.set("process", 30, PROCESS)
+    ledger.set("small weights", 20)
+    assert ledger.frames_limit_bytes() == 40
+    ledger.frames_floor_bytes = 25
+    with pytest.raises(MemoryBudgetExceeded) as caught:
+        ledger.set("workspace", 20)
+    error = caught.value
+    assert (error.requested_bytes, error.available_bytes, error.owner) == (20, 15, "workspace")
+    assert ledger.accounts() == {"process": 30, "small weights": 20, "workspace": 0}
+    ledger.add("workspace", 15)
+    assert ledger.frames_limit_bytes() == 25
+    assert ledger.held_bytes("workspace") == 15
+
+
+def test_workspace_is_debited(make_optimizer, tmp_path):
+    optimizer = make_optimizer(10 * FRAMES_BYTES)
+    managed = register(optimizer.pager, random_weights(2), tmp_path / "w.safetensors")
+    F.linear(torch.ones(1, COLUMNS), managed["w0"])  # fp32: the rows are cast into scratch memory
+    held = optimizer.pager.ledger.held_bytes("workspace")
+    assert held == optimizer.pager.scratch.n_bytes > 0
+    assert optimizer.pager.frames.limit_bytes <= 10 * FRAMES_BYTES - held
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_embedding_reads_rows_and_not_the_tensor(make_optimizer, tmp_path):
+    table = {"table": torch.randn(4096, COLUMNS).bfloat16()}
+    optimizer = make_optimizer(8 * MIB)
+    managed = register(optimizer.pager, table, tmp_path / "w.safetensors", rows_per_page=256)["table"]
+    indices = torch.tensor([[7, 4095, 7], [0, 300, 2]])
+    assert torch.equal(F.embedding(indices, managed), F.embedding(indices, table["table"]))
+    assert optimizer.pager.stats.row_bytes_read == 5 * COLUMNS * 2
+    assert optimizer.pager.stats.bytes_read == 0 and optimizer.pager.frames.used_bytes < 4096 * 16
+    for wrong in (-1, 4096):
+        with pytest.raises(IndexError, match=str(wrong)):
+            F.embedding(torch.tensor([wrong]), managed)
+    managed.decoded()  # resident now
+    assert torch.equal(F.embedding(indices, managed), F.embedding(indices, table["table"]))
+    assert optimizer.pager.stats.row_bytes_read == 5 * COLUMNS * 2
+
+
+def test_embedding_of_very_many_rows_loads_pages_within_the_budget(make_optimizer, tmp_path):
+    table = {"table": torch.randn(1024, COLUMNS).bfloat16()}
+    optimizer = make_optimizer(300_000)
+    managed = register(optimizer.pager, table, tmp_path / "w.safetensors", rows_per_page=64)["table"]
+    indices = torch.randint(0, 1024, (600,))
+    for _ in range(2):
+        assert torch.equal(F.embedding(indices, managed), F.embedding(indices, table["table"]))
+    settle(optimizer.pager)
+    assert optimizer.pager.frames.peak_bytes <= 300_000
+    assert optimizer.pager._ahead_bytes == 0, "pages that were used do not count as read ahead"
+
+
+def test_embedding_sees_what_was_written_and_swapped_out(make_optimizer, tmp_path):
+    weights = {name: torch.randn(512, COLUMNS).bfloat16() for name in ("first", "second")}
+    optimizer = make_optimizer(800_000)
+    managed = register(optimizer.pager, weights, tmp_path / "w.safetensors", rows_per_page=512)
+    managed["first"].fill_(3.0)
+    F.linear(torch.ones(1, COLUMNS).bfloat16(), managed["second"])
+    settle(optimizer.pager)
+    optimizer.pager._evict(managed["first"].entry.pages[0])
+    assert managed["first"].tier == "ssd" and optimizer.pager.stats.swap_writes == 1
+    assert F.embedding(torch.tensor([5]), managed["first"]).unique().tolist() == [3.0]
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+def test_after_close_everything_says_so_and_the_memory_is_back(make_optimizer, tmp_path):
+    before = rss_bytes()
+    optimizer = make_optimizer(100 * MIB)
+    managed = register(optimizer.pager, random_weights(1), tmp_path / "w.safetensors")["w0"]
+    tensor = optimizer.allocate_tensor((48 * MIB,), torch.uint8)
+    assert rss_bytes() - before > 40 * MIB
+    optimizer.close()
+    assert rss_bytes() - before < 8 * MIB
+    x = torch.ones(1, COLUMNS).bfloat16()
+    for use in (
+        lambda: F.linear(x, managed),
+        lambda: F.embedding(torch.tensor([0]), managed),
+        lambda: tensor + 1,
+        lambda: optimizer.allocate_tensor((4,)),
+        lambda: optimizer.migrate_for_compute(tensor),
+    ):
+        with pytest.raises(TensorFreedError):
+            use()
+
+
+def test_a_view_outlives_the_optimizer(make_optimizer):
+    optimizer = make_optimizer(8 * MIB)
+    tensor = optimizer.allocate_tensor((2 * MIB,), torch.uint8).fill_(9)
+    view = tensor.view(2, -1)
+    optimizer.close()
+    assert view.unique().tolist() == [9]
+    del view, tensor
+    assert optimizer.pager.frames.committed_bytes == 0
+
+
+def test_close_wakes_a_thread_that_waits(make_optimizer, tmp_path, monkeypatch):
+    optimizer = make_optimizer(2 * FRAMES_BYTES)
+    managed = register(optimizer.pager, random_weights(1), tmp_path / "w.safetensors")["w0"]
+    reading, go, ended = threading.Event(), threading.Event(), []
+    real = optimizer.pager._transfer_in
+    monkeypatch.setattr(optimizer.pager, "_transfer_in", lambda page: (reading.set(), go.wait(5), real(page))[2])
+
+    def use():
+        try:
+            ended.append(F.linear(torch.ones(1, COLUMNS).bfloat16(), managed))
+        except TensorFreedError as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=use, daemon=True)
+    thread.start()
+    assert reading.wait(5)
+    closing = threading.Thread(target=optimizer.close, daemon=True)
+    closing.start()
+    go.set()
+    thread.join(10)
+    closing.join(10)
+    assert len(ended) == 1 and not thread.is_alive() and not closing.is_alive()
+
+
+def test_states_of_pages(make_optimizer, tmp_path):
+    optimizer = make_optimizer(2 * FRAMES_BYTES)
+    managed = register(optimizer.pager, random_weights(1), tmp_path / "w.safetensors", rows_per_page=16)["w0"]
+    assert len(managed.entry.pages) == 4
+    assert {page.state for page in managed.entry.pages} == {PageState.SWAPPED}
+    ranges = []
+    for start, stop in optimizer.pager.row_ranges(managed.entry):
+        ranges.append((start, stop))
+        for page in managed.entry.pages[start // 16 : stop // 16]:
+            assert page.state is PageState.RESIDENT and page.pins == 1
+    assert [start for start, _ in ranges] == [0, *(stop for _, stop in ranges[:-1])] and ranges[-1][1] == ROWS
+    assert all(page.pins == 0 for page in managed.entry.pages)
+
+
+def test_an_abandoned_product_leaves_no_pins(make_optimizer, tmp_path):
+    optimizer = make_optimizer(4 * FRAMES_BYTES)
+    managed = register(optimizer.pager, random_weights(1), tmp_path / "w.safetensors")["w0"]
+    with pytest.raises(RuntimeError):
+        F.linear(torch.ones(1, COLUMNS + 1).bfloat16(), managed)
+    assert all(page.pins == 0 for page in managed.entry.pages)
