@@ -204,7 +204,9 @@ class BlockMachine(RuleBasedStateMachine):
         self.held = {}
 
     def free_pages(self):
-        taken = {page for start, n_bytes in self.held.items() for page in range(start // 64, -(-(start + n_bytes) // 64))}
+        taken = {
+            page for start, n_bytes in self.held.items() for page in range(start // 64, -(-(start + n_bytes) // 64))
+        }
         return [page for page in range(100) if page not in taken]
 
     def largest_hole(self):

@@ -59,6 +59,8 @@ class Page:
             (segments read in place need not start on a frame) belongs to neither and stays.
         pins: a pinned page is not moved.
         kept: part of the resident subset; other pages leave as soon as they were used.
+        dirty: its source and its swap extent, if any, do not hold its contents.
+        aliased: views were handed out; they may have written to it.
         unused: loaded, and not accessed since.
     """
 
@@ -71,6 +73,7 @@ class Page:
     state: PageState = PageState.SWAPPED
     pins: int = 0
     dirty: bool = False
+    aliased: bool = False
     kept: bool = True
     unused: bool = False
     prefetched: bool = False
@@ -130,7 +133,6 @@ class TensorEntry:
         self.pages = self._cut(step)
         self.missing = len(self.pages)
         self.freed = False
-        self.aliased = False
         self.on_released: Callable[[], None] | None = None
         data = alias_memory(address, self.n_bytes).view(paged_dtype).view(rows, columns)
         self._segments = {codec.segments(shape, dtype)[0].name: data, **resident}  # the paged one first
@@ -171,12 +173,26 @@ class TensorEntry:
                 self._ranges[start, stop] = views
         return views
 
+    def holds(self, address: int) -> bool:
+        """Whether an address is in the paged segment."""
+        return self.address <= address < self.address + self.n_bytes
+
+    def mark_aliased(self) -> None:
+        """Note that views were handed out; what they may write is looked for when a page leaves."""
+        for page in self.pages:
+            page.aliased = True
+
     def lease(self) -> tuple[torch.Tensor, object]:
         """Return the paged segment as a fresh uint8 tensor and the object that lives as long as any view of it."""
         buffer = (ctypes.c_uint8 * self.n_bytes).from_address(self.address)
-        return torch.frombuffer(buffer, dtype=torch.uint8), buffer
+        return _bytes_of(buffer), buffer
 
 
 def alias_memory(address: int, n_bytes: int) -> torch.Tensor:
     """Return a uint8 tensor over raw memory. The caller keeps the memory alive."""
-    return torch.frombuffer((ctypes.c_uint8 * n_bytes).from_address(address), dtype=torch.uint8)
+    return _bytes_of((ctypes.c_uint8 * n_bytes).from_address(address))
+
+
+def _bytes_of(buffer: ctypes.Array[ctypes.c_uint8]) -> torch.Tensor:
+    # frombuffer refuses an empty buffer
+    return torch.frombuffer(buffer, dtype=torch.uint8) if len(buffer) else torch.empty(0, dtype=torch.uint8)

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils import _pytree
@@ -125,14 +126,17 @@ class ManagedTensor(torch.Tensor):
 
     def decoded(self) -> torch.Tensor:
         """Return a plain tensor with the values: the bytes themselves (pinned while it lives) or a decoded copy."""
-        return _plain(self)
+        plain = _plain(self)
+        if self.entry.holds(_address(plain)):
+            self.entry.mark_aliased()  # the caller may write to it
+        return plain
 
 
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
     if type(weight) is not ManagedTensor or type(input) is ManagedTensor or weight.entry.rows_per_page is None:
         return NotImplemented
     if type(bias) is ManagedTensor:
-        bias = bias.decoded()
+        bias = _plain(bias)
     return weight.pager.linear(weight.entry, input, bias)
 
 
@@ -187,18 +191,16 @@ def _run_decoded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
     plain_args, plain_kwargs = _pytree.tree_map(unwrap, (args, kwargs))
     result = func(*plain_args, **plain_kwargs)
-    outputs = [leaf for leaf in _pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-    name = getattr(func, "__name__", "")
+    outputs = [leaf for leaf in _pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor | np.ndarray)]
+    name = getattr(func, "__name__", "").split(".")[0]  # below the Python interface: `add_.Tensor`
     writes = name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
     writes = writes or (name.startswith("__i") and name not in ("__int__", "__index__", "__invert__"))
     for managed, decoded in plain.values():
         written = (writes and args and args[0] is managed) or kwargs.get("out") is managed
         if written:
             _write_back(managed, decoded)
-        start = managed.entry.address
-        for output in outputs:
-            if output is not decoded and start <= _address(output) < start + managed.entry.n_bytes:
-                managed.entry.aliased = True
+        if any(output is not decoded and managed.entry.holds(_address(output)) for output in outputs):
+            managed.entry.mark_aliased()
 
     def rewrap(value: Any) -> Any:
         return next((managed for managed, decoded in plain.values() if decoded is value), value)
@@ -206,7 +208,9 @@ def _run_decoded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     return _pytree.tree_map(rewrap, result)
 
 
-def _address(tensor: torch.Tensor) -> int:
+def _address(tensor: torch.Tensor | np.ndarray) -> int:
+    if isinstance(tensor, np.ndarray):
+        return tensor.ctypes.data
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # a layout without a storage shares no memory

@@ -20,6 +20,7 @@ from ..compression import LinearInput, Scratch
 from ..errors import (
     CorruptDataError,
     MemoryBudgetExceeded,
+    StorageError,
     TensorFreedError,
     UnknownTensorError,
     format_bytes,
@@ -77,6 +78,8 @@ class Pager:
         self._weights_resident_bytes = 0
         self._ahead_bytes = 0
         self._moving = 0
+        self._leaving_bytes = 0
+        self._computing: dict[int, int] = {}  # thread -> ranges of pages that it computes on
         self._clock = 0
         self._read_ahead_bytes = READ_AHEAD_BYTES
         self._plan_state: tuple[object, ...] = ()
@@ -100,6 +103,8 @@ class Pager:
         with self._lock:
             self._check_open()
             shared = entry.shared_frames()
+            resident_bytes = sum(page.n_bytes for page in entry.pages) if resident else 0
+            self._check_fits(resident_bytes + len(shared) * FRAME_BYTES, entry.kind)
             backed: list[tuple[int, int]] = []
             try:
                 for frame in shared:
@@ -113,7 +118,7 @@ class Pager:
                         backed.append((page.frames_start, page.n_bytes))
                         page.state, page.dirty, page.pins = PageState.RESIDENT, True, 1
                         entry.missing -= 1
-            except MemoryBudgetExceeded:
+            except BaseException:
                 for page in entry.pages:
                     page.state, page.dirty, page.pins = PageState.SWAPPED, False, 0
                 for address, n_bytes in backed:
@@ -194,9 +199,14 @@ class Pager:
             MemoryBudgetExceeded: it does not fit beside what the weights need at least.
         """
         with self._lock:
-            if self.ledger.held_bytes(owner) != n_bytes:
+            before = self.ledger.held_bytes(owner)
+            if before != n_bytes:
                 self.ledger.set(owner, n_bytes, PROCESS)
-                self.refit()
+                try:
+                    self.refit()
+                except BaseException:
+                    self.ledger.set(owner, before, PROCESS)
+                    raise
 
     # --- computing on tensors ---------------------------------------------------------------------------------------
 
@@ -212,7 +222,11 @@ class Pager:
     def _debit_workspace(self, n_bytes: int) -> None:
         with self._lock:
             self.ledger.add("workspace", n_bytes)
-            self.refit()
+            try:
+                self.refit()
+            except BaseException:
+                self.ledger.add("workspace", -n_bytes)
+                raise
 
     def linear(self, entry: TensorEntry, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return `x @ W.T + bias`, computed on the encoded form, rows of W as they become resident."""
@@ -235,7 +249,7 @@ class Pager:
         pages = entry.pages
         with self._lock:
             self._begin_access(entry)
-        first, n_pages = 0, len(pages)
+        first, n_pages, thread = 0, len(pages), threading.get_ident()
         while first < n_pages:
             with self._lock:
                 self._await(pages[first])
@@ -243,15 +257,21 @@ class Pager:
                 while last < n_pages and pages[last].state is PageState.RESIDENT:
                     pages[last].pins += 1
                     last += 1
+                self._computing[thread] = self._computing.get(thread, 0) + 1
             try:
                 yield entry.row_range(first, last)
             finally:
                 with self._lock:
+                    self._computing[thread] -= 1
+                    if not self._computing[thread]:
+                        del self._computing[thread]
+                    self._changed.notify_all()
                     for page in pages[first:last]:
                         self._touch(page)
                         page.pins -= 1
                         if not page.kept:
                             self._evict(page)
+                    self._release_freed(entry)
                     self._prefetch()
             first = last
 
@@ -294,6 +314,8 @@ class Pager:
         """
         with self._lock:
             self._begin_access(entry)
+            if entry.missing:
+                self._check_fits(sum(page.n_bytes for page in entry.pages if not page.pins), entry.kind)
             pinned: list[Page] = []
             try:
                 for page in entry.pages:
@@ -341,12 +363,13 @@ class Pager:
             for position, row in enumerate(rows.tolist()):
                 start, stop = row * row_bytes, (row + 1) * row_bytes
                 pages = [page for page in entry.pages if page.start_bytes < stop and page.stop_bytes > start]
-                readable = entry.source is not None and not any(page.dirty or page.swap_offset for page in pages)
+                readable = entry.source is not None and not any(page.dirty or page.swap_offset is not None for page in pages)
                 # A read of the whole tensor is cheaper than very many of single rows.
                 few = len(rows) * _ROW_READ_COST_BYTES < entry.n_bytes
                 if all(page.state is PageState.RESIDENT for page in pages) or not readable or not few:
                     for page in pages:
                         self._await(page)
+                        self._touch(page)
                     picked[position] = data[row]
                 else:
                     assert entry.source is not None
@@ -455,28 +478,54 @@ class Pager:
             MemoryBudgetExceeded: what is pinned leaves too little.
         """
         waited = False
+        self._write_error = None  # of an attempt that nobody waited for
         while n_bytes > self.frames.available_bytes:
             victims = self._victims()
-            if not victims and not self._moving:
-                raise MemoryBudgetExceeded(
-                    f"{owner}: {format_bytes(n_bytes)} do not fit into the {format_bytes(self.frames.limit_bytes)} for "
-                    f"managed tensors, of which {format_bytes(self.frames.used_bytes)} are in use; raise the budget",
-                    requested_bytes=n_bytes,
-                    available_bytes=max(0, self.frames.available_bytes),
-                    budget_bytes=self.frames.limit_bytes,
-                    owner=owner,
-                )
+            others_compute = self._others_compute()
+            if not victims and not self._moving and not others_compute:
+                raise self._does_not_fit(n_bytes, self.frames.available_bytes, owner)
             for page in victims:
-                if n_bytes <= self.frames.available_bytes:
+                if n_bytes <= self.frames.available_bytes + self._leaving_bytes:
                     break
                 self._evict(page)
-            if n_bytes > self.frames.available_bytes and self._moving:
+            if n_bytes <= self.frames.available_bytes:
+                break
+            if self._write_error is None and (self._moving or (others_compute and not victims)):
                 self._changed.wait()
                 waited = True
-                if self._write_error is not None:
-                    error, self._write_error = self._write_error, None
-                    raise error
+            if self._write_error is not None:
+                error, self._write_error = self._write_error, None
+                raise error
         return waited
+
+    def _others_compute(self) -> bool:
+        """Whether other threads compute on pages, which they will unpin without waiting for this one."""
+        return bool(self._computing) and threading.get_ident() not in self._computing
+
+    def _check_fits(self, n_bytes: int, owner: str) -> None:
+        """Refuse what evicting everything would not make room for, before anything is evicted.
+
+        Raises:
+            MemoryBudgetExceeded: what is pinned leaves too little.
+        """
+        if n_bytes <= self.frames.available_bytes or self._others_compute():
+            return
+        away = (PageState.SWAPPED, PageState.FREED)
+        pages = (page for entry in self.entries.values() for page in entry.pages)
+        can_leave = sum(page.n_bytes for page in pages if not page.pins and page.state not in away)
+        available = self.frames.available_bytes + can_leave
+        if n_bytes > available:
+            raise self._does_not_fit(n_bytes, available, owner)
+
+    def _does_not_fit(self, n_bytes: int, available: int, owner: str) -> MemoryBudgetExceeded:
+        return MemoryBudgetExceeded(
+            f"{owner}: {format_bytes(n_bytes)} do not fit into the {format_bytes(self.frames.limit_bytes)} for managed "
+            f"tensors, of which {format_bytes(self.frames.limit_bytes - available)} cannot leave; raise the budget",
+            requested_bytes=n_bytes,
+            available_bytes=max(0, available),
+            budget_bytes=self.frames.limit_bytes,
+            owner=owner,
+        )
 
     def refit(self) -> None:
         """Bring the frames under the limit that the ledger now leaves."""
@@ -488,7 +537,7 @@ class Pager:
                 before, self.frames.limit_bytes = self.frames.limit_bytes, limit
                 try:
                     self._make_room(0, "budget")
-                except MemoryBudgetExceeded:
+                except BaseException:
                     self.frames.limit_bytes = max(before, self.frames.used_bytes)
                     raise
             self.frames.set_limit(limit)
@@ -596,10 +645,11 @@ class Pager:
         return n_read
 
     def _evict(self, page: Page) -> None:
-        if page.state is not PageState.RESIDENT or page.pins:
+        if page.state is not PageState.RESIDENT or page.pins or self._closed:
             return
-        if page.entry.aliased and not page.dirty:
-            page.dirty = not self._unchanged(page)
+        if page.aliased:
+            page.dirty = page.dirty or not self._unchanged(page)
+            page.aliased = False
         if page.unused:
             page.unused = page.prefetched = False
             if not page.kept:
@@ -610,10 +660,15 @@ class Pager:
             self.stats.evictions += 1
             self._changed.notify_all()
             return
-        if page.swap_offset is None:
-            page.swap_offset = self._swap.allocate(page.n_bytes)
+        try:
+            if page.swap_offset is None:
+                page.swap_offset = self._swap.allocate(page.n_bytes)
+        except StorageError as error:  # the page stays; the error reaches whoever needs the room
+            self._write_error = error
+            return
         self._set_state(page, PageState.WRITING)
         self._moving += 1
+        self._leaving_bytes += page.n_bytes
         self._queue.submit(lambda: self._write(page), DEMAND)
 
     def _write(self, page: Page) -> None:
@@ -625,6 +680,7 @@ class Pager:
             error = caught
         with self._lock:
             self._moving -= 1
+            self._leaving_bytes -= page.n_bytes
             if error is None:
                 self._set_state(page, PageState.SWAPPED)
                 self.frames.release(page.frames_start, page.n_bytes)
@@ -698,6 +754,6 @@ class Pager:
             entries = list(self.entries.values())
             for entry in entries:
                 self.free(entry.tensor_id)
-            self.frames.trim()
+            self.frames.set_limit(0)  # also for what views release later
         self._swap.close()
         return all(page.state is PageState.FREED for entry in entries for page in entry.pages)
