@@ -46,17 +46,19 @@ def state(pager):
 
 @pytest.mark.parametrize("capacity", [2, 3, 5, 7])
 def test_a_cycle_hits_each_kept_page_and_the_budget_holds(make_optimizer, tmp_path, capacity):
-    n_tensors, n_passes = 8, 5
+    n_tensors, n_passes, hits_when_warm = 8, 6, 0
     weights = random_weights(n_tensors)
     optimizer = make_optimizer(capacity * FRAMES_BYTES)
     managed = register(optimizer.pager, weights, tmp_path / "w.safetensors")
     x = torch.randn(1, COLUMNS).bfloat16()
-    for _ in range(n_passes):
+    for number in range(n_passes):
+        if number == 2:
+            hits_when_warm = optimizer.pager.stats.hits
         for name, found in run_pass(managed, x).items():
             assert torch.equal(found, F.linear(x, weights[name])), name
     settle(optimizer.pager)
     stats, frames = optimizer.pager.stats, optimizer.pager.frames
-    assert stats.hits == (n_passes - 1) * (capacity - 1), "all frames but one hold a kept page"
+    assert stats.hits - hits_when_warm == (n_passes - 2) * (capacity - 1), "all frames but one hold a kept page"
     assert stats.hits + stats.misses == n_passes * n_tensors
     assert stats.hit_bytes + stats.miss_bytes == n_passes * n_tensors * FRAMES_BYTES
     assert frames.peak_bytes <= frames.limit_bytes <= capacity * FRAMES_BYTES

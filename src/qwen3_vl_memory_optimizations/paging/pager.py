@@ -363,7 +363,9 @@ class Pager:
             for position, row in enumerate(rows.tolist()):
                 start, stop = row * row_bytes, (row + 1) * row_bytes
                 pages = [page for page in entry.pages if page.start_bytes < stop and page.stop_bytes > start]
-                readable = entry.source is not None and not any(page.dirty or page.swap_offset is not None for page in pages)
+                readable = entry.source is not None and not any(
+                    page.dirty or page.swap_offset is not None for page in pages
+                )
                 # A read of the whole tensor is cheaper than very many of single rows.
                 few = len(rows) * _ROW_READ_COST_BYTES < entry.n_bytes
                 if all(page.state is PageState.RESIDENT for page in pages) or not readable or not few:

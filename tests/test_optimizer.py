@@ -1,0 +1,238 @@
+import gc
+import threading
+
+import pytest
+import torch
+
+from qwen3_vl_memory_optimizations import (
+    ConfigurationError,
+    ManagedTensor,
+    MemoryBudgetExceeded,
+    MemoryConfig,
+    MemoryOptimizer,
+    UnknownTensorError,
+)
+from qwen3_vl_memory_optimizations.hardware import rss_bytes
+
+MIB = 2**20
+SECTION_4_2 = """
+from memory_optimization_api import MemoryOptimizer
+
+mem_optimizer = MemoryOptimizer(
+    hardware_config={
+        'cpu_model': 'Intel i5-10210U',
+        'gpu_model': 'NVIDIA SM61',
+        'memory_size': 8 * 1024 * 1024 * 1024,  # 8GB
+        'storage_type': 'nvme'
+    }
+)
+
+def allocate_tensor_optimized(shape, dtype=torch.float16, tensor_type='general'):
+    return mem_optimizer.allocate_tensor(shape, dtype, tensor_type)
+
+kv_tensor = mem_optimizer.allocate_tensor(
+    shape=(batch_size, num_heads, seq_len, head_dim),
+    dtype=torch.float16,
+    tensor_type='kv_cache'
+)
+
+def get_memory_stats():
+    return mem_optimizer.get_memory_efficiency_stats()
+"""
+
+
+@pytest.fixture
+def optimizer(tmp_path):
+    with MemoryOptimizer(memory_config={"tensor_budget": 8 * MIB, "cache_dir": tmp_path}) as made:
+        yield made
+
+
+def test_the_example_of_the_specification_runs_as_written():
+    names = {"torch": torch, "batch_size": 2, "num_heads": 8, "seq_len": 64, "head_dim": 32}
+    exec(SECTION_4_2, names)
+    with names["mem_optimizer"] as optimizer:
+        kv = names["kv_tensor"]
+        assert (kv.shape, kv.dtype, kv.kind) == ((2, 8, 64, 32), torch.float16, "kv_cache")
+        assert optimizer.hardware.cpu_model == "Intel i5-10210U"
+        assert optimizer.hardware.storage_type == "nvme"
+        other = names["allocate_tensor_optimized"]((4, 4))
+        assert (other.dtype, other.kind, float(other.sum())) == (torch.float16, "general", 0)
+        stats = names["get_memory_stats"]()
+        assert stats["kinds"]["kv_cache"]["logical_bytes"] == 2 * 8 * 64 * 32 * 2
+
+
+def test_the_figures_are_there_and_add_up(optimizer):
+    tensors = [
+        optimizer.allocate_tensor((MIB,), torch.uint8, kind)
+        for kind in ("kv_cache", "vision_features", "text_embeddings", "general", "general")
+    ]
+    stats = optimizer.get_memory_efficiency_stats()
+    assert set(stats) == {"budget", "paging", "tiers", "pools", "kinds", "codecs", "sessions_open"}
+    assert set(stats["budget"]) == {
+        "ram_budget_bytes",
+        "tensor_budget_bytes",
+        "baseline_bytes",
+        "accounts_bytes",
+        "frames_limit_bytes",
+        "frames_used_bytes",
+        "frames_peak_bytes",
+        "process_rss_bytes",
+        "process_peak_rss_bytes",
+    }
+    assert {"hits", "misses", "hit_rate", "prefetch_accuracy", "stall_s", "bytes_read_per_pass"} <= set(stats["paging"])
+    assert stats["kinds"]["general"] == {
+        "tensors": 2,
+        "logical_bytes": 2 * MIB,
+        "encoded_bytes": 2 * MIB,
+        "resident_bytes": 2 * MIB,
+    }
+    assert stats["codecs"]["none"]["tensors"] == len(tensors) == 5
+    assert stats["budget"]["frames_used_bytes"] == stats["tiers"]["cpu"]["resident_bytes"] == 5 * MIB
+    assert stats["budget"]["tensor_budget_bytes"] == 8 * MIB and stats["budget"]["ram_budget_bytes"] is None
+    assert stats["pools"]["general"]["used_bytes"] == 2 * MIB
+    assert stats["tiers"]["ssd"] == {"only_there_bytes": 0, "swap_used_bytes": 0}
+    more = optimizer.allocate_tensor((6 * MIB,), torch.uint8)
+    stats = optimizer.get_memory_efficiency_stats()
+    assert stats["tiers"]["ssd"] == {"only_there_bytes": 3 * MIB, "swap_used_bytes": 3 * MIB}
+    assert stats["budget"]["frames_peak_bytes"] <= 8 * MIB
+    assert more.tier == "cpu"
+
+
+def test_without_a_budget_there_is_no_limit_to_report(tmp_path):
+    with MemoryOptimizer(memory_config=MemoryConfig(cache_dir=tmp_path, enable_memory_pooling=False)) as optimizer:
+        stats = optimizer.get_memory_efficiency_stats()
+        assert stats["budget"]["frames_limit_bytes"] is None and stats["pools"] == {}
+        assert stats["paging"]["hit_rate"] is None
+
+
+def test_an_access_that_was_recorded_keeps_a_tensor_in_memory(optimizer):
+    tensors = [optimizer.allocate_tensor((2 * MIB,), torch.uint8) for _ in range(4)]
+    for index in (0, 2, 3):
+        optimizer.record_tensor_access(tensors[index].tensor_id)
+    another = optimizer.allocate_tensor((2 * MIB,), torch.uint8)
+    assert [tensor.tier for tensor in (*tensors, another)] == ["cpu", "ssd", "cpu", "cpu", "cpu"]
+    with pytest.raises(UnknownTensorError, match="no managed tensor has the id 'general-99'"):
+        optimizer.record_tensor_access("general-99")
+
+
+def test_migrating_for_compute_gives_a_plain_tensor_over_the_same_bytes(optimizer):
+    tensor = optimizer.allocate_tensor((4, 4), torch.float32).fill_(3)
+    migrated = optimizer.migrate_for_compute(tensor)
+    assert type(migrated) is torch.Tensor and migrated.sum() == 48
+    migrated[0, 0] = 0
+    assert tensor.sum() == 45
+    plain = torch.ones(2)
+    assert optimizer.migrate_for_compute(plain) is plain
+
+
+def test_close_may_be_called_again_and_ends_a_with_statement_also_on_an_error(tmp_path):
+    with pytest.raises(RuntimeError, match="mine"), MemoryOptimizer(memory_config={"cache_dir": tmp_path}) as optimizer:
+        tensor = optimizer.allocate_tensor((MIB,), torch.uint8)
+        raise RuntimeError("mine")
+    optimizer.close()
+    assert optimizer.pager.frames.committed_bytes == 0
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("io-")]
+    with pytest.raises(UnknownTensorError):
+        optimizer.record_tensor_access(tensor.tensor_id)
+    optimizer.close()
+
+
+def test_many_optimizers_leave_nothing_behind(tmp_path):
+    def mapped_bytes():
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[0]) * 4096
+
+    def once():
+        with MemoryOptimizer(memory_config={"cache_dir": tmp_path, "tensor_budget": 2 * MIB}) as optimizer:
+            tensors = [optimizer.allocate_tensor((MIB,), torch.uint8) for _ in range(4)]
+            assert [int(tensor.max()) for tensor in tensors] == [0] * 4
+
+    once()
+    gc.collect()
+    before, threads, resident = mapped_bytes(), threading.active_count(), rss_bytes()
+    for _ in range(5):
+        once()
+    gc.collect()
+    assert mapped_bytes() - before < 2**30
+    assert threading.active_count() == threads and rss_bytes() - resident < 6 * MIB
+    assert not list(tmp_path.iterdir())
+
+
+def test_sessions_nest_and_the_last_one_returns_free_frames(optimizer):
+    with optimizer.inference_session() as same:
+        assert same is optimizer
+        optimizer.start_inference_session()
+        tensor = optimizer.allocate_tensor((4 * MIB,), torch.uint8)
+        del tensor
+        free_bytes = optimizer.pager.frames.free_bytes
+        optimizer.end_inference_session()
+        assert optimizer.pager.frames.free_bytes == free_bytes
+        assert optimizer.get_memory_efficiency_stats()["sessions_open"] == 1
+    assert optimizer.pager.frames.free_bytes == 0
+    with pytest.raises(ConfigurationError, match="no session"):
+        optimizer.end_inference_session()
+    with pytest.raises(KeyError), optimizer.inference_session():
+        raise KeyError
+    assert optimizer.get_memory_efficiency_stats()["sessions_open"] == 0
+
+
+def test_sessions_overlap_in_threads(optimizer):
+    def work():
+        for _ in range(200):
+            with optimizer.inference_session():
+                pass
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert optimizer.get_memory_efficiency_stats()["sessions_open"] == 0
+
+
+def test_what_cannot_be_allocated_is_named(optimizer):
+    with pytest.raises(ConfigurationError, match="weights.*kv_cache"):
+        optimizer.allocate_tensor((4,), tensor_type="weights")
+    with pytest.raises(ConfigurationError, match="negative"):
+        optimizer.allocate_tensor((4, -1))
+    with pytest.raises(MemoryBudgetExceeded) as caught:
+        optimizer.allocate_tensor((9 * MIB,), torch.uint8, "kv_cache")
+    error = caught.value
+    assert (error.requested_bytes, error.available_bytes, error.budget_bytes, error.owner) == (
+        9 * MIB,
+        8 * MIB,
+        8 * MIB,
+        "kv_cache",
+    )
+    assert optimizer.get_memory_efficiency_stats()["kinds"] == {}
+
+
+def test_a_budget_below_what_the_process_uses_is_refused_with_the_numbers(tmp_path):
+    with pytest.raises(MemoryBudgetExceeded, match="ram_budget of 50 MB cannot work") as caught:
+        MemoryOptimizer(memory_config={"ram_budget": "50MB", "cache_dir": tmp_path})
+    assert caught.value.requested_bytes > caught.value.budget_bytes == 50_000_000
+    with pytest.raises(ConfigurationError, match="cpu_modle"):
+        MemoryOptimizer({"cpu_modle": "x"})
+
+
+def test_tensors_are_zeroed_also_where_memory_is_reused(optimizer):
+    for _ in range(3):
+        tensor = optimizer.allocate_tensor((3 * MIB,), torch.uint8)
+        assert isinstance(tensor, ManagedTensor) and int(tensor.max()) == 0
+        tensor.fill_(255)
+        del tensor
+
+
+def test_a_budget_for_the_process_leaves_what_the_process_uses(tmp_path):
+    budget = rss_bytes() + 96 * MIB
+    with MemoryOptimizer(memory_config={"ram_budget": budget, "cache_dir": tmp_path}) as optimizer:
+        limit = optimizer.pager.frames.limit_bytes
+        left = budget - optimizer.baseline_bytes
+        assert 0.8 * left < limit <= left, "the kernel's share comes off"
+        optimizer.reserve_activations(32 * MIB)
+        assert optimizer.pager.frames.limit_bytes == limit - 32 * MIB
+        with pytest.raises(MemoryBudgetExceeded):
+            optimizer.allocate_tensor((limit - 16 * MIB,), torch.uint8)
+        tensors = [optimizer.allocate_tensor((24 * MIB,), torch.uint8) for _ in range(6)]
+        assert [int(tensor.max()) for tensor in tensors] == [0] * 6
+        assert rss_bytes() <= budget
