@@ -223,6 +223,20 @@ def test_tensors_are_zeroed_also_where_memory_is_reused(optimizer):
         del tensor
 
 
+@pytest.mark.parametrize("n_bytes", [4096, 200_000, 512 * 1024 + 1, MIB])
+def test_a_tensor_where_a_larger_one_was_keeps_its_contents(optimizer, n_bytes):
+    """The frames of the one that was freed are handed on; those under the new one must not be."""
+    first = optimizer.allocate_tensor((4096,), torch.uint8).fill_(5)
+    large = optimizer.allocate_tensor((3 * MIB,), torch.uint8).fill_(255)
+    del large
+    small = optimizer.allocate_tensor((n_bytes,), torch.uint8).fill_(7)
+    others = [optimizer.allocate_tensor((600_000,), torch.uint8).fill_(9) for _ in range(3)]
+    optimizer.pager.trim()
+    del others
+    optimizer.pager.trim()
+    assert (first.unique().tolist(), small.unique().tolist()) == ([5], [7])
+
+
 def test_a_budget_for_the_process_leaves_what_the_process_uses(tmp_path):
     budget = rss_bytes() + 96 * MIB
     with MemoryOptimizer(memory_config={"ram_budget": budget, "cache_dir": tmp_path}) as optimizer:

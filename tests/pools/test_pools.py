@@ -9,7 +9,7 @@ from qwen3_vl_memory_optimizations import AdvancedMemoryPool, MemoryBudgetExceed
 from qwen3_vl_memory_optimizations.errors import MemoryOptimizationError
 from qwen3_vl_memory_optimizations.hardware import rss_bytes
 from qwen3_vl_memory_optimizations.pools import FRAME_BYTES, UNIT_BYTES, BlockAllocator, FramePool, reserve, unreserve
-from qwen3_vl_memory_optimizations.pools.frames import round_up
+from qwen3_vl_memory_optimizations.pools.frames import round_up, units_of
 from qwen3_vl_memory_optimizations.pools.virtual import can_move_frames, discard, move_frames
 
 MIB = 2**20
@@ -162,6 +162,7 @@ class FramePoolMachine(RuleBasedStateMachine):
             with pytest.raises(MemoryBudgetExceeded):
                 self.pool.back(address, n_bytes, owner="test")
             return multiple()
+        self.pool.forget(address, n_bytes, keep=units_of(address, n_bytes))
         self.pool.back(address, n_bytes, owner="test")
         self.next_value = self.next_value % 250 + 1
         fill(address, n_bytes, self.next_value)
@@ -190,6 +191,22 @@ class FramePoolMachine(RuleBasedStateMachine):
 
 TestFramePoolMachine = FramePoolMachine.TestCase
 TestFramePoolMachine.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+
+
+@pytest.mark.parametrize("lead_bytes", [-UNIT_BYTES // 2, 0, UNIT_BYTES // 2])
+def test_free_frames_that_overlap_a_range_are_forgotten(space, lead_bytes):
+    address = space + 4 * MIB
+    pool = FramePool(8 * UNIT_BYTES)
+    for start in (address, space):
+        pool.back(start, UNIT_BYTES, owner="a")
+    pool.release(address, UNIT_BYTES)
+    pool.release(space, UNIT_BYTES)
+    free_bytes = pool.free_bytes
+    pool.forget(address + lead_bytes, UNIT_BYTES, keep={address + lead_bytes})
+    assert pool.free_bytes == (free_bytes if lead_bytes == 0 else max(0, free_bytes - UNIT_BYTES))
+    pool.forget(address + UNIT_BYTES, UNIT_BYTES)
+    pool.forget(address - UNIT_BYTES, UNIT_BYTES)
+    assert pool.free_bytes >= free_bytes - UNIT_BYTES
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from ..errors import (
     UnknownTensorError,
     format_bytes,
 )
-from ..pools import FRAME_BYTES, FramePool
+from ..pools import FRAME_BYTES, FramePool, units_of
 from ..prediction import PassSchedule, choose_kept
 from ..storage import DEMAND, PREFETCH, IOQueue, SwapFile
 from .entry import TRANSITIONS, Page, PageState, TensorEntry, alias_memory
@@ -105,6 +105,8 @@ class Pager:
             shared = entry.shared_frames()
             resident_bytes = sum(page.n_bytes for page in entry.pages) if resident else 0
             self._check_fits(resident_bytes + len(shared) * FRAME_BYTES, entry.kind)
+            units = {unit for page in entry.pages for unit in units_of(page.frames_start, page.n_bytes)}
+            self.frames.forget(entry.address, entry.n_bytes, keep=units)  # of the tensor that was here before
             backed: list[tuple[int, int]] = []
             try:
                 for frame in shared:

@@ -1,7 +1,7 @@
 """Page-aligned address ranges and the page frames behind them. Knows bytes and lifetimes of blocks, nothing else."""
 
 from .blocks import BlockAllocator
-from .frames import UNIT_BYTES, FramePool, round_up
+from .frames import UNIT_BYTES, FramePool, round_up, units_of
 from .typed import (
     AdvancedMemoryPool,
     GeneralTensorPool,
@@ -25,5 +25,6 @@ __all__ = [
     "VisionFeaturePool",
     "reserve",
     "round_up",
+    "units_of",
     "unreserve",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Container
 
 from ..errors import MemoryBudgetExceeded, MemoryOptimizationError, format_bytes
 from .virtual import FRAME_BYTES, can_move_frames, discard, move_frames
@@ -19,11 +20,16 @@ def round_up(n_bytes: int, multiple: int = FRAME_BYTES) -> int:
     return -(-n_bytes // multiple) * multiple
 
 
+def units_of(address: int, n_bytes: int) -> range:
+    """Return the addresses of the whole units of a range."""
+    return range(address, address + n_bytes // UNIT_BYTES * UNIT_BYTES, UNIT_BYTES)
+
+
 class FramePool:
     """Counts the frames behind managed tensors, and keeps freed ones for the next owner.
 
     Because frames move between addresses, free ones never fragment: any of them serve any block. A range must be
-    released as it was backed. Not thread-safe: the Pager locks.
+    released as it was backed, and forgotten before it is backed in other pieces. Not thread-safe: the Pager locks.
 
     Args:
         limit_bytes: the most memory, used and free frames together.
@@ -68,7 +74,7 @@ class FramePool:
                 budget_bytes=self.limit_bytes,
                 owner=owner,
             )
-        units = range(address, address + n_bytes // UNIT_BYTES * UNIT_BYTES, UNIT_BYTES)
+        units = units_of(address, n_bytes)
         there = [unit for unit in units if unit in self._free]
         for unit in there:
             del self._free[unit]
@@ -107,11 +113,17 @@ class FramePool:
         self.limit_bytes = limit_bytes // FRAME_BYTES * FRAME_BYTES
         self._trim()
 
-    def forget(self, address: int, n_bytes: int) -> None:
-        """Return the free frames inside a range to the system: its address space is about to go."""
-        for unit in [unit for unit in self._free if address <= unit < address + n_bytes]:
-            del self._free[unit]
-            discard(unit, UNIT_BYTES)
+    def forget(self, address: int, n_bytes: int, keep: Container[int] = ()) -> None:
+        """Return the free frames in a range to the system: its address space goes, or is cut in another way.
+
+        Args:
+            address, n_bytes: the range.
+            keep: units that may stay, because they will be backed as they were.
+        """
+        for unit in [unit for unit in self._free if address - UNIT_BYTES < unit < address + n_bytes]:
+            if unit not in keep:
+                del self._free[unit]
+                discard(unit, UNIT_BYTES)
 
     def trim(self) -> int:
         """Return all free frames to the system; return how many bytes that were."""
