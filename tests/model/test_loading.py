@@ -205,6 +205,19 @@ def test_a_damaged_packed_file_is_reported_and_never_an_answer(tmp_path):
     model.memory_optimizer.close()
 
 
+@pytest.mark.parametrize("name", ["model.language_model.norm.weight", "model.visual.blocks.1.attn.qkv.weight.scale"])
+def test_a_damaged_small_tensor_is_reported_at_loading(tmp_path, name):
+    packed = pack_checkpoint(tiny.DIRECTORY, config=MemoryConfig(cache_dir=tmp_path))
+    extent = Checkpoint.open(packed).tensors[name]
+    with open(extent.path, "r+b") as file:
+        file.seek(extent.offset_bytes + 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(CorruptDataError, match=name):
+        create_optimized_model(packed, settings(tmp_path))
+
+
 def test_a_disk_without_room_is_a_clear_error_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr("qwen3_vl_memory_optimizations.storage.packed.free_disk_bytes", lambda path: 1_000_000)
     with pytest.raises(InsufficientDiskSpaceError) as caught:

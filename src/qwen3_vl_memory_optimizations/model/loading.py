@@ -8,10 +8,11 @@ import math
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import nn
 
 from ..compression import Codec, KernelSelector, create_codec
-from ..errors import CheckpointError
+from ..errors import CheckpointError, CorruptDataError
 from ..paging import FileSource, ManagedTensor, Pager, TensorEntry
 from ..pools import FRAME_BYTES, reserve, unreserve
 from ..storage import Checkpoint, DirectFile, TensorExtent
@@ -81,10 +82,18 @@ class WeightLoader:
     def _read(self, extent: TensorExtent) -> torch.Tensor:
         """Read a small tensor whole."""
         dtype, shape = TORCH_DTYPES[extent.dtype], tuple(extent.shape)
-        chunks = [
-            chunk.clone() for chunk in read_row_chunks(self._file(extent), extent, dtype, shape, _PAGE_WHOLE_BYTES)
-        ]
-        return chunks[0]
+        chunks = read_row_chunks(self._file(extent), extent, dtype, shape, _PAGE_WHOLE_BYTES)
+        values = [chunk.clone() for chunk in chunks][0]
+        data = values.reshape(-1).view(torch.uint8).numpy().data
+        page_bytes = extent.page_bytes or max(extent.n_bytes, 1)
+        for index, expected in enumerate(extent.checksums or ()):
+            if xxhash.xxh3_64_intdigest(data[index * page_bytes : (index + 1) * page_bytes]) != expected:
+                raise CorruptDataError(
+                    f"{extent.path}: {extent.name}: page {index} has another checksum than recorded; the file is "
+                    "damaged; delete its directory to pack again",
+                    path=extent.path,
+                )
+        return values
 
     def _file(self, extent: TensorExtent) -> DirectFile:
         if extent.path not in self._files:
