@@ -12,7 +12,7 @@ from qwen3_vl_memory_optimizations import (
     MemoryOptimizer,
     UnknownTensorError,
 )
-from qwen3_vl_memory_optimizations.hardware import rss_bytes
+from qwen3_vl_memory_optimizations.process import rss_bytes
 
 MIB = 2**20
 SECTION_4_2 = """

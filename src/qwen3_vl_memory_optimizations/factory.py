@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import sys
@@ -16,16 +15,15 @@ from torch import nn
 from .compression.kernels import fastest_dtype
 from .config import MemoryConfig
 from .errors import CheckpointError, ConfigurationError, MemoryBudgetExceeded, format_bytes
-from .hardware import rss_bytes
 from .model.activations import FIXED_RESERVE_BYTES, estimate_activation_bytes, forward_size
 from .model.loading import WeightLoader
 from .model.packing import Progress, pack_checkpoint
 from .model.skeleton import build_skeleton, skeleton_of
 from .optimizer import MemoryOptimizer
 from .paging import PAGE_BYTES
+from .process import release_library_pages, rss_bytes, tame_allocator, trim_heap
 from .storage import Checkpoint
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LEAST_FRAMES_BYTES = 6 * PAGE_BYTES
 _LIBRARIES_BYTES = 170 * 2**20
 """What importing transformers' model classes and a tokenizer adds to a process that has only torch (measured)."""
@@ -90,7 +88,7 @@ def local_directory(name: str | os.PathLike[str]) -> Path:
 
 def _require_workable(config: MemoryConfig) -> None:
     """Refuse a budget that cannot hold the process itself, before anything is loaded."""
-    _tame_allocator()
+    tame_allocator()
     loaded = "transformers.modeling_utils" in sys.modules
     least = rss_bytes() + (0 if loaded else _LIBRARIES_BYTES) + FIXED_RESERVE_BYTES + _LEAST_FRAMES_BYTES
     if config.ram_budget is not None and config.ram_budget < least:
@@ -102,25 +100,6 @@ def _require_workable(config: MemoryConfig) -> None:
             budget_bytes=config.ram_budget,
             owner="process",
         )
-
-
-def _tame_allocator() -> None:
-    """Make glibc give freed memory back: what its arenas keep is weights that must be read again each token."""
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_ARENA_MAX, 2)
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-        libc.mallopt(_M_TRIM_THRESHOLD, 4 << 20)
-    except (OSError, AttributeError):  # another C library has other habits
-        return
-
-
-def _release_garbage() -> None:
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):  # another C library
-        return
 
 
 def _compute_dtype(stored: str, dtype: torch.dtype | None) -> torch.dtype:
@@ -140,7 +119,7 @@ def _from_checkpoint(
     model = build_skeleton(checkpoint.directory, checkpoint.config, compute_dtype)
     if codec != "none" and not checkpoint.packed:
         checkpoint = Checkpoint.open(pack_checkpoint(directory, codec=codec, config=config, progress=progress))
-    _release_garbage()
+    _release_garbage(config)
     optimizer = MemoryOptimizer(memory_config=config)
     try:
         WeightLoader(optimizer.pager, compute_dtype, progress).from_checkpoint(model, checkpoint)
@@ -173,7 +152,7 @@ def _from_config(model_config: Any, config: MemoryConfig, dtype: torch.dtype | N
     _require_workable(config)
     compute_dtype = _compute_dtype(str(getattr(model_config, "dtype", None) or "float32").removeprefix("torch."), dtype)
     model = skeleton_of(model_config, compute_dtype)
-    _release_garbage()
+    _release_garbage(config)
     optimizer = MemoryOptimizer(memory_config=config)
     try:
         WeightLoader(optimizer.pager, compute_dtype).from_memory(model, config.weight_codec(), initialize=True)
@@ -200,11 +179,19 @@ def _finish(model: Any, optimizer: MemoryOptimizer, compute_dtype: torch.dtype) 
                 estimate_activation_bytes(module.config, itemsize=compute_dtype.itemsize, **size)
             )
 
+    _release_garbage(optimizer.config)
     if optimizer.config.ram_budget is not None:
         optimizer.reserve_activations(FIXED_RESERVE_BYTES)
     optimizer.pager.refit()
     model.register_forward_pre_hook(reserve, with_kwargs=True)
     model.eval()
     model.memory_optimizer = optimizer
-    _release_garbage()
     return model
+
+
+def _release_garbage(config: MemoryConfig) -> None:
+    """Give back what importing and loading left behind: with a budget for the process each megabyte is weights."""
+    gc.collect()
+    trim_heap()
+    if config.ram_budget is not None:
+        release_library_pages()

@@ -1,4 +1,4 @@
-"""What this machine is, and what this process uses of it.
+"""What this machine is.
 
 Nothing here is configured: a figure is read from the operating system, or it says that it is unknown. Files
 are read below an injectable `root`, so that other machines can be described in tests.
@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from .errors import ConfigurationError
+from .process import read_int, read_lines, usable_memory
 
 STORAGE_TYPES = ("nvme", "ssd", "hdd", "unknown")
 
@@ -32,8 +33,6 @@ _RELEVANT_FLAGS = (
 # Values of ONEDNN_MAX_CPU_ISA under which oneDNN does not use the bf16 instructions that the processor has.
 _ONEDNN_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 _CONFIG_KEYS = ("cpu_model", "gpu_model", "memory_size", "storage_type")
-# Control groups version 1 report "no limit" as the largest multiple of the page size below 2**63.
-_UNLIMITED_BYTES = 2**60
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,23 +119,6 @@ class HardwareProfile:
         return dataclasses.asdict(self)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ProcessMemory:
-    """Resident memory of this process.
-
-    Attributes:
-        rss_bytes: all of it.
-        anonymous_bytes: the part that no file backs, shared memory included: only swap could take it.
-        file_bytes: mapped files; the kernel drops them when memory is short.
-        peak_rss_bytes: the most `rss_bytes` has been.
-    """
-
-    rss_bytes: int
-    anonymous_bytes: int
-    file_bytes: int
-    peak_rss_bytes: int
-
-
 def detect_hardware(path: str | os.PathLike[str] = ".", *, root: str | os.PathLike[str] = "/") -> HardwareProfile:
     """Return what this machine is.
 
@@ -148,7 +130,7 @@ def detect_hardware(path: str | os.PathLike[str] = ".", *, root: str | os.PathLi
     processors = _read_cpuinfo(base)
     flags = _cpu_flags(processors)
     capability = _torch_cpu_capability()
-    ram_bytes, available_bytes = _memory(base)
+    ram_bytes, available_bytes = usable_memory(root=base)
     return HardwareProfile(
         cpu_model=_cpu_model(processors),
         physical_cores=_physical_cores(processors),
@@ -161,34 +143,6 @@ def detect_hardware(path: str | os.PathLike[str] = ".", *, root: str | os.PathLi
         gpu=_detect_gpu(),
         storage_type=_storage_type(base, Path(path)),
     )
-
-
-def process_memory(*, root: str | os.PathLike[str] = "/") -> ProcessMemory:
-    """Return the resident memory of this process.
-
-    Without a `/proc` all of it counts as anonymous: nothing is taken for reclaimable that may not be.
-    """
-    status = _read_colon_table(Path(root) / "proc/self/status")
-    if "VmRSS" not in status:
-        rss = psutil.Process().memory_info().rss
-        return ProcessMemory(rss_bytes=rss, anonymous_bytes=rss, file_bytes=0, peak_rss_bytes=_peak_rss_bytes(rss))
-    rss = _kilobytes(status["VmRSS"])
-    return ProcessMemory(
-        rss_bytes=rss,
-        anonymous_bytes=_kilobytes(status.get("RssAnon", "0")) + _kilobytes(status.get("RssShmem", "0")),
-        file_bytes=_kilobytes(status.get("RssFile", "0")),
-        # The kernel raises the high-water mark lazily: it can lag behind the resident size.
-        peak_rss_bytes=max(rss, _kilobytes(status.get("VmHWM", "0"))),
-    )
-
-
-def rss_bytes() -> int:
-    """Return the resident memory of this process in bytes; about 10 us, cheap enough for every allocation."""
-    try:
-        with open("/proc/self/statm", "rb", buffering=0) as statm:
-            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except FileNotFoundError:
-        return int(psutil.Process().memory_info().rss)
 
 
 def _checked_hardware_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,88 +248,6 @@ def _detect_gpu() -> GpuInfo | None:
     )
 
 
-# --- memory ---
-
-
-def _read_colon_table(path: Path) -> dict[str, str]:
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError:
-        return {}
-    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
-
-
-def _kilobytes(text: str) -> int:
-    return int(text.split()[0]) * 1024
-
-
-def _peak_rss_bytes(rss: int) -> int:
-    try:
-        import resource
-    except ImportError:
-        return rss
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return max(rss, peak if platform.system() == "Darwin" else peak * 1024)
-
-
-def _memory(base: Path) -> tuple[int, int]:
-    """Return (usable, available now) bytes: the least that the machine and its control groups allow."""
-    table = _read_colon_table(base / "proc/meminfo")
-    if "MemTotal" in table:
-        total = _kilobytes(table["MemTotal"])
-        available = _kilobytes(table.get("MemAvailable") or table.get("MemFree", "0"))
-    else:
-        machine = psutil.virtual_memory()
-        total, available = machine.total, machine.available
-    for limit, used in _control_group_limits(base):
-        total = min(total, limit)
-        available = min(available, max(0, limit - used))
-    return total, available
-
-
-def _control_group_limits(base: Path) -> list[tuple[int, int]]:
-    """Return (limit, use without what the kernel can drop) of each control group that limits this process."""
-    try:
-        lines = (base / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    mount = base / "sys/fs/cgroup"
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            return _limits_upwards(mount / "memory", group, *files)
-    unified = next((line.split(":", 2)[2] for line in lines if line.startswith("0::")), None)
-    return [] if unified is None else _limits_upwards(mount, unified, "memory.max", "memory.current", "inactive_file")
-
-
-def _limits_upwards(mount: Path, group: str, limit_name: str, use_name: str, droppable: str) -> list[tuple[int, int]]:
-    limits = []
-    inner = mount / group.strip("/")
-    # Inside a container the path is often the host's: then only the mount, its own group, exists.
-    for directory in (inner, *inner.parents):
-        limit = _read_int(directory / limit_name)
-        if limit is not None and limit < _UNLIMITED_BYTES:
-            statistics = dict(line.split(" ", 1) for line in _read_lines(directory / "memory.stat") if " " in line)
-            used = (_read_int(directory / use_name) or 0) - int(statistics.get(droppable, 0))
-            limits.append((limit, max(0, used)))
-        if directory == mount:
-            break
-    return limits
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []
-
-
-def _read_int(path: Path) -> int | None:
-    first = next(iter(_read_lines(path)), "").strip()
-    return int(first) if first.isdigit() else None
-
-
 # --- storage ---
 
 
@@ -395,7 +267,7 @@ def _storage_type(base: Path, path: Path) -> str:
 
 
 def _mount_source(base: Path, device: int) -> str | None:
-    for line in _read_lines(base / "proc/self/mountinfo"):
+    for line in read_lines(base / "proc/self/mountinfo"):
         fields = line.split()
         if len(fields) > 2 and fields[2] == f"{os.major(device)}:{os.minor(device)}" and "-" in fields:
             source = fields[fields.index("-") + 2]
@@ -417,7 +289,7 @@ def _block_storage_type(block: Path) -> str:
         return max(found, key=("nvme", "ssd", "unknown", "hdd").index)
     if block.name.startswith("nvme"):
         return "nvme"
-    rotational = _read_int(block / "queue/rotational")
+    rotational = read_int(block / "queue/rotational")
     if rotational == 0:
         return "ssd"
     # Virtual disks say "rotational" whatever they stand on.

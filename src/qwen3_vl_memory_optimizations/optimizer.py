@@ -16,16 +16,28 @@ import torch
 from .compression import RawCodec
 from .config import MemoryConfig
 from .errors import ConfigurationError, MemoryBudgetExceeded, format_bytes
-from .hardware import HardwareProfile, process_memory, rss_bytes
+from .hardware import HardwareProfile
 from .paging import PAGE_BYTES, PROCESS, Ledger, ManagedTensor, Pager, TensorEntry
 from .pools import AdvancedMemoryPool
+from .process import (
+    GroupMemory,
+    drop_cached_libraries,
+    limiting_groups,
+    process_memory,
+    release_library_pages,
+    rss_bytes,
+    trim_heap,
+)
 
 TENSOR_KINDS = ("kv_cache", "vision_features", "text_embeddings", "general")
 
 _BASELINE_SLACK_BYTES = 8 * 2**20
 _KERNEL_SHARE = 64
 """One part in 64 of the budget is for page tables and file buffers that the kernel holds for the process; control
-groups count them, the resident set does not."""
+groups count them, the resident set does not. Where there is a group, what it says counts."""
+_CACHE_SHARE = 16
+"""Cached files that the group holds count up to this part of the budget: more of them is left to the kernel to drop."""
+_CACHE_SLACK_BYTES = 16 * 2**20
 _LEAST_FRAMES_BYTES = 2 * PAGE_BYTES
 
 
@@ -55,16 +67,19 @@ class MemoryOptimizer:
         self.config = MemoryConfig.from_mapping(memory_config)
         self.hardware = HardwareProfile.from_mapping(hardware_config or {})
         self.baseline_bytes = rss_bytes()
+        self._cached_after_drop = 0
         ledger = Ledger(self.config.ram_budget, self.config.tensor_budget)
         self._check_budget()
         ledger.set("process", self.baseline_bytes, PROCESS)
         if self.config.ram_budget is not None:
-            ledger.set("kernel", self.config.ram_budget // _KERNEL_SHARE, PROCESS)
+            ledger.set("system", self._system_bytes(self.config.ram_budget), PROCESS)
         swap_dir = self.config.cache_dir or Path(tempfile.gettempdir())
         swap_dir.mkdir(parents=True, exist_ok=True)
         self.pager = Pager(ledger, swap_dir=swap_dir, reuse_frames=self.config.enable_memory_pooling)
-        self.pager.on_pass = self._remeasure_process
+        self.pager.on_pass = self._on_pass
         self.pool = AdvancedMemoryPool(self.config.memory_pool_size)
+        if self.config.ram_budget is not None:
+            self.pager.on_growth = self._before_growth
         self._ids = itertools.count()
         self._sessions = 0
         self._session_lock = threading.Lock()
@@ -183,17 +198,53 @@ class MemoryOptimizer:
         """
         self.pager.reserve("activations", n_bytes)
 
-    def _remeasure_process(self) -> None:
+    def _on_pass(self) -> None:
         """At the start of each pass: what the process uses besides managed memory may have grown or shrunk."""
-        ledger = self.pager.ledger
-        if ledger.ram_budget_bytes is None:
+        budget = self.config.ram_budget
+        if budget is None:
             return
-        managed = self.pager.frames.committed_bytes + sum(
-            ledger.held_bytes(owner) for owner in ("small weights", "workspace")
-        )
-        measured = rss_bytes() - managed
-        if abs(measured - ledger.held_bytes("process")) > _BASELINE_SLACK_BYTES:
-            self.pager.reserve("process", max(0, measured))
+        if self.pager.schedule.passes == 1:
+            release_library_pages()  # what only the prefill of the first prompt ran
+        before = self.pager.ledger.held_bytes("process")
+        if self._unmanaged_bytes() > before + _BASELINE_SLACK_BYTES:
+            trim_heap()
+        self._account("process", self._unmanaged_bytes())
+        self._account("system", self._system_bytes(budget))
+
+    def _account(self, owner: str, n_bytes: int) -> None:
+        if abs(n_bytes - self.pager.ledger.held_bytes(owner)) > _BASELINE_SLACK_BYTES:
+            self.pager.reserve(owner, n_bytes)
+
+    def _unmanaged_bytes(self) -> int:
+        ledger = self.pager.ledger
+        workspace = sum(ledger.held_bytes(owner) for owner in ("small weights", "workspace"))
+        return max(0, rss_bytes() - self.pager.frames.committed_bytes - workspace)
+
+    def _system_bytes(self, budget: int) -> int:
+        """What the kernel and others in the control group of the process take, as far as the budget is less for it."""
+        held, rss = budget // _KERNEL_SHARE, rss_bytes()
+        for group in limiting_groups():
+            if group.limit_bytes - group.used_bytes < budget - rss:
+                group = self._without_read_ahead(group)
+            cached = min(group.cached_bytes, budget // _CACHE_SHARE)
+            beside = group.used_bytes - group.cached_bytes + cached - rss
+            held = max(held, budget - (group.limit_bytes - beside))
+        return held
+
+    def _before_growth(self, n_bytes: int) -> None:
+        """Keep a control group that is as small as the budget from running into its limit."""
+        for group in limiting_groups():
+            if group.used_bytes + n_bytes + _CACHE_SLACK_BYTES > group.limit_bytes:
+                self._without_read_ahead(group)
+
+    def _without_read_ahead(self, group: GroupMemory) -> GroupMemory:
+        """Drop the code of libraries that was read ahead, once enough of it has gathered; return what then holds."""
+        if group.cached_bytes <= self._cached_after_drop + _CACHE_SLACK_BYTES:
+            return group
+        drop_cached_libraries()
+        dropped = next((after for after in limiting_groups() if after.limit_bytes == group.limit_bytes), group)
+        self._cached_after_drop = dropped.cached_bytes
+        return dropped
 
     # --- figures ----------------------------------------------------------------------------------------------------
 

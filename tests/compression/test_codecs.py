@@ -232,6 +232,14 @@ def test_packed_kernel_with_outliers(n_rows, dtype):
     assert_snr(exact, int8._packed_product(LinearInput(x), encoded), 44, f"packed {dtype}")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_folded_kernel_with_outliers(dtype):
+    _, x, encoded, exact = outlier_problem(1, dtype=dtype)
+    found = int8._folded_product(LinearInput(x), encoded)
+    assert found.dtype == dtype and found.shape == exact.shape
+    assert_snr(exact, found, 44, f"folded {dtype}")
+
+
 @pytest.mark.parametrize(("dtype", "floor_db"), [(torch.float32, 120), (torch.float16, 60), (torch.bfloat16, 43)])
 @pytest.mark.parametrize("n_rows", [1, 5, 40])
 @pytest.mark.parametrize("slot_bytes", [1, 16 * 2**20])
@@ -291,12 +299,12 @@ def test_shapes_that_crash_the_packed_kernel_never_reach_it(monkeypatch, n, k, n
 
 
 def test_a_choice_made_for_one_shape_is_not_forced_on_another():
-    """The key of a choice has no `n`: a last page of rows that 4 does not divide must not go to the packed kernel."""
-    codec = INT8Codec(KernelSelector(timer=iter_timer([1] * 3 + [9] * 30)))
+    """A last page of rows that 4 does not divide must not go to the packed kernel."""
+    codec = INT8Codec(KernelSelector(timer=iter_timer([9, 9] + [1, 9] * 30)))
     weights = torch.randn(10, 64)
     encoded = codec.encode(weights)
     x = torch.randn(6, 64)
-    for rows in (slice(0, 8), slice(8, 10)):
+    for rows in [slice(0, 8)] * 12 + [slice(8, 10)]:
         part = {name: segment[rows] for name, segment in encoded.items()}
         exact = F.linear(x.double(), decoded(codec, part, torch.float64))
         assert_snr(exact, product(codec, x, part), 44, f"{rows}")
@@ -317,28 +325,40 @@ def iter_timer(durations):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "chosen"),
+    ("exact", "rough", "chosen"),
     [
-        ([50, 50, 50, 10, 10, 10], "rough"),
-        ([50, 50, 50, 46, 46, 46], "exact"),  # not faster by the margin
-        ([90, 90, 20, 50, 50, 50], "exact"),  # the best run counts
-        ([50, 50, 50, 90, 10, 90], "rough"),
+        ([50, 50, 50], [10, 10, 10], "rough"),
+        ([50, 50, 50], [46, 46, 46], "exact"),  # not faster by the margin
+        ([90, 90, 20], [50, 50, 50], "exact"),  # the best run counts
+        ([50, 50, 50], [90, 10, 90], "rough"),
     ],
 )
-def test_the_fastest_kernel_is_chosen_once(seconds, chosen):
-    selector = KernelSelector(timer=iter_timer(seconds))
+def test_candidates_take_turns_and_the_fastest_stays(exact, rough, chosen):
+    warming_up = [999, 999]
+    turns = [seconds for pair in zip(exact, rough, strict=True) for seconds in pair]
+    selector = KernelSelector(timer=iter_timer(warming_up + turns))
     calls = []
 
     def kernel(name):
         return lambda: calls.append(name) or torch.tensor(float(len(name)))
 
     candidates = {"exact": kernel("exact"), "rough": kernel("rough")}
-    assert selector.run("key", candidates) == len(chosen)
-    assert sorted(calls) == ["exact"] * 3 + ["rough"] * 3
+    for turn in range(8):
+        assert not selector.choices() or not selector.choices()["key"].name
+        assert selector.run("key", candidates) == len(("exact", "rough")[turn % 2])
+    assert calls == ["exact", "rough"] * 4
     selector.run("key", candidates)
-    assert calls[6:] == [chosen]
+    assert calls[8:] == [chosen]
     assert selector.choices()["key"].name == chosen
-    assert selector.choices()["key"].seconds == {"exact": min(seconds[:3]), "rough": min(seconds[3:])}
+    assert selector.choices()["key"].seconds == {"exact": min(exact), "rough": min(rough)}
+
+
+def test_times_are_compared_a_unit_of_work():
+    selector = KernelSelector(timer=iter_timer([1, 1] + [30, 20] * 3))
+    candidates = {"exact": lambda: torch.tensor(0.0), "rough": lambda: torch.tensor(1.0)}
+    for turn in range(8):
+        selector.run("key", candidates, work=(3, 1)[turn % 2])
+    assert selector.choices()["key"].name == "exact"
 
 
 def test_rows_are_classed_by_powers_of_two():

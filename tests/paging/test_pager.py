@@ -16,8 +16,8 @@ from qwen3_vl_memory_optimizations import (
     TensorFreedError,
     UnknownTensorError,
 )
-from qwen3_vl_memory_optimizations.hardware import rss_bytes
 from qwen3_vl_memory_optimizations.paging import PROCESS, Ledger, Pager, PageState
+from qwen3_vl_memory_optimizations.process import rss_bytes
 from qwen3_vl_memory_optimizations.storage import SwapFile
 from tests.paging.weights import COLUMNS, FRAMES_BYTES, ROWS, random_weights, register, settle
 

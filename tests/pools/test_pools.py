@@ -7,10 +7,10 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from qwen3_vl_memory_optimizations import AdvancedMemoryPool, MemoryBudgetExceeded
 from qwen3_vl_memory_optimizations.errors import MemoryOptimizationError
-from qwen3_vl_memory_optimizations.hardware import rss_bytes
 from qwen3_vl_memory_optimizations.pools import FRAME_BYTES, UNIT_BYTES, BlockAllocator, FramePool, reserve, unreserve
 from qwen3_vl_memory_optimizations.pools.frames import round_up, units_of
 from qwen3_vl_memory_optimizations.pools.virtual import can_move_frames, discard, move_frames
+from qwen3_vl_memory_optimizations.process import rss_bytes
 
 MIB = 2**20
 needs_moves = pytest.mark.skipif(not can_move_frames(), reason="this kernel cannot move page frames")

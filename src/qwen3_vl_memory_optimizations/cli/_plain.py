@@ -37,8 +37,8 @@ def answer_all(model: Any, processor: Any, questions: list[dict[str, str]], imag
 def _run(directory: Path, questions_file: Path) -> dict[str, Any]:
     from transformers import AutoModelForImageTextToText
 
-    from ..hardware import process_memory
     from ..model.processing import load_processor
+    from ..process import process_memory
 
     start = time.perf_counter()
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype="auto", local_files_only=True)

@@ -16,6 +16,7 @@ _PACKED_COLUMNS = 32
 _PACKED_ROWS = 4
 _MOST_PACKED_ROWS = 32
 _LEAST_SPLIT_ROWS = 5
+_FOLD = 2
 
 
 class INT8Codec(Codec):
@@ -80,6 +81,8 @@ class INT8Codec(Codec):
         candidates: dict[str, Callable[[], torch.Tensor]] = {}
         if x.rows <= _MOST_PACKED_ROWS and k % _PACKED_COLUMNS == 0 and n % _PACKED_ROWS == 0:
             candidates["packed"] = lambda: _packed_product(x, encoded)
+            if x.rows == 1 and n % (_PACKED_ROWS * _FOLD) == 0:
+                candidates["folded"] = lambda: _folded_product(x, encoded)
         if x.rows >= _LEAST_SPLIT_ROWS or not candidates:
             candidates["decoded"] = lambda: linear_in_steps(x, encoded, None, self.decode, scratch)
         if x.rows >= _LEAST_SPLIT_ROWS:
@@ -87,7 +90,8 @@ class INT8Codec(Codec):
         if len(candidates) == 1:
             product = next(iter(candidates.values()))()
         else:
-            product = self.kernels.run((self.name, row_class(x.rows), k, x.x2d.dtype), candidates)
+            key = (self.name, row_class(x.rows), k, x.x2d.dtype, *candidates)
+            product = self.kernels.run(key, candidates, work=n)
         return product if bias is None else product.add_(bias)
 
 
@@ -106,6 +110,30 @@ def _packed_product(x: LinearInput, encoded: Encoded) -> torch.Tensor:
     assert isinstance(activations, torch.Tensor)
     product = torch._weight_int8pack_mm(activations, encoded["data"], encoded["scale"].to(torch.bfloat16))
     return product.to(x.x2d.dtype)
+
+
+def _folded_product(x: LinearInput, encoded: Encoded) -> torch.Tensor:
+    """One row, by the same kernel, with the weight seen as `[n / 2, 2 k]` and the row as `[[x, 0], [0, x]]`.
+
+    The kernel reads four rows of the weight side by side. In rows twice as long the processor's prefetcher, which
+    starts anew with each, keeps up with the memory: 20 GB/s instead of 14 for k = 2048. The products with zeros cost
+    nothing while the memory is what limits. Scales differ inside a folded row, so they are applied afterwards.
+    """
+    data, scale = encoded["data"], encoded["scale"]
+    n, k = data.shape
+    folded = x.derived("folded", _fold)
+    ones = x.derived(("ones", n), lambda x2d: torch.ones(n // _FOLD, dtype=torch.bfloat16))
+    assert isinstance(folded, torch.Tensor) and isinstance(ones, torch.Tensor)
+    product = torch._weight_int8pack_mm(folded, data.view(n // _FOLD, _FOLD * k), ones)
+    return product.t().reshape(1, n).to(scale.dtype).mul_(scale).to(x.x2d.dtype)
+
+
+def _fold(x2d: torch.Tensor) -> torch.Tensor:
+    k = x2d.shape[1]
+    folded = torch.zeros((_FOLD, _FOLD * k), dtype=torch.bfloat16)
+    for part in range(_FOLD):
+        folded[part, part * k : (part + 1) * k] = x2d[0]
+    return folded
 
 
 def _split_product(x: LinearInput, encoded: Encoded) -> torch.Tensor:

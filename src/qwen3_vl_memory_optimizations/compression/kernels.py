@@ -15,19 +15,29 @@ import torch
 
 _TIMED_RUNS = 3
 _MARGIN = 0.9
-"""A less exact kernel must take less than this share of the time of the exact ones to be chosen."""
+"""A kernel must take less than this share of the time of those before it in the order of preference to be chosen."""
 
 
 @dataclass(slots=True)
 class KernelChoice:
-    """The kernel chosen for one class of problems and the seconds each candidate took."""
+    """The kernel chosen for one class of problems; empty while candidates are still being timed.
 
-    name: str
+    Attributes:
+        name: the chosen one.
+        seconds: the least that each candidate took a unit of work.
+        runs: how often each candidate has run; the first run of each warms up and is not timed.
+    """
+
+    name: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
+    runs: dict[str, int] = field(default_factory=dict)
 
 
 class KernelSelector:
-    """Chooses among kernels by timing them once for each class of problem.
+    """Chooses among kernels by timing them for each class of problem, a few times each.
+
+    Candidates take turns on real work: no result is computed twice, and each one meets weights as they come from
+    memory. (Timed again and again on one weight they would find it in the cache, where other kernels win.)
 
     Args:
         timer: a monotonic clock in seconds.
@@ -37,29 +47,35 @@ class KernelSelector:
         self._timer = timer
         self._choices: dict[Hashable, KernelChoice] = {}
 
-    def run(self, key: Hashable, candidates: Mapping[str, Callable[[], torch.Tensor]]) -> torch.Tensor:
-        """Run the kernel chosen for `key`; at the first call all candidates are timed.
+    def run(
+        self, key: Hashable, candidates: Mapping[str, Callable[[], torch.Tensor]], work: float = 1.0
+    ) -> torch.Tensor:
+        """Run the kernel chosen for `key`, or, while none is, the candidate that was timed least.
 
         Args:
-            key: the class of the problem (rows, columns, dtype...).
+            key: the class of the problem (rows, columns, dtype...); candidates of one key have the same names.
             candidates: name -> computation, in order of preference when speeds are close.
+            work: the size of this problem, in any unit that time grows with.
         """
         choice = self._choices.get(key)
-        if choice is not None and choice.name in candidates:
+        if choice is not None and choice.name:
             return candidates[choice.name]()
-        choice = KernelChoice("")
-        results: dict[str, torch.Tensor] = {}
-        for name, compute in candidates.items():
-            seconds = []
-            for _ in range(_TIMED_RUNS):
-                start = self._timer()
-                results[name] = compute()
-                seconds.append(self._timer() - start)
-            choice.seconds[name] = min(seconds)
-            if not choice.name or choice.seconds[name] < _MARGIN * choice.seconds[choice.name]:
-                choice.name = name
-        self._choices[key] = choice
-        return results[choice.name]
+        if choice is None:
+            choice = self._choices[key] = KernelChoice(runs=dict.fromkeys(candidates, 0))
+        name = min(candidates, key=choice.runs.__getitem__)
+        start = self._timer()
+        result = candidates[name]()
+        seconds = (self._timer() - start) / work
+        if choice.runs[name]:
+            choice.seconds[name] = min(seconds, choice.seconds.get(name, seconds))
+        choice.runs[name] += 1
+        if all(count > _TIMED_RUNS for count in choice.runs.values()):
+            best = ""
+            for candidate in candidates:
+                if not best or choice.seconds[candidate] < _MARGIN * choice.seconds[best]:
+                    best = candidate
+            choice.name = best
+        return result
 
     def choices(self) -> dict[Hashable, KernelChoice]:
         """Return what was measured and chosen so far."""

@@ -1,0 +1,244 @@
+"""The memory of this process and of its control groups: read, and given back where it is not needed.
+
+Nothing is configured: a figure is read from the operating system. Files are read below an injectable `root`, so that
+other machines can be described in tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import psutil
+
+# Control groups version 1 report "no limit" as the largest multiple of the page size below 2**63.
+_UNLIMITED_BYTES = 2**60
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_MADV_PAGEOUT = 21
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessMemory:
+    """Resident memory of this process.
+
+    Attributes:
+        rss_bytes: all of it.
+        anonymous_bytes: the part that no file backs, shared memory included: only swap could take it.
+        file_bytes: mapped files; the kernel drops them when memory is short.
+        peak_rss_bytes: the most `rss_bytes` has been.
+    """
+
+    rss_bytes: int
+    anonymous_bytes: int
+    file_bytes: int
+    peak_rss_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class GroupMemory:
+    """A memory control group that limits this process.
+
+    Attributes:
+        limit_bytes: what its members may use together.
+        used_bytes: what they use: anonymous memory, cached files, memory of the kernel.
+        cached_bytes: cached files that nobody maps; the kernel drops them when the group is at its limit.
+        droppable_bytes: cached files that were not used of late.
+    """
+
+    limit_bytes: int
+    used_bytes: int
+    cached_bytes: int
+    droppable_bytes: int
+
+
+def process_memory(*, root: str | os.PathLike[str] = "/") -> ProcessMemory:
+    """Return the resident memory of this process.
+
+    Without a `/proc` all of it counts as anonymous: nothing is taken for reclaimable that may not be.
+    """
+    status = read_colon_table(Path(root) / "proc/self/status")
+    if "VmRSS" not in status:
+        rss = psutil.Process().memory_info().rss
+        return ProcessMemory(rss_bytes=rss, anonymous_bytes=rss, file_bytes=0, peak_rss_bytes=_peak_rss_bytes(rss))
+    rss = _kilobytes(status["VmRSS"])
+    return ProcessMemory(
+        rss_bytes=rss,
+        anonymous_bytes=_kilobytes(status.get("RssAnon", "0")) + _kilobytes(status.get("RssShmem", "0")),
+        file_bytes=_kilobytes(status.get("RssFile", "0")),
+        # The kernel raises the high-water mark lazily: it can lag behind the resident size.
+        peak_rss_bytes=max(rss, _kilobytes(status.get("VmHWM", "0"))),
+    )
+
+
+def rss_bytes() -> int:
+    """Return the resident memory of this process in bytes; about 10 us, cheap enough for every allocation."""
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except FileNotFoundError:
+        return int(psutil.Process().memory_info().rss)
+
+
+def usable_memory(*, root: str | os.PathLike[str] = "/") -> tuple[int, int]:
+    """Return (usable, available now) bytes: the least that the machine and its control groups allow."""
+    table = read_colon_table(Path(root) / "proc/meminfo")
+    if "MemTotal" in table:
+        total = _kilobytes(table["MemTotal"])
+        available = _kilobytes(table.get("MemAvailable") or table.get("MemFree", "0"))
+    else:
+        machine = psutil.virtual_memory()
+        total, available = machine.total, machine.available
+    for group in limiting_groups(root=root):
+        total = min(total, group.limit_bytes)
+        available = max(0, min(available, group.limit_bytes - max(0, group.used_bytes - group.droppable_bytes)))
+    return total, available
+
+
+# --- control groups ---
+
+
+def limiting_groups(*, root: str | os.PathLike[str] = "/") -> Iterator[GroupMemory]:
+    """Yield the control groups with a memory limit that this process is in, the innermost first."""
+    base = Path(root)
+    groups = read_lines(base / "proc/self/cgroup")
+    mount = base / "sys/fs/cgroup"
+    for line in groups:
+        _, controllers, group = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            return _upwards(mount / "memory", group, *names, "total_cache", "total_mapped_file", "total_inactive_file")
+    unified = next((line.split(":", 2)[2] for line in groups if line.startswith("0::")), None)
+    if unified is None:
+        return iter(())
+    return _upwards(mount, unified, "memory.max", "memory.current", "file", "file_mapped", "inactive_file")
+
+
+def _upwards(
+    mount: Path, group: str, limit_name: str, use_name: str, cached: str, mapped: str, inactive: str
+) -> Iterator[GroupMemory]:
+    inner = mount / group.strip("/")
+    # Inside a container the path is often the host's: then only the mount, its own group, exists.
+    for directory in (inner, *inner.parents):
+        limit = read_int(directory / limit_name)
+        if limit is not None and limit < _UNLIMITED_BYTES:
+            table = dict(line.split(" ", 1) for line in read_lines(directory / "memory.stat") if " " in line)
+            yield GroupMemory(
+                limit_bytes=limit,
+                used_bytes=read_int(directory / use_name) or 0,
+                cached_bytes=max(0, int(table.get(cached, 0)) - int(table.get(mapped, 0))),
+                droppable_bytes=int(table.get(inactive, 0)),
+            )
+        if directory == mount:
+            break
+
+
+# --- giving back ---
+
+
+@lru_cache(maxsize=1)
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc
+
+
+def tame_allocator() -> None:
+    """Make glibc give freed memory back: what its arenas keep is weights that must be read again each token."""
+    try:
+        libc = _libc()
+        libc.mallopt(_M_ARENA_MAX, 2)
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 4 << 20)
+    except (OSError, AttributeError):  # another C library has other habits
+        return
+
+
+def trim_heap() -> None:
+    """Give the holes in the heap back to the system; a prefill leaves tens of megabytes of them."""
+    try:
+        _libc().malloc_trim(0)
+    except (OSError, AttributeError):  # another C library
+        return
+
+
+def release_library_pages() -> None:
+    """Give back the code of libraries: starting up reads far more of it than computing needs (100 MB of 112).
+
+    Pages that are needed come back with the next access, from the cache or from the disk. Pages that other processes
+    map stay. About 60 ms, and as long to read the needed ones again.
+    """
+    for line in read_lines(Path("/proc/self/maps")):
+        fields = line.split(None, 5)
+        # Only code: data that the loader wrote to has no file to come back from.
+        if len(fields) == 6 and "x" in fields[1] and fields[5].startswith("/"):
+            start, stop = (int(text, 16) for text in fields[0].split("-"))
+            try:
+                _libc().madvise(start, stop - start, _MADV_PAGEOUT)  # refused, harmlessly, before Linux 5.4
+            except (OSError, AttributeError):
+                return
+    drop_cached_libraries()
+
+
+def drop_cached_libraries() -> None:
+    """Drop what the page cache holds of this process's libraries and nobody maps: read-ahead that was not needed."""
+    mappings = (line.split(None, 5) for line in read_lines(Path("/proc/self/maps")))
+    files = {fields[5].strip() for fields in mappings if len(fields) == 6}
+    for module in list(sys.modules.values()):
+        for attribute in ("__file__", "__cached__"):
+            path = getattr(module, "__dict__", {}).get(attribute)
+            if isinstance(path, str):
+                files.add(path)
+    for path in files:
+        if not path.startswith("/"):
+            continue
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError:  # deleted since, or no file
+            continue
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        except OSError:  # a device
+            pass
+        finally:
+            os.close(descriptor)
+
+
+# --- small files of the system ---
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a file; none where it cannot be read."""
+    try:
+        return path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def read_int(path: Path) -> int | None:
+    """Return the number in the first line of a file, `None` where there is none."""
+    first = next(iter(read_lines(path)), "").strip()
+    return int(first) if first.isdigit() else None
+
+
+def read_colon_table(path: Path) -> dict[str, str]:
+    """Return the `key: value` lines of a file."""
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in read_lines(path))}
+
+
+def _kilobytes(text: str) -> int:
+    return int(text.split()[0]) * 1024
+
+
+def _peak_rss_bytes(rss: int) -> int:
+    try:
+        import resource
+    except ImportError:
+        return rss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max(rss, peak if platform.system() == "Darwin" else peak * 1024)
