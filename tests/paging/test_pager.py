@@ -392,7 +392,7 @@ def test_embedding_of_very_many_rows_loads_pages_within_the_budget(make_optimize
         assert torch.equal(F.embedding(indices, managed), F.embedding(indices, table["table"]))
     settle(optimizer.pager)
     assert optimizer.pager.frames.peak_bytes <= 300_000
-    assert optimizer.pager._ahead_bytes == 0, "pages that were used do not count as read ahead"
+    assert optimizer.pager._mover.ahead_bytes == 0, "pages that were used do not count as read ahead"
 
 
 def test_embedding_sees_what_was_written_and_swapped_out(make_optimizer, tmp_path):
@@ -403,7 +403,7 @@ def test_embedding_sees_what_was_written_and_swapped_out(make_optimizer, tmp_pat
     F.linear(torch.ones(1, COLUMNS).bfloat16(), managed["second"])
     settle(optimizer.pager)
     with optimizer.pager._lock:
-        optimizer.pager._evict(managed["first"].entry.pages[0])
+        optimizer.pager._mover.evict(managed["first"].entry.pages[0])
     assert managed["first"].tier == "ssd" and optimizer.pager.stats.swap_writes == 1
     assert F.embedding(torch.tensor([5]), managed["first"]).unique().tolist() == [3.0]
 
@@ -445,8 +445,8 @@ def test_close_wakes_a_thread_that_waits(make_optimizer, tmp_path, monkeypatch):
     optimizer = make_optimizer(2 * FRAMES_BYTES)
     managed = register(optimizer.pager, random_weights(1), tmp_path / "w.safetensors")["w0"]
     reading, go, ended = threading.Event(), threading.Event(), []
-    real = optimizer.pager._transfer_in
-    monkeypatch.setattr(optimizer.pager, "_transfer_in", lambda page: (reading.set(), go.wait(5), real(page))[2])
+    real = optimizer.pager._mover._transfer_in
+    monkeypatch.setattr(optimizer.pager._mover, "_transfer_in", lambda page: (reading.set(), go.wait(5), real(page))[2])
 
     def use():
         try:
