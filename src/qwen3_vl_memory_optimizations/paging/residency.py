@@ -60,8 +60,7 @@ class Residency:
         if self.schedule.record(entry.tensor_id) and self.on_pass is not None:
             self.on_pass()
         self._replan()
-        if self._mover.weights_resident_bytes < self._weights_bytes:
-            self.prefetch()
+        self.prefetch()
 
     # --- what stays -------------------------------------------------------------------------------------------------
 
@@ -110,6 +109,8 @@ class Residency:
 
     def prefetch(self) -> None:
         """Start reads for what is needed next, as far as frames and the read-ahead window allow."""
+        if self._mover.weights_resident_bytes >= self._weights_bytes:
+            return  # all there, or on its way
         looked = 0
         for name in self.schedule.upcoming():
             looked += 1
