@@ -40,6 +40,7 @@ class PageMover:
         weights_resident_bytes: frames behind weights.
         write_error: why a page could not leave; it is for whoever needs the room.
         closed: nothing leaves any more.
+        on_growth: see `Pager.on_growth`.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class PageMover:
         self.weights_resident_bytes = 0
         self.write_error: Exception | None = None
         self.closed = False
+        self.on_growth: Callable[[int], None] | None = None
         self._changed = changed
         self._frames = frames
         self._swap = swap
@@ -106,6 +108,23 @@ class PageMover:
             page.swap_offset = None
 
     # --- into memory ------------------------------------------------------------------------------------------------
+
+    def announce(self, n_bytes: int) -> bool:
+        """Call `on_growth` if backing so many bytes takes memory from the system that frames did not hold before.
+
+        Returns:
+            Whether it was called: then it may have given the lock up, and taken the room.
+        """
+        if self.on_growth is None:
+            return False
+        growth = self._frames.growth_bytes(n_bytes)
+        committed = self._frames.committed_bytes + growth
+        if growth <= 0 or committed <= self._frames.high_bytes:
+            return False
+        self.on_growth(growth)
+        # Now, not when it is backed: a hook that changes the limit would be asked about the same bytes again and again.
+        self._frames.high_bytes = max(self._frames.high_bytes, committed)
+        return True
 
     def load(self, page: Page, priority: int) -> None:
         """Start to read a page. Precondition: it is swapped, and there is room for it."""

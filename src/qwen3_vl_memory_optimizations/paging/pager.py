@@ -86,6 +86,20 @@ class Pager:
     def on_pass(self, hook: Callable[[], None] | None) -> None:
         self._residency.on_pass = hook
 
+    @property
+    def on_growth(self) -> Callable[[int], None] | None:
+        """Called, under the lock, before pages take memory from the system rather than frames that others left.
+
+        That is when `frames.committed_bytes` is about to be higher than ever since a refit changed the limit. The hook
+        gets the number of bytes. It may `reserve`: pages then leave before the new one comes. What it raises reaches
+        whoever needs the page; `MemoryBudgetExceeded` stops reads ahead and nothing else.
+        """
+        return self._mover.on_growth
+
+    @on_growth.setter
+    def on_growth(self, hook: Callable[[int], None] | None) -> None:
+        self._mover.on_growth = hook
+
     # --- registration ----------------------------------------------------------------------------------------------
 
     def add(self, entry: TensorEntry, *, resident: bool) -> None:

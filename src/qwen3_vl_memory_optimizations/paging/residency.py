@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
+from ..errors import MemoryBudgetExceeded
 from ..pools import FramePool
 from ..prediction import PassSchedule, choose_kept
 from ..storage import PREFETCH
@@ -124,9 +125,20 @@ class Residency:
                     continue
                 if not page.kept and self._mover.ahead_bytes + page.n_bytes > self._read_ahead_bytes:
                     return
-                if page.n_bytes > self._frames.available_bytes and not self._evict_for_prefetch(page):
+                if not self._make_room_ahead(page):
                     return
                 self._mover.load(page, PREFETCH)
+
+    def _make_room_ahead(self, page: Page) -> bool:
+        """Return whether a page can be loaded before anybody needs it."""
+        if page.n_bytes > self._frames.available_bytes and not self._evict_for_prefetch(page):
+            return False
+        try:
+            if not self._mover.announce(page.n_bytes):
+                return True
+        except MemoryBudgetExceeded:
+            return False  # whoever needs the page will be told
+        return page.state is PageState.SWAPPED and page.n_bytes <= self._frames.available_bytes
 
     def _evict_for_prefetch(self, wanted: Page) -> bool:
         """Make room by dropping pages that are not part of the kept subset, or not expected again."""

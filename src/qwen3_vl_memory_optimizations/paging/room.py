@@ -46,11 +46,21 @@ class Room:
         self._residency = residency
 
     def make(self, n_bytes: int, owner: str) -> bool:
-        """Evict until `n_bytes` fit; return whether the lock was given up meanwhile.
+        """Evict until `n_bytes` fit, and announce what they take from the system.
+
+        Returns:
+            Whether the lock may have been given up meanwhile.
 
         Raises:
             MemoryBudgetExceeded: what is pinned leaves too little.
         """
+        waited = self._evict_until(n_bytes, owner)
+        while self._mover.announce(n_bytes):
+            self._evict_until(n_bytes, owner)
+            waited = True
+        return waited
+
+    def _evict_until(self, n_bytes: int, owner: str) -> bool:
         frames, mover = self._frames, self._mover
         waited = False
         mover.write_error = None  # of an attempt that nobody waited for
@@ -101,7 +111,7 @@ class Room:
         if limit < frames.used_bytes:
             before, frames.limit_bytes = frames.limit_bytes, limit
             try:
-                self.make(0, "budget")
+                self._evict_until(0, "budget")
             except BaseException:
                 frames.limit_bytes = max(before, frames.used_bytes)
                 raise
