@@ -22,7 +22,7 @@ def force_out(optimizer):
     with pager._lock:
         pages = [page for entry in pager.entries.values() for page in entry.pages]
         for page in pages:
-            pager._evict(page)
+            pager._mover.evict(page)
     settle(pager)
 
 

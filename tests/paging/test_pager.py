@@ -355,6 +355,96 @@ def test_the_ledger_keeps_what_weights_need_at_least():
     assert ledger.held_bytes("workspace") == 15
 
 
+def test_growth_is_announced_before_it_and_reuse_is_not(make_optimizer, tmp_path):
+    optimizer = make_optimizer(3 * FRAMES_BYTES)
+    pager, grown = optimizer.pager, []
+    managed = register(pager, random_weights(8), tmp_path / "w.safetensors")
+
+    def note(n_bytes):
+        grown.append((pager.frames.committed_bytes, n_bytes))
+
+    pager.on_growth = note
+    for _ in range(4):
+        run_pass(managed)
+    settle(pager)
+    assert grown == [(number * FRAMES_BYTES, FRAMES_BYTES) for number in range(3)], "once for each new frame"
+    for others_bytes in (FRAMES_BYTES, 0):
+        pager.ledger.set("others", others_bytes)
+        pager.refit()
+    grown.clear()
+    committed = pager.frames.committed_bytes
+    for _ in range(3):
+        run_pass(managed)
+    assert grown == [(n_bytes, FRAMES_BYTES) for n_bytes in range(committed, 3 * FRAMES_BYTES, FRAMES_BYTES)] != []
+    settle(pager)
+    pager.trim()
+    grown.clear()
+    managed["w0"].fill_(1)
+    assert not grown, "less than it has been"
+
+
+def test_growth_of_a_tensor_that_is_allocated_is_announced(make_optimizer):
+    optimizer = make_optimizer(6 * MIB)
+    grown = []
+    optimizer.pager.on_growth = grown.append
+    tensor = optimizer.allocate_tensor((3 * MIB,), torch.uint8)
+    assert sum(grown) == 3 * MIB == optimizer.pager.frames.committed_bytes
+    del tensor
+    again = optimizer.allocate_tensor((2 * MIB,), torch.uint8)
+    assert sum(grown) == 3 * MIB, "frames that another left"
+    assert again.count_nonzero() == 0
+
+
+def test_what_the_hook_reserves_is_room_that_pages_leave(make_optimizer, tmp_path):
+    weights = random_weights(6)
+    optimizer = make_optimizer(4 * FRAMES_BYTES)
+    pager, calls = optimizer.pager, []
+    managed = register(pager, weights, tmp_path / "w.safetensors")
+
+    def hook(n_bytes):
+        calls.append(n_bytes)
+        if len(calls) == 4:  # the last free frame is wanted
+            pager.ledger.set("others", 2 * FRAMES_BYTES)
+            pager.refit()
+
+    pager.on_growth = hook
+    for _ in range(3):
+        for name, found in run_pass(managed).items():
+            assert torch.equal(found, F.linear(torch.ones(1, COLUMNS).bfloat16(), weights[name])), name
+    settle(pager)
+    assert pager.frames.limit_bytes == 2 * FRAMES_BYTES >= pager.frames.used_bytes
+    assert len(calls) == 4, "what was announced is not announced again"
+
+
+def test_growth_that_is_refused_is_an_error_where_the_page_is_needed(make_optimizer, tmp_path):
+    weights = random_weights(2)
+    optimizer = make_optimizer(3 * FRAMES_BYTES)
+    pager, refused_ahead = optimizer.pager, []
+    managed = register(pager, weights, tmp_path / "w.safetensors")
+    x = torch.ones(1, COLUMNS).bfloat16()
+    refusal = MemoryBudgetExceeded("no more", requested_bytes=1, available_bytes=0, budget_bytes=0, owner="test")
+
+    def refuse(n_bytes):
+        raise refusal
+
+    def refuse_ahead(n_bytes):
+        if pager.stats.faults == faults:  # nobody waits yet
+            refused_ahead.append(n_bytes)
+            raise refusal
+
+    pager.on_growth = refuse
+    before = state(pager)
+    for use in (lambda: F.linear(x, managed["w0"]), lambda: optimizer.allocate_tensor((FRAMES_BYTES,), torch.uint8)):
+        with pytest.raises(MemoryBudgetExceeded, match="no more"):
+            use()
+        assert state(pager) == before
+    faults, pager.on_growth = pager.stats.faults, refuse_ahead
+    assert torch.equal(F.linear(x, managed["w0"]), F.linear(x, weights["w0"]))
+    assert refused_ahead == [FRAMES_BYTES]
+    pager.on_growth = None
+    assert torch.equal(F.linear(x, managed["w1"]), F.linear(x, weights["w1"]))
+
+
 def test_workspace_is_debited(make_optimizer, tmp_path):
     optimizer = make_optimizer(10 * FRAMES_BYTES)
     managed = register(optimizer.pager, random_weights(2), tmp_path / "w.safetensors")
@@ -392,7 +482,7 @@ def test_embedding_of_very_many_rows_loads_pages_within_the_budget(make_optimize
         assert torch.equal(F.embedding(indices, managed), F.embedding(indices, table["table"]))
     settle(optimizer.pager)
     assert optimizer.pager.frames.peak_bytes <= 300_000
-    assert optimizer.pager._ahead_bytes == 0, "pages that were used do not count as read ahead"
+    assert optimizer.pager._mover.ahead_bytes == 0, "pages that were used do not count as read ahead"
 
 
 def test_embedding_sees_what_was_written_and_swapped_out(make_optimizer, tmp_path):
@@ -403,7 +493,7 @@ def test_embedding_sees_what_was_written_and_swapped_out(make_optimizer, tmp_pat
     F.linear(torch.ones(1, COLUMNS).bfloat16(), managed["second"])
     settle(optimizer.pager)
     with optimizer.pager._lock:
-        optimizer.pager._evict(managed["first"].entry.pages[0])
+        optimizer.pager._mover.evict(managed["first"].entry.pages[0])
     assert managed["first"].tier == "ssd" and optimizer.pager.stats.swap_writes == 1
     assert F.embedding(torch.tensor([5]), managed["first"]).unique().tolist() == [3.0]
 
@@ -445,8 +535,8 @@ def test_close_wakes_a_thread_that_waits(make_optimizer, tmp_path, monkeypatch):
     optimizer = make_optimizer(2 * FRAMES_BYTES)
     managed = register(optimizer.pager, random_weights(1), tmp_path / "w.safetensors")["w0"]
     reading, go, ended = threading.Event(), threading.Event(), []
-    real = optimizer.pager._transfer_in
-    monkeypatch.setattr(optimizer.pager, "_transfer_in", lambda page: (reading.set(), go.wait(5), real(page))[2])
+    real = optimizer.pager._mover._transfer_in
+    monkeypatch.setattr(optimizer.pager._mover, "_transfer_in", lambda page: (reading.set(), go.wait(5), real(page))[2])
 
     def use():
         try:

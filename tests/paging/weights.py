@@ -58,4 +58,4 @@ def register(
 def settle(pager: Pager) -> None:
     """Wait until no page is on its way."""
     with pager._changed:
-        assert pager._changed.wait_for(lambda: pager._moving == 0, timeout=10)
+        assert pager._changed.wait_for(lambda: pager._mover.moving == 0, timeout=10)

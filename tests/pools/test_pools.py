@@ -1,4 +1,5 @@
 import ctypes
+import random
 
 import pytest
 from hypothesis import settings
@@ -67,6 +68,26 @@ def test_freed_frames_serve_another_address_without_growing(space):
     assert (pool.used_bytes, pool.free_bytes, pool.reused_bytes) == (2 * UNIT_BYTES, UNIT_BYTES, 2 * UNIT_BYTES)
     assert holds(space + 16 * MIB, 2 * UNIT_BYTES, 7)  # the frames themselves moved, none was faulted in
     assert pool.available_bytes == 2 * UNIT_BYTES
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+def test_growth_is_foretold(space, reuse):
+    pool, rng, backed = FramePool(6 * MIB, reuse=reuse), random.Random(0), []
+    grew = set()
+    for step in range(200):
+        n_bytes = rng.choice([FRAME_BYTES, UNIT_BYTES, MIB, 700 * 1024, 3 * UNIT_BYTES])
+        if backed and (n_bytes > pool.available_bytes or rng.random() < 0.4):
+            pool.release(*backed.pop(rng.randrange(len(backed))))
+        elif n_bytes <= pool.available_bytes:
+            before, growth = pool.committed_bytes, pool.growth_bytes(n_bytes)
+            pool.back(space + step * MIB, n_bytes, owner="test")
+            backed.append((space + step * MIB, n_bytes))
+            assert pool.committed_bytes == before + growth
+            grew.add((growth > 0) - (growth < 0))
+        assert pool.committed_bytes <= pool.high_bytes <= pool.peak_bytes
+    assert grew == ({-1, 0, 1} if reuse and can_move_frames() else {1})
+    pool.set_limit(MIB)
+    assert pool.high_bytes == pool.committed_bytes < pool.peak_bytes
 
 
 @needs_moves

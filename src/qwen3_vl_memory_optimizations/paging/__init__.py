@@ -1,9 +1,10 @@
 """Managed tensors, their residency, the budget, and the only module that moves bytes."""
 
-from .entry import FileSource, Page, PageState, TensorEntry, alias_memory
+from .entry import PAGE_BYTES, FileSource, Page, PageState, TensorEntry, alias_memory
 from .ledger import PROCESS, TENSORS, Ledger
 from .managed_tensor import ManagedTensor
-from .pager import PAGE_BYTES, READ_AHEAD_BYTES, Pager
+from .pager import Pager
+from .residency import READ_AHEAD_BYTES
 from .stats import PagingStats
 
 __all__ = [

@@ -13,6 +13,7 @@ from ..compression import Codec
 from ..pools import FRAME_BYTES
 from ..storage import DirectFile
 
+PAGE_BYTES = 4 * 2**20
 _REMEMBERED_RANGES = 64
 
 

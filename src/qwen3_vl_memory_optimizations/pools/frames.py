@@ -34,12 +34,16 @@ class FramePool:
     Args:
         limit_bytes: the most memory, used and free frames together.
         reuse: keep freed frames (True) or return them to the system at once (`enable_memory_pooling=False`).
+
+    Attributes:
+        high_bytes: the most that was committed since the limit was last set; `peak_bytes`: since the start.
     """
 
     def __init__(self, limit_bytes: int, *, reuse: bool = True) -> None:
         self.limit_bytes = limit_bytes // FRAME_BYTES * FRAME_BYTES
         self.used_bytes = 0
         self.peak_bytes = 0
+        self.high_bytes = 0
         self.reused_bytes = 0
         self._reuse = reuse and can_move_frames()
         self._free: dict[int, None] = {}  # addresses of free units, oldest first
@@ -58,6 +62,14 @@ class FramePool:
     def available_bytes(self) -> int:
         """What can still be backed without an eviction."""
         return self.limit_bytes - self.used_bytes
+
+    def growth_bytes(self, n_bytes: int) -> int:
+        """Return by how much `back` of so many bytes would raise `committed_bytes`: what no free frame serves."""
+        reused = min(n_bytes // UNIT_BYTES, len(self._free))
+        growth = n_bytes - reused * UNIT_BYTES
+        over = self.committed_bytes + growth - self.limit_bytes
+        trimmed = min(-(-over // UNIT_BYTES), len(self._free) - reused) if over > 0 else 0
+        return growth - trimmed * UNIT_BYTES
 
     def back(self, address: int, n_bytes: int, *, owner: str) -> None:
         """Put memory behind `[address, address + n_bytes)`; its contents are undefined.
@@ -85,7 +97,8 @@ class FramePool:
             self._move_to(unit)
         self.used_bytes += n_bytes
         self._trim()
-        self.peak_bytes = max(self.peak_bytes, self.committed_bytes)
+        self.high_bytes = max(self.high_bytes, self.committed_bytes)
+        self.peak_bytes = max(self.peak_bytes, self.high_bytes)
 
     def _move_to(self, unit: int) -> None:
         source = next(iter(self._free))
@@ -112,6 +125,7 @@ class FramePool:
         """Change the limit; free frames over it go back to the system. Used ones are the caller's to evict first."""
         self.limit_bytes = limit_bytes // FRAME_BYTES * FRAME_BYTES
         self._trim()
+        self.high_bytes = self.committed_bytes
 
     def forget(self, address: int, n_bytes: int, keep: Container[int] = ()) -> None:
         """Return the free frames in a range to the system: its address space goes, or is cut in another way.

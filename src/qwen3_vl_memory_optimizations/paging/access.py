@@ -1,0 +1,211 @@
+"""`Access`: what is done with the bytes of a tensor finds them in memory, pinned, or waits for them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import torch
+
+from ..errors import TensorFreedError
+from ..storage import DEMAND
+from .entry import Page, PageState, TensorEntry
+from .moves import PageMover
+from .residency import Residency
+from .room import Room
+from .stats import PagingStats
+
+_ROW_READ_COST_BYTES = 1 << 16
+
+
+class Access:
+    """Pins pages for those who compute on them. Takes the lock itself, and gives it up while somebody computes.
+
+    Args:
+        lock: the Pager's.
+        changed: its condition.
+        mover: moves the pages.
+        room: makes room for them.
+        residency: is told of each access.
+        stats: hits, misses, faults and stalls are counted here.
+        release: called with a freed tensor when a pin of it went.
+        timer: a monotonic clock in seconds, for the stall counter.
+    """
+
+    def __init__(
+        self,
+        lock: AbstractContextManager[object],
+        changed: threading.Condition,
+        mover: PageMover,
+        room: Room,
+        residency: Residency,
+        stats: PagingStats,
+        release: Callable[[TensorEntry], None],
+        timer: Callable[[], float],
+    ) -> None:
+        self._lock = lock  # `with` costs less than through the condition
+        self._changed = changed
+        self._mover = mover
+        self._room = room
+        self._residency = residency
+        self._stats = stats
+        self._release = release
+        self._timer = timer
+        self._clock = 0
+
+    def record(self, entry: TensorEntry) -> None:
+        """Note an access that needs no byte."""
+        with self._lock:
+            self._clock += 1
+            for page in entry.pages:
+                page.last_access = self._clock
+
+    def row_ranges(self, entry: TensorEntry) -> Iterator[tuple[int, int]]:
+        """Yield ranges of rows, in order, each resident and pinned until the next is asked for."""
+        pages, computing = entry.pages, self._room.computing
+        with self._lock:
+            self._begin(entry)
+        first, n_pages, thread = 0, len(pages), threading.get_ident()
+        while first < n_pages:
+            with self._lock:
+                self._await(pages[first])
+                last = first
+                while last < n_pages and pages[last].state is PageState.RESIDENT:
+                    pages[last].pins += 1
+                    last += 1
+                computing[thread] = computing.get(thread, 0) + 1
+            try:
+                yield entry.row_range(first, last)
+            finally:
+                with self._lock:
+                    computing[thread] -= 1
+                    if not computing[thread]:
+                        del computing[thread]
+                    self._changed.notify_all()
+                    for page in pages[first:last]:
+                        if page.unused:
+                            self._mover.touch(page)
+                        page.pins -= 1
+                        if not page.kept:
+                            self._mover.evict(page)
+                    if entry.freed:
+                        self._release(entry)
+                    self._residency.prefetch()
+            first = last
+
+    def pin(self, entry: TensorEntry) -> None:
+        """Make a whole tensor resident and pin it.
+
+        Raises:
+            MemoryBudgetExceeded: it does not fit beside what is pinned.
+        """
+        with self._lock:
+            self._begin(entry)
+            if entry.missing:
+                self._room.check_fits(sum(page.n_bytes for page in entry.pages if not page.pins), entry.kind)
+            pinned: list[Page] = []
+            try:
+                for page in entry.pages:
+                    self._await(page)
+                    page.pins += 1
+                    pinned.append(page)
+                    self._mover.touch(page)
+            except BaseException:
+                for page in pinned:
+                    page.pins -= 1
+                raise
+
+    def unpin(self, entry: TensorEntry) -> None:
+        """Undo one `pin`; never waits, as finalizers call this."""
+        with self._lock:
+            for page in entry.pages:
+                page.pins -= 1
+                if not page.kept and page.pins == 0 and page.state is PageState.RESIDENT:
+                    self._mover.evict(page)
+            self._release(entry)
+
+    def mark_dirty(self, entry: TensorEntry) -> None:
+        """Note that a pinned tensor was written to: its source no longer holds it."""
+        with self._lock:
+            for page in entry.pages:
+                page.dirty = True
+                self._mover.forget_swapped(page)
+
+    def read_rows(self, entry: TensorEntry, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the encoded segments of some rows (int64 `[n]`): from memory, or single rows from the SSD.
+
+        An embedding look-up touches few rows of the largest tensor of all; loading it whole would be waste.
+        """
+        with self._lock:
+            if entry.freed or self._mover.closed:
+                raise _freed(entry)
+            data_name = next(iter(entry.encoded(0, entry.rows)))
+            views = entry.encoded(0, entry.rows)
+            result = {name: segment[rows] for name, segment in views.items() if name != data_name}
+            data = views[data_name]
+            picked = data.new_empty((len(rows), data.shape[1]))
+            row_bytes = entry.n_bytes // entry.rows
+            for position, row in enumerate(rows.tolist()):
+                start, stop = row * row_bytes, (row + 1) * row_bytes
+                pages = [page for page in entry.pages if page.start_bytes < stop and page.stop_bytes > start]
+                readable = entry.source is not None and not any(
+                    page.dirty or page.swap_offset is not None for page in pages
+                )
+                # A read of the whole tensor is cheaper than very many of single rows.
+                few = len(rows) * _ROW_READ_COST_BYTES < entry.n_bytes
+                if all(page.state is PageState.RESIDENT for page in pages) or not readable or not few:
+                    for page in pages:
+                        self._await(page)
+                        self._mover.touch(page)
+                    picked[position] = data[row]
+                else:
+                    assert entry.source is not None
+                    raw = entry.source.file.read_bytes(entry.source.offset_bytes + start, row_bytes)
+                    picked[position] = torch.frombuffer(bytearray(raw), dtype=data.dtype)
+                    self._stats.row_bytes_read += row_bytes
+            result[data_name] = picked
+            return result
+
+    def _begin(self, entry: TensorEntry) -> None:
+        if entry.freed or self._mover.closed:
+            raise _freed(entry)
+        self._clock += 1
+        clock, stats = self._clock, self._stats
+        for page in entry.pages:
+            page.last_access = clock
+            missed = page.unused or page.state is not PageState.RESIDENT
+            if missed:
+                stats.misses += 1
+                stats.miss_bytes += page.n_bytes
+            else:
+                stats.hits += 1
+                stats.hit_bytes += page.n_bytes
+        if entry.kind == "weights":
+            self._residency.record(entry)
+
+    def _await(self, page: Page) -> None:
+        """Wait until a page is resident; start its load where nobody has."""
+        if page.state is PageState.RESIDENT:
+            return
+        self._stats.faults += 1
+        start = self._timer()
+        page.error = None
+        while not page.resident:
+            if page.error is not None:
+                error, page.error = page.error, None
+                raise error
+            if self._mover.closed or page.state is PageState.FREED:
+                raise _freed(page.entry)
+            if page.state is PageState.SWAPPED:
+                if self._room.make(page.n_bytes, page.entry.kind):  # it may have waited, and another loaded the page
+                    continue
+                self._mover.load(page, DEMAND)
+                continue
+            self._mover.hurry(page)
+            self._changed.wait()
+        self._stats.stall_s += self._timer() - start
+
+
+def _freed(entry: TensorEntry) -> TensorFreedError:
+    return TensorFreedError(f"{entry.tensor_id}: its memory was freed")

@@ -1,0 +1,173 @@
+"""`Residency`: which pages of the weights stay, which are read ahead, and who leaves first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from ..errors import MemoryBudgetExceeded
+from ..pools import FramePool
+from ..prediction import PassSchedule, choose_kept
+from ..storage import PREFETCH
+from .entry import PAGE_BYTES, Page, PageState, TensorEntry
+from .moves import PageMover
+
+READ_AHEAD_BYTES = 5 * PAGE_BYTES
+_READ_AHEAD_SHARE = 8
+_LOOK_AHEAD_TENSORS = 64
+
+
+class Residency:
+    """Follows the accesses to weights and lets pages come and go by what is expected next.
+
+    Its methods and attributes are used under the Pager's lock.
+
+    Args:
+        entries: the tensors, by id; the Pager adds and removes them.
+        frames: the memory of the pages.
+        mover: moves them.
+
+    Attributes:
+        schedule: the order of accesses, as far as it is known.
+        on_pass: called when an access began a pass.
+    """
+
+    def __init__(self, entries: Mapping[str, TensorEntry], frames: FramePool, mover: PageMover) -> None:
+        self.schedule = PassSchedule()
+        self.on_pass: Callable[[], None] | None = None
+        self._entries = entries
+        self._frames = frames
+        self._mover = mover
+        self._order: list[str] = []
+        self._order_changed = False
+        self._weights_bytes = 0
+        self._read_ahead_bytes = READ_AHEAD_BYTES
+        self._plan_state: tuple[object, ...] = ()
+
+    def add(self, entry: TensorEntry) -> None:
+        """Expect a weight to be used, after those that were added before."""
+        self._order.append(entry.tensor_id)
+        self._order_changed = True
+        self._weights_bytes += sum(page.n_bytes for page in entry.pages)
+
+    def remove(self, entry: TensorEntry) -> None:
+        """Forget a weight."""
+        self._order.remove(entry.tensor_id)
+        self._weights_bytes -= sum(page.n_bytes for page in entry.pages)
+
+    def record(self, entry: TensorEntry) -> None:
+        """Note an access to a weight, and read ahead what comes next."""
+        if self._order_changed:
+            self.schedule, self._order_changed = PassSchedule(self._order), False
+        if self.schedule.record(entry.tensor_id) and self.on_pass is not None:
+            self.on_pass()
+        self._replan()
+        self.prefetch()
+
+    # --- what stays -------------------------------------------------------------------------------------------------
+
+    def _replan(self) -> None:
+        """Choose the pages to keep, when the known passes or the memory for them changed."""
+        weights_limit = self._frames.limit_bytes - (self._frames.used_bytes - self._mover.weights_resident_bytes)
+        state = (self.schedule.passes, weights_limit, len(self._order))
+        if state == self._plan_state:
+            return
+        self._plan_state = state
+        pages = [page for name in self._order for page in self._entries[name].pages]
+        total = sum(page.n_bytes for page in pages)
+        largest = max((page.n_bytes for page in pages), default=0)
+        if total <= weights_limit:
+            self._set_kept(pages, set(pages))
+            return
+        self._read_ahead_bytes = max(largest, min(READ_AHEAD_BYTES, weights_limit // _READ_AHEAD_SHARE))
+        capacity = weights_limit - self._read_ahead_bytes
+        kept: set[Page] = set()
+        planned: set[Page] = set()
+        for cycle in self.schedule.cycles():
+            cycle_pages = [
+                page
+                for name in cycle
+                if name in self._entries
+                for page in self._entries[str(name)].pages
+                if page not in planned
+            ]
+            flags = choose_kept([page.n_bytes for page in cycle_pages], capacity)
+            planned.update(cycle_pages)
+            for page, keep in zip(cycle_pages, flags, strict=True):
+                if keep:
+                    kept.add(page)
+                    capacity -= page.n_bytes
+        self._set_kept(pages, kept)
+
+    def _set_kept(self, pages: Iterable[Page], kept: set[Page]) -> None:
+        self._mover.ahead_bytes = 0
+        for page in pages:
+            page.kept = page in kept
+            waiting = page.unused or page.state is PageState.LOADING
+            if waiting and not page.kept:
+                self._mover.ahead_bytes += page.n_bytes
+
+    # --- what comes -------------------------------------------------------------------------------------------------
+
+    def prefetch(self) -> None:
+        """Start reads for what is needed next, as far as frames and the read-ahead window allow."""
+        if self._mover.weights_resident_bytes >= self._weights_bytes:
+            return  # all there, or on its way
+        looked = 0
+        for name in self.schedule.upcoming():
+            looked += 1
+            if looked > _LOOK_AHEAD_TENSORS:
+                return
+            entry = self._entries.get(str(name))
+            if entry is None or not entry.missing:
+                continue
+            for page in entry.pages:
+                if page.state is not PageState.SWAPPED or page.error is not None:
+                    continue
+                if not page.kept and self._mover.ahead_bytes + page.n_bytes > self._read_ahead_bytes:
+                    return
+                if not self._make_room_ahead(page):
+                    return
+                self._mover.load(page, PREFETCH)
+
+    def _make_room_ahead(self, page: Page) -> bool:
+        """Return whether a page can be loaded before anybody needs it."""
+        if page.n_bytes > self._frames.available_bytes and not self._evict_for_prefetch(page):
+            return False
+        try:
+            if not self._mover.announce(page.n_bytes):
+                return True
+        except MemoryBudgetExceeded:
+            return False  # whoever needs the page will be told
+        return page.state is PageState.SWAPPED and page.n_bytes <= self._frames.available_bytes
+
+    def _evict_for_prefetch(self, wanted: Page) -> bool:
+        """Make room by dropping pages that are not part of the kept subset, or not expected again."""
+        idle = [
+            page
+            for name in self._order
+            for page in self._entries[name].pages
+            if page.state is PageState.RESIDENT and not page.pins and not page.unused and not page.kept
+        ]
+        for page in idle:
+            if wanted.n_bytes <= self._frames.available_bytes:
+                break
+            self._mover.evict(page)
+        return wanted.n_bytes <= self._frames.available_bytes
+
+    # --- what leaves ------------------------------------------------------------------------------------------------
+
+    def victims(self) -> list[Page]:
+        """Return what may leave, best first: streamed pages, then idle tensors, then weights by farthest next use."""
+        distances = self.schedule.distances()
+        never = len(self._order) * 4
+
+        def rank(page: Page) -> tuple[int, int]:
+            if page.entry.kind != "weights":
+                return (1, page.last_access)
+            distance = distances.get(page.entry.tensor_id, never)
+            if not page.kept and not page.unused:
+                return (0, -distance)
+            return (2, -distance)
+
+        pages = (page for entry in self._entries.values() for page in entry.pages)
+        return sorted((p for p in pages if p.state is PageState.RESIDENT and not p.pins), key=rank)

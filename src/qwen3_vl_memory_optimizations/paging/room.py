@@ -1,0 +1,133 @@
+"""`Room`: makes room for pages under the limit that the ledger leaves, or refuses."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+from ..errors import MemoryBudgetExceeded, format_bytes
+from ..pools import FRAME_BYTES, FramePool
+from .entry import PageState, TensorEntry
+from .ledger import Ledger
+from .moves import PageMover
+from .residency import Residency
+
+
+class Room:
+    """Lets pages leave until others fit. Used under the Pager's lock.
+
+    Args:
+        changed: the condition of the Pager's lock; waiting on it gives the lock up.
+        ledger: what the page frames are limited by.
+        entries: the tensors, by id; the Pager adds and removes them.
+        frames: the memory of the pages.
+        mover: moves them.
+        residency: says who leaves first.
+
+    Attributes:
+        computing: thread -> ranges of pages that it computes on.
+    """
+
+    def __init__(
+        self,
+        changed: threading.Condition,
+        ledger: Ledger,
+        entries: Mapping[str, TensorEntry],
+        frames: FramePool,
+        mover: PageMover,
+        residency: Residency,
+    ) -> None:
+        self.computing: dict[int, int] = {}
+        self._changed = changed
+        self._ledger = ledger
+        self._entries = entries
+        self._frames = frames
+        self._mover = mover
+        self._residency = residency
+
+    def make(self, n_bytes: int, owner: str) -> bool:
+        """Evict until `n_bytes` fit, and announce what they take from the system.
+
+        Returns:
+            Whether the lock may have been given up meanwhile.
+
+        Raises:
+            MemoryBudgetExceeded: what is pinned leaves too little.
+        """
+        waited = self._evict_until(n_bytes, owner)
+        while self._mover.announce(n_bytes):
+            self._evict_until(n_bytes, owner)
+            waited = True
+        return waited
+
+    def _evict_until(self, n_bytes: int, owner: str) -> bool:
+        frames, mover = self._frames, self._mover
+        waited = False
+        mover.write_error = None  # of an attempt that nobody waited for
+        while n_bytes > frames.available_bytes:
+            victims = self._residency.victims()
+            others_compute = self._others_compute()
+            if not victims and not mover.moving and not others_compute:
+                raise self._does_not_fit(n_bytes, frames.available_bytes, owner)
+            for page in victims:
+                if n_bytes <= frames.available_bytes + mover.leaving_bytes:
+                    break
+                mover.evict(page)
+            if n_bytes <= frames.available_bytes:
+                break
+            if mover.write_error is None and (mover.moving or (others_compute and not victims)):
+                self._changed.wait()
+                waited = True
+            if mover.write_error is not None:
+                error, mover.write_error = mover.write_error, None
+                raise error
+        return waited
+
+    def check_fits(self, n_bytes: int, owner: str) -> None:
+        """Refuse what evicting everything would not make room for, before anything is evicted.
+
+        Raises:
+            MemoryBudgetExceeded: what is pinned leaves too little.
+        """
+        if n_bytes <= self._frames.available_bytes or self._others_compute():
+            return
+        away = (PageState.SWAPPED, PageState.FREED)
+        pages = (page for entry in self._entries.values() for page in entry.pages)
+        can_leave = sum(page.n_bytes for page in pages if not page.pins and page.state not in away)
+        available = self._frames.available_bytes + can_leave
+        if n_bytes > available:
+            raise self._does_not_fit(n_bytes, available, owner)
+
+    def refit(self) -> None:
+        """Bring the frames under the limit that the ledger now leaves.
+
+        Raises:
+            MemoryBudgetExceeded: what is pinned leaves too little.
+        """
+        frames = self._frames
+        limit = self._ledger.frames_limit_bytes() // FRAME_BYTES * FRAME_BYTES
+        if limit == frames.limit_bytes:
+            return
+        if limit < frames.used_bytes:
+            before, frames.limit_bytes = frames.limit_bytes, limit
+            try:
+                self._evict_until(0, "budget")
+            except BaseException:
+                frames.limit_bytes = max(before, frames.used_bytes)
+                raise
+        frames.set_limit(limit)
+
+    def _others_compute(self) -> bool:
+        """Whether other threads compute on pages, which they will unpin without waiting for this one."""
+        return bool(self.computing) and threading.get_ident() not in self.computing
+
+    def _does_not_fit(self, n_bytes: int, available: int, owner: str) -> MemoryBudgetExceeded:
+        limit = self._frames.limit_bytes
+        return MemoryBudgetExceeded(
+            f"{owner}: {format_bytes(n_bytes)} do not fit into the {format_bytes(limit)} for managed "
+            f"tensors, of which {format_bytes(limit - available)} cannot leave; raise the budget",
+            requested_bytes=n_bytes,
+            available_bytes=max(0, available),
+            budget_bytes=limit,
+            owner=owner,
+        )
