@@ -151,7 +151,8 @@ class TestRaw(CodecContract):
         placed = buffer[start : start + weights.nbytes].view(dtype).view(weights.shape).copy_(weights)
         x, bias = torch.randn(n_rows, 200).to(dtype), torch.randn(208).to(dtype)
         whole = F.linear(x, weights, bias)
-        for step in (16, 48, 208):
+        steps = (208,) if RawCodec().wants_whole(LinearInput(x)) else (16, 48, 208)
+        for step in steps:
             parts = [
                 product(RawCodec(), x, {"data": placed[first : first + step]}, bias[first : first + step])
                 for first in range(0, 208, step)
@@ -166,9 +167,15 @@ class TestRaw(CodecContract):
         weights, x, bias = torch.randn(208, 200).bfloat16(), torch.randn(n_rows, 200), torch.randn(208)
         scratch = Scratch(slot_bytes=fitting_rows * 200 * 4)
         found = RawCodec().linear(LinearInput(x), {"data": weights}, bias, scratch)
-        assert torch.equal(found, F.linear(x, weights.float(), bias))
-        rows = {1: 16, 16: 16, 45: 32, 300: 208}[fitting_rows]
+        exact = F.linear(x, weights.float(), bias)
+        rows = {(1, 1): 16, (1, 16): 16, (1, 45): 32, (6, 1): 16, (6, 16): 64, (6, 45): 176}.get(
+            (n_rows, fitting_rows), 208
+        )
         assert scratch.n_bytes == rows * 200 * 4
+        if n_rows == 1 or rows == 208:
+            assert torch.equal(found, exact)
+        else:  # no room for the whole: the rounding of fp32 remains
+            assert_snr(exact, found, 120)
 
 
 class TestINT8(CodecContract):

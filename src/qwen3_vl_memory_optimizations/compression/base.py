@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 
 ROW_MULTIPLE = 16
-"""Weights are cut between rows at multiples of this: torch's fp32 products sum in another order in a narrower rest."""
+"""Weights are cut between rows at multiples of this: torch's fp32 products sum in another order in a narrower rest.
+(With several rows of activations some libraries do so in any cut: see `Codec.wants_whole`.)"""
 
 Encoded = Mapping[str, torch.Tensor]
 """Segment name -> tensor, all with the same leading number of rows."""
@@ -139,6 +140,10 @@ class Codec(ABC):
     def linear(self, x: LinearInput, encoded: Encoded, bias: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
         """Return `x @ rows.T + bias` of shape `[M, n]` in the dtype of `x`; `bias` `[n]` is that of these rows."""
 
+    def wants_whole(self, x: LinearInput) -> bool:
+        """Whether a product should have all rows of the weight at once where memory allows, to keep its bits."""
+        return False
+
 
 def linear_in_steps(
     x: LinearInput,
@@ -146,13 +151,12 @@ def linear_in_steps(
     bias: torch.Tensor | None,
     decode: Callable[[Encoded, torch.Tensor], torch.Tensor],
     scratch: Scratch,
+    *,
+    slots: int = 1,
 ) -> torch.Tensor:
-    """Return `x @ rows.T + bias`, decoding as many rows at a time as the scratch memory should take.
-
-    Steps of whole multiples of `ROW_MULTIPLE` change no bit of the result.
-    """
+    """Return `x @ rows.T + bias`, decoding as many rows at a time as `slots` of scratch memory take."""
     rows, columns = next(iter(encoded.values())).shape
-    fitting = scratch.slot_bytes // (columns * x.x2d.element_size())
+    fitting = slots * scratch.slot_bytes // (columns * x.x2d.element_size())
     step = max(ROW_MULTIPLE, fitting // ROW_MULTIPLE * ROW_MULTIPLE)
     if rows <= step:
         return F.linear(x.x2d, decode(encoded, scratch.get("decoded", (rows, columns), x.x2d.dtype)), bias)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from .base import Codec, Encoded, LinearInput, Scratch, Segment, columns_of, linear_in_steps
 
 _VECTOR_BYTES = 64
+_SLOTS_FOR_BITS = 4
 
 
 class RawCodec(Codec):
@@ -33,7 +34,7 @@ class RawCodec(Codec):
         return out.copy_(encoded["data"])
 
     def linear(self, x: LinearInput, encoded: Encoded, bias: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
-        """One product in the dtype of `x`: bit-identical to `F.linear` on the whole tensor, rows being independent.
+        """One product in the dtype of `x`: bit-identical to `F.linear` on the whole tensor (but see `wants_whole`).
 
         torch's one-row fp32 kernel sums in another order when the matrix does not start on a vector boundary, which a
         checkpoint read in place may do; such rows are copied first.
@@ -41,5 +42,10 @@ class RawCodec(Codec):
         data = encoded["data"]
         aligned = data.data_ptr() % _VECTOR_BYTES == 0 or data.dtype == torch.bfloat16
         if data.dtype != x.x2d.dtype or not aligned:
-            return linear_in_steps(x, encoded, bias, self.decode, scratch)
+            slots = _SLOTS_FOR_BITS if self.wants_whole(x) else 1
+            return linear_in_steps(x, encoded, bias, self.decode, scratch, slots=slots)
         return F.linear(x.x2d, data, bias)
+
+    def wants_whole(self, x: LinearInput) -> bool:
+        """In fp32 with several rows: MKL on Intel chooses its kernel by the width of the matrix, bits included."""
+        return x.rows > 1 and x.x2d.dtype == torch.float32

@@ -35,6 +35,7 @@ from .room import Room
 from .stats import PagingStats, TensorUse
 
 _LEAST_SCRATCH_BYTES = 1 << 16
+_WHOLE_SHARE = 4
 
 
 class Pager:
@@ -270,6 +271,21 @@ class Pager:
     def linear(self, entry: TensorEntry, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return `x @ W.T + bias`, computed on the encoded form, rows of W as they become resident."""
         left = LinearInput(x)
+        if len(entry.pages) > 1 and entry.codec.wants_whole(left) and self._fits_whole(entry):
+            self.pin(entry)
+            try:
+                out = entry.codec.linear(left, entry.encoded(0, entry.rows), bias, self.scratch)
+            finally:
+                self.unpin(entry)
+        else:
+            out = self._linear_in_ranges(entry, left, bias)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], entry.rows)
+
+    def _fits_whole(self, entry: TensorEntry) -> bool:
+        """Whether a tensor may displace others to be in memory whole; a larger one would displace most of them."""
+        return entry.missing == 0 or entry.n_bytes <= self.frames.limit_bytes // _WHOLE_SHARE
+
+    def _linear_in_ranges(self, entry: TensorEntry, left: LinearInput, bias: torch.Tensor | None) -> torch.Tensor:
         out: torch.Tensor | None = None
         for start, stop in self._access.row_ranges(entry):
             part_bias = bias if bias is None else bias[start:stop]
@@ -281,7 +297,7 @@ class Pager:
                     out = part.new_empty((left.rows, entry.rows))
                 out[:, start:stop] = part
         assert out is not None
-        return out if x.dim() == 2 else out.view(*x.shape[:-1], entry.rows)
+        return out
 
     def row_ranges(self, entry: TensorEntry) -> Iterator[tuple[int, int]]:
         """Yield ranges of rows, in order, each resident and pinned until the next is asked for."""
