@@ -16,6 +16,7 @@ from qwen3_vl_memory_optimizations import (
     TensorFreedError,
     UnknownTensorError,
 )
+from qwen3_vl_memory_optimizations.compression import LinearInput
 from qwen3_vl_memory_optimizations.paging import PROCESS, Ledger, Pager, PageState
 from qwen3_vl_memory_optimizations.process import rss_bytes
 from qwen3_vl_memory_optimizations.storage import SwapFile
@@ -575,3 +576,48 @@ def test_an_abandoned_product_leaves_no_pins(make_optimizer, tmp_path):
     with pytest.raises(RuntimeError):
         F.linear(torch.ones(1, COLUMNS + 1).bfloat16(), managed)
     assert all(page.pins == 0 for page in managed.entry.pages)
+
+
+def test_what_is_derived_from_an_input_is_shared_until_the_input_changes(make_optimizer, tmp_path, monkeypatch):
+    optimizer = make_optimizer()
+    weights = random_weights(2)
+    managed = register(optimizer.pager, weights, tmp_path / "w.safetensors")
+    made = []
+    original = LinearInput.__init__
+    monkeypatch.setattr(LinearInput, "__init__", lambda self, x: (made.append(1), original(self, x))[1])
+    x = torch.randn(1, COLUMNS).bfloat16()
+    for weight in managed.values():
+        F.linear(x, weight)
+    assert len(made) == 1
+    x.add_(1)
+    assert torch.equal(F.linear(x, managed["w0"]), F.linear(x, weights["w0"]))
+    assert len(made) == 2
+    with torch.inference_mode():
+        y = x * 2
+        F.linear(y, managed["w0"])
+        y.add_(1)
+        assert torch.equal(F.linear(y, managed["w0"]), F.linear(y, weights["w0"]))
+    assert len(made) == 4
+
+
+def test_reading_time_is_counted_while_reads_are_under_way(make_optimizer, tmp_path):
+    optimizer = make_optimizer(3 * FRAMES_BYTES)
+    managed = register(optimizer.pager, random_weights(6), tmp_path / "w.safetensors")
+    start = time.perf_counter()
+    run_pass(managed)
+    settle(optimizer.pager)
+    assert 0 < optimizer.pager.stats.reading_s <= time.perf_counter() - start
+    assert optimizer.get_memory_efficiency_stats()["paging"]["reading_s"] == optimizer.pager.stats.reading_s
+
+
+def test_the_rest_of_a_weight_is_read_ahead_while_its_first_pages_are_used(make_optimizer, tmp_path):
+    """The head of the model is one weight of many pages: they must not be read one by one."""
+    weights = random_weights(2, rows=32 * ROWS)
+    optimizer = make_optimizer(40 * FRAMES_BYTES)
+    managed = register(optimizer.pager, weights, tmp_path / "w.safetensors")
+    x, pages = torch.ones(1, COLUMNS).bfloat16(), managed["w1"].entry.pages
+    for _ in range(2):
+        for _start, stop in optimizer.pager.row_ranges(managed["w1"].entry):
+            settle(optimizer.pager)
+            assert all(page.state is not PageState.SWAPPED for page in pages[stop // ROWS : stop // ROWS + 1])
+    assert torch.equal(F.linear(x, managed["w1"]), F.linear(x, weights["w1"]))

@@ -64,11 +64,11 @@ class Access:
     def row_ranges(self, entry: TensorEntry) -> Iterator[tuple[int, int]]:
         """Yield ranges of rows, in order, each resident and pinned until the next is asked for."""
         pages, computing = entry.pages, self._room.computing
-        with self._lock:
-            self._begin(entry)
         first, n_pages, thread = 0, len(pages), threading.get_ident()
         while first < n_pages:
             with self._lock:
+                if first == 0:
+                    self._begin(entry)
                 self._await(pages[first])
                 last = first
                 while last < n_pages and pages[last].state is PageState.RESIDENT:
@@ -91,7 +91,7 @@ class Access:
                             self._mover.evict(page)
                     if entry.freed:
                         self._release(entry)
-                    self._residency.prefetch()
+                    self._residency.advance(entry, last)
             first = last
 
     def pin(self, entry: TensorEntry) -> None:

@@ -32,6 +32,7 @@ class PageMover:
         swap: where dirty pages go.
         stats: its counters of traffic are kept here.
         on_end: called with the tensor of each page whose transfer ended.
+        timer: a monotonic clock in seconds, for the counter of reading time.
 
     Attributes:
         moving: transfers under way.
@@ -50,8 +51,11 @@ class PageMover:
         swap: SwapFile,
         stats: PagingStats,
         on_end: Callable[[TensorEntry], None],
+        timer: Callable[[], float],
     ) -> None:
         self.moving = 0
+        self._reading = 0
+        self._reading_since_s = 0.0
         self.leaving_bytes = 0
         self.ahead_bytes = 0
         self.weights_resident_bytes = 0
@@ -63,6 +67,7 @@ class PageMover:
         self._swap = swap
         self._stats = stats
         self._on_end = on_end
+        self._timer = timer
         self._queue = IOQueue(_IO_THREADS)
 
     # --- states -----------------------------------------------------------------------------------------------------
@@ -131,6 +136,9 @@ class PageMover:
         self._frames.back(page.frames_start, page.n_bytes, owner=page.entry.kind)
         self._set_state(page, PageState.LOADING)
         self.moving += 1
+        if not self._reading:
+            self._reading_since_s = self._timer()
+        self._reading += 1
         page.unused = True
         page.prefetched = priority != DEMAND
         if page.prefetched:
@@ -153,6 +161,9 @@ class PageMover:
             error = caught
         with self._changed:
             self.moving -= 1
+            self._reading -= 1
+            if not self._reading:
+                self._stats.reading_s += self._timer() - self._reading_since_s
             page.ticket = None
             if error is None:
                 self._set_state(page, PageState.RESIDENT)

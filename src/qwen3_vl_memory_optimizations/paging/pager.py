@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -65,13 +66,13 @@ class Pager:
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._swap = SwapFile(swap_dir, swap_bytes)
-        self._mover = PageMover(self._changed, self.frames, self._swap, self.stats, self._release_freed)
+        self._mover = PageMover(self._changed, self.frames, self._swap, self.stats, self._release_freed, timer)
         self._residency = Residency(self.entries, self.frames, self._mover)
         self._room = Room(self._changed, ledger, self.entries, self.frames, self._mover, self._residency)
         self._access = Access(
             self._lock, self._changed, self._mover, self._room, self._residency, self.stats, self._release_freed, timer
         )
-        self._scratches = threading.local()
+        self._local = threading.local()
 
     @property
     def schedule(self) -> PassSchedule:
@@ -253,10 +254,10 @@ class Pager:
     @property
     def scratch(self) -> Scratch:
         """Workspace of the calling thread; what it grows by is debited."""
-        scratch = getattr(self._scratches, "scratch", None)
+        scratch = getattr(self._local, "scratch", None)
         if scratch is None:
             slot_bytes = max(_LEAST_SCRATCH_BYTES, min(4 * PAGE_BYTES, self.frames.limit_bytes // 16))
-            scratch = self._scratches.scratch = Scratch(self._debit_workspace, slot_bytes)
+            scratch = self._local.scratch = Scratch(self._debit_workspace, slot_bytes)
         return scratch
 
     def _debit_workspace(self, n_bytes: int) -> None:
@@ -270,7 +271,7 @@ class Pager:
 
     def linear(self, entry: TensorEntry, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return `x @ W.T + bias`, computed on the encoded form, rows of W as they become resident."""
-        left = LinearInput(x)
+        left = self._left_operand(x)
         if len(entry.pages) > 1 and entry.codec.wants_whole(left) and self._fits_whole(entry):
             self.pin(entry)
             try:
@@ -280,6 +281,17 @@ class Pager:
         else:
             out = self._linear_in_ranges(entry, left, bias)
         return out if x.dim() == 2 else out.view(*x.shape[:-1], entry.rows)
+
+    def _left_operand(self, x: torch.Tensor) -> LinearInput:
+        """Return what was derived from `x` for the product before, if that had the same input (q, k, v; gate, up)."""
+        if x.is_inference():  # has no version: it may have been written to since
+            return LinearInput(x)
+        last = getattr(self._local, "left", None)
+        if last is not None and last[0]() is x and last[1] == x._version:
+            return last[2]
+        left = LinearInput(x)
+        self._local.left = (weakref.ref(x), x._version, left)
+        return left
 
     def _fits_whole(self, entry: TensorEntry) -> bool:
         """Whether a tensor may displace others to be in memory whole; a larger one would displace most of them."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from ..errors import MemoryBudgetExceeded
 from ..pools import FramePool
@@ -41,7 +42,10 @@ class Residency:
         self._order_changed = False
         self._weights_bytes = 0
         self._read_ahead_bytes = READ_AHEAD_BYTES
+        self._least_streamed_bytes = 0
         self._plan_state: tuple[object, ...] = ()
+        self._current: TensorEntry | None = None
+        self._next_page = 0
 
     def add(self, entry: TensorEntry) -> None:
         """Expect a weight to be used, after those that were added before."""
@@ -55,12 +59,19 @@ class Residency:
         self._weights_bytes -= sum(page.n_bytes for page in entry.pages)
 
     def record(self, entry: TensorEntry) -> None:
-        """Note an access to a weight, and read ahead what comes next."""
+        """Note that an access to a weight begins, and read ahead: its own pages first, then what comes next."""
         if self._order_changed:
-            self.schedule, self._order_changed = PassSchedule(self._order), False
+            self.schedule, self._order_changed, self._plan_state = PassSchedule(self._order), False, ()
         if self.schedule.record(entry.tensor_id) and self.on_pass is not None:
             self.on_pass()
         self._replan()
+        self._current, self._next_page = entry, 0
+        self.prefetch()
+
+    def advance(self, entry: TensorEntry, next_page: int) -> None:
+        """Note that the pages of a tensor before `next_page` were used; read ahead into the room that they leave."""
+        if entry is self._current:
+            self._next_page = next_page
         self.prefetch()
 
     # --- what stays -------------------------------------------------------------------------------------------------
@@ -68,7 +79,7 @@ class Residency:
     def _replan(self) -> None:
         """Choose the pages to keep, when the known passes or the memory for them changed."""
         weights_limit = self._frames.limit_bytes - (self._frames.used_bytes - self._mover.weights_resident_bytes)
-        state = (self.schedule.passes, weights_limit, len(self._order))
+        state = (self.schedule.revision, weights_limit, len(self._order))
         if state == self._plan_state:
             return
         self._plan_state = state
@@ -96,6 +107,7 @@ class Residency:
                 if keep:
                     kept.add(page)
                     capacity -= page.n_bytes
+        self._least_streamed_bytes = min(page.n_bytes for page in pages if page not in kept)
         self._set_kept(pages, kept)
 
     def _set_kept(self, pages: Iterable[Page], kept: set[Page]) -> None:
@@ -112,22 +124,25 @@ class Residency:
         """Start reads for what is needed next, as far as frames and the read-ahead window allow."""
         if self._mover.weights_resident_bytes >= self._weights_bytes:
             return  # all there, or on its way
-        looked = 0
-        for name in self.schedule.upcoming():
-            looked += 1
-            if looked > _LOOK_AHEAD_TENSORS:
-                return
-            entry = self._entries.get(str(name))
-            if entry is None or not entry.missing:
+        if self._mover.ahead_bytes + self._least_streamed_bytes > self._read_ahead_bytes:
+            return
+        for page in self._expected_pages():
+            if page.state is not PageState.SWAPPED or page.error is not None:
                 continue
-            for page in entry.pages:
-                if page.state is not PageState.SWAPPED or page.error is not None:
-                    continue
-                if not page.kept and self._mover.ahead_bytes + page.n_bytes > self._read_ahead_bytes:
-                    return
-                if not self._make_room_ahead(page):
-                    return
-                self._mover.load(page, PREFETCH)
+            if not page.kept and self._mover.ahead_bytes + page.n_bytes > self._read_ahead_bytes:
+                return
+            if not self._make_room_ahead(page):
+                return
+            self._mover.load(page, PREFETCH)
+
+    def _expected_pages(self) -> Iterator[Page]:
+        """Yield pages in the order of their next use: the rest of this tensor, then tensors that miss some."""
+        if self._current is not None and self._current.missing:
+            yield from self._current.pages[self._next_page :]
+        for name in itertools.islice(self.schedule.upcoming(), _LOOK_AHEAD_TENSORS):
+            entry = self._entries.get(str(name))
+            if entry is not None and entry.missing:
+                yield from entry.pages
 
     def _make_room_ahead(self, page: Page) -> bool:
         """Return whether a page can be loaded before anybody needs it."""

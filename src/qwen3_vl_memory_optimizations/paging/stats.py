@@ -25,6 +25,7 @@ class PagingStats:
         misses: page accesses whose bytes had been read from the SSD since the access before.
         faults: misses that had to wait.
         stall_s: seconds waited.
+        reading_s: seconds with at least one read of a page under way.
         hit_bytes, miss_bytes: the same accesses, by size.
         prefetches: pages read before they were asked for; `prefetches_used`: those accessed afterwards.
         bytes_read, bytes_written: traffic with the SSD (checkpoint and swap file).
@@ -36,6 +37,7 @@ class PagingStats:
     misses: int = 0
     faults: int = 0
     stall_s: float = 0.0
+    reading_s: float = 0.0
     hit_bytes: int = 0
     miss_bytes: int = 0
     prefetches: int = 0

@@ -17,6 +17,10 @@ class PassSchedule:
 
     Args:
         hint: the order to expect before anything was seen (the order of the checkpoint).
+
+    Attributes:
+        passes: how many are complete.
+        revision: grows when `cycles` changes.
     """
 
     def __init__(self, hint: Sequence[Hashable] = ()) -> None:
@@ -30,7 +34,9 @@ class PassSchedule:
         self._expected: list[Hashable] = []
         self._index: dict[Hashable, int] = {}
         self._position = -1
+        self._ranking: list[Hashable] = []
         self.passes = 0
+        self.revision = 0
 
     def record(self, item: Hashable) -> bool:
         """Note an access; return whether it began a new pass."""
@@ -64,8 +70,7 @@ class PassSchedule:
         """Return the known orders, the most frequent sort of pass first; the hint while none is complete."""
         if not self._orders:
             return [self._expected or self._hint]
-        firsts = sorted(self._orders, key=lambda first: -self._counts[first])
-        return [self._orders[first] for first in firsts]
+        return [self._orders[first] for first in self._ranking]
 
     def _following(self) -> list[Hashable]:
         first = self._current[0] if self._current else None
@@ -75,8 +80,13 @@ class PassSchedule:
         if not self._current:
             return
         first = self._current[0]
+        changed = self._orders.get(first) != self._current
         self._orders[first] = self._current
         self._counts[first] = self._counts.get(first, 0) + 1
+        ranking = sorted(self._orders, key=lambda first: -self._counts[first])
+        if changed or ranking != self._ranking:
+            self._ranking = ranking
+            self.revision += 1
         if self._previous is not None:
             self._successor[self._previous] = first
         self._previous = first
