@@ -1,7 +1,25 @@
 import dataclasses
+import mmap
+import os
+import platform
 import time
+from pathlib import Path
 
-from qwen3_vl_memory_optimizations.process import process_memory, rss_bytes
+import pytest
+import torch
+
+from qwen3_vl_memory_optimizations.process import (
+    GroupMemory,
+    drop_cached_libraries,
+    limiting_groups,
+    process_memory,
+    release_library_pages,
+    rss_bytes,
+    tame_allocator,
+    trim_heap,
+)
+
+MIB = 2**20
 
 
 def test_process_memory_adds_up():
@@ -39,3 +57,91 @@ def test_rss_sees_an_allocation_and_is_fast():
 
     # The best of several: other work on the machine must not fail this.
     assert min(seconds_per_call() for _ in range(10)) < 50e-6
+
+
+def group_tree(root: Path, cgroup: str, **groups: dict[str, str]) -> Path:
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(cgroup)
+    for directory, files in groups.items():
+        path = root / "sys/fs/cgroup" / directory.replace("__", "/")
+        path.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (path / name).write_text(text)
+    return root
+
+
+def test_groups_of_version_1_are_read_from_the_inside_out(tmp_path):
+    inner = {
+        "memory.limit_in_bytes": "1000\n",
+        "memory.usage_in_bytes": "900\n",
+        "memory.stat": "cache 1\ntotal_cache 300\ntotal_mapped_file 100\ntotal_inactive_file 50\n",
+    }
+    outer = {"memory.limit_in_bytes": "5000\n", "memory.usage_in_bytes": "4000\n", "memory.stat": ""}
+    unlimited = {"memory.limit_in_bytes": "9223372036854771712\n"}
+    root = group_tree(tmp_path, "4:memory:/a/b\n0::/x\n", memory__a__b=inner, memory__a=outer, memory=unlimited)
+    assert list(limiting_groups(root=root)) == [
+        GroupMemory(limit_bytes=1000, used_bytes=900, cached_bytes=200, droppable_bytes=50),
+        GroupMemory(limit_bytes=5000, used_bytes=4000, cached_bytes=0, droppable_bytes=0),
+    ]
+
+
+def test_groups_of_version_2_are_read(tmp_path):
+    files = {
+        "memory.max": "1000\n",
+        "memory.current": "900\n",
+        "memory.stat": "anon 5\nfile 300\nfile_mapped 120\ninactive_file 50\n",
+    }
+    root = group_tree(tmp_path, "0::/job\n", job=files)
+    assert list(limiting_groups(root=root)) == [
+        GroupMemory(limit_bytes=1000, used_bytes=900, cached_bytes=180, droppable_bytes=50)
+    ]
+
+
+def test_without_groups_there_is_no_limit(tmp_path):
+    assert list(limiting_groups(root=tmp_path)) == []
+
+
+@pytest.fixture
+def mapped_code(tmp_path):
+    """A file of 16 MiB that is mapped as code, and cached."""
+    path = tmp_path / "code.so"
+    path.write_bytes(b"\x90" * 16 * MIB)
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
+        mapping = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_EXEC)
+    yield mapping
+    mapping.close()
+
+
+def test_code_that_was_only_needed_to_start_is_given_back_and_comes_back(mapped_code):
+    def touch():
+        return mapped_code[:: mmap.PAGESIZE]
+
+    touch()
+    before = process_memory().file_bytes
+    release_library_pages()
+    released = before - process_memory().file_bytes
+    assert released >= 15 * MIB or not _pages_out()
+    assert touch() == b"\x90" * (16 * MIB // mmap.PAGESIZE)
+    assert float(torch.ones(64, 64).matmul(torch.ones(64, 64))[0, 0]) == 64  # libraries go on working
+
+
+def _pages_out() -> bool:
+    return tuple(int(part) for part in platform.release().split(".")[:2]) >= (5, 4)
+
+
+def test_dropping_what_is_cached_leaves_what_is_mapped(mapped_code):
+    mapped_code[:: mmap.PAGESIZE]
+    before = process_memory().file_bytes
+    drop_cached_libraries()
+    assert process_memory().file_bytes > before - 8 * MIB
+    assert mapped_code[5 * MIB] == 0x90
+
+
+def test_holes_in_the_heap_are_given_back():
+    tame_allocator()
+    keep = [bytearray(200_000) for _ in range(400)]
+    del keep[1::2]
+    before = rss_bytes()
+    trim_heap()
+    assert rss_bytes() < before - 20 * MIB

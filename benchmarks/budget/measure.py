@@ -11,6 +11,7 @@ import os
 import time
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+PROBE_BYTES = 512 << 20
 
 
 def main() -> None:
@@ -45,6 +46,7 @@ def main() -> None:
             self.times: list[float] = []
             self.read: list[int] = []
             self.stalls: list[float] = []
+            self.reading: list[float] = []
             self.hits: list[tuple[int, int]] = []
 
         def put(self, value: torch.Tensor) -> None:
@@ -52,11 +54,14 @@ def main() -> None:
             self.times.append(time.perf_counter())
             self.read.append(stats.bytes_read)
             self.stalls.append(stats.stall_s)
+            self.reading.append(stats.reading_s)
             self.hits.append((stats.hit_bytes, stats.miss_bytes))
 
         def end(self) -> None:
             return
 
+    packed = next(iter(optimizer.pager.entries.values())).source.file.path
+    bandwidths = [measure_read_bandwidth(packed, total_bytes=PROBE_BYTES)]
     clock = Clock()
     with torch.no_grad():
         model.generate(
@@ -74,7 +79,7 @@ def main() -> None:
     gaps = sorted(b - a for a, b in zip(clock.times[first:], clock.times[first + 1 :], strict=False))
     hits, misses = (clock.hits[-1][i] - clock.hits[first][i] for i in (0, 1))
     weights = stats["kinds"]["weights"]
-    bandwidth = measure_read_bandwidth(next(iter(optimizer.pager.entries.values())).source.file.path)
+    bandwidths.append(measure_read_bandwidth(packed, total_bytes=PROBE_BYTES))
     print(
         json.dumps(
             {
@@ -89,7 +94,9 @@ def main() -> None:
                 "frames_limit_bytes": stats["budget"]["frames_limit_bytes"],
                 "resident_bytes": weights["resident_bytes"],
                 "encoded_bytes": weights["encoded_bytes"],
-                "ssd_bytes_per_s": round(bandwidth),
+                "reading_share": round((clock.reading[-1] - clock.reading[first]) / (steps * seconds), 3),
+                "ssd_bytes_per_s": round(sum(bandwidths) / len(bandwidths)),
+                "ssd_bytes_per_s_before_and_after": [round(bandwidth) for bandwidth in bandwidths],
                 "rss_peak_bytes": stats["budget"]["process_peak_rss_bytes"],
                 "accounts_bytes": stats["budget"]["accounts_bytes"],
                 "compute_dtype": str(model.dtype),

@@ -307,7 +307,7 @@ def test_shapes_that_crash_the_packed_kernel_never_reach_it(monkeypatch, n, k, n
 
 def test_a_choice_made_for_one_shape_is_not_forced_on_another():
     """A last page of rows that 4 does not divide must not go to the packed kernel."""
-    codec = INT8Codec(KernelSelector(timer=iter_timer([9, 9] + [1, 9] * 30)))
+    codec = INT8Codec(KernelSelector(timer=iter_timer([9] * 3 + [1, 9, 9] * 30)))
     weights = torch.randn(10, 64)
     encoded = codec.encode(weights)
     x = torch.randn(6, 64)

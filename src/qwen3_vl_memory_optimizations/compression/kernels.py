@@ -6,6 +6,7 @@ shape (on AVX2, bf16 products lose to fp32; on AVX512-BF16 they win).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from functools import lru_cache
 
 import torch
 
-_TIMED_RUNS = 3
+_LEAST_RUNS, _MOST_RUNS, _ENOUGH_S = 3, 20, 0.02
+_CLOSE = 2.0
 _MARGIN = 0.9
 """A kernel must take less than this share of the time of those before it in the order of preference to be chosen."""
 
@@ -25,12 +27,18 @@ class KernelChoice:
     Attributes:
         name: the chosen one.
         seconds: the least that each candidate took a unit of work.
-        runs: how often each candidate has run; the first run of each warms up and is not timed.
+        runs: how often each candidate was timed; its first run warms up and is not.
+        spent_s: the time of those runs.
     """
 
     name: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     runs: dict[str, int] = field(default_factory=dict)
+    spent_s: dict[str, float] = field(default_factory=dict)
+
+    def settled(self, name: str) -> bool:
+        """Whether a candidate was timed enough: short runs are noisy, so there are more of them."""
+        return self.runs[name] >= _LEAST_RUNS and (self.spent_s[name] >= _ENOUGH_S or self.runs[name] >= _MOST_RUNS)
 
 
 class KernelSelector:
@@ -61,15 +69,18 @@ class KernelSelector:
         if choice is not None and choice.name:
             return candidates[choice.name]()
         if choice is None:
-            choice = self._choices[key] = KernelChoice(runs=dict.fromkeys(candidates, 0))
-        name = min(candidates, key=choice.runs.__getitem__)
+            choice = self._choices[key] = KernelChoice(
+                runs=dict.fromkeys(candidates, -1), spent_s=dict.fromkeys(candidates, 0.0)
+            )
+        name = min((name for name in candidates if not choice.settled(name)), key=choice.runs.__getitem__)
         start = self._timer()
         result = candidates[name]()
-        seconds = (self._timer() - start) / work
-        if choice.runs[name]:
-            choice.seconds[name] = min(seconds, choice.seconds.get(name, seconds))
+        seconds = self._timer() - start
         choice.runs[name] += 1
-        if all(count > _TIMED_RUNS for count in choice.runs.values()):
+        if choice.runs[name] > 0:
+            choice.spent_s[name] += seconds
+            choice.seconds[name] = min(seconds / work, choice.seconds.get(name, math.inf))
+        if all(choice.settled(candidate) for candidate in candidates):
             best = ""
             for candidate in candidates:
                 if not best or choice.seconds[candidate] < _MARGIN * choice.seconds[best]:
@@ -101,10 +112,11 @@ def int8_product_saturates() -> bool:
 
 @lru_cache(maxsize=1)
 def fastest_dtype() -> torch.dtype:
-    """Return the dtype whose matrix products are fastest here, bf16 or fp32, by measurement (about 30 ms).
+    """Return the dtype to compute in here, bf16 or fp32, by measurement (about 30 ms).
 
     The format stored is not the format computed in: without AVX512-BF16 or AMX, bf16 products fall back to code 2.5 to
-    50 times slower than fp32 (design, "Compression").
+    50 times slower than fp32 (design, "Compression"). Where the two are close, bf16 takes half the memory for
+    activations and the KV cache, and computes on weights as they are stored.
     """
     rows, columns = 64, 1024
     best = {}
@@ -116,4 +128,4 @@ def fastest_dtype() -> torch.dtype:
             torch.nn.functional.linear(x, w)
             seconds.append(time.perf_counter() - start)
         best[dtype] = min(seconds)
-    return torch.bfloat16 if best[torch.bfloat16] < best[torch.float32] else torch.float32
+    return torch.bfloat16 if best[torch.bfloat16] < _CLOSE * best[torch.float32] else torch.float32
