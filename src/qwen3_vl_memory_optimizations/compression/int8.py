@@ -90,7 +90,7 @@ class INT8Codec(Codec):
         if len(candidates) == 1:
             product = next(iter(candidates.values()))()
         else:
-            key = (self.name, row_class(x.rows), k, x.x2d.dtype, *candidates)
+            key = (self.name, row_class(x.rows), n.bit_length(), k, x.x2d.dtype, *candidates)
             product = self.kernels.run(key, candidates, work=n)
         return product if bias is None else product.add_(bias)
 

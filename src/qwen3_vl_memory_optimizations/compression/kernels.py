@@ -16,7 +16,7 @@ import torch
 
 _LEAST_RUNS, _MOST_RUNS, _ENOUGH_S = 3, 20, 0.02
 _CLOSE = 2.0
-_MARGIN = 0.9
+_MARGIN = 0.95
 """A kernel must take less than this share of the time of those before it in the order of preference to be chosen."""
 
 

@@ -40,7 +40,7 @@ class Residency:
         self._mover = mover
         self._order: list[str] = []
         self._order_changed = False
-        self._weights_bytes = 0
+        self._expected_bytes = 0
         self._read_ahead_bytes = READ_AHEAD_BYTES
         self._least_streamed_bytes = 0
         self._plan_state: tuple[object, ...] = ()
@@ -51,12 +51,10 @@ class Residency:
         """Expect a weight to be used, after those that were added before."""
         self._order.append(entry.tensor_id)
         self._order_changed = True
-        self._weights_bytes += sum(page.n_bytes for page in entry.pages)
 
     def remove(self, entry: TensorEntry) -> None:
         """Forget a weight."""
         self._order.remove(entry.tensor_id)
-        self._weights_bytes -= sum(page.n_bytes for page in entry.pages)
 
     def record(self, entry: TensorEntry) -> None:
         """Note that an access to a weight begins, and read ahead: its own pages first, then what comes next."""
@@ -83,6 +81,10 @@ class Residency:
         if state == self._plan_state:
             return
         self._plan_state = state
+        known = {name for cycle in self.schedule.cycles() for name in cycle}
+        self._expected_bytes = sum(
+            page.n_bytes for name in self._order if name in known for page in self._entries[name].pages
+        )
         pages = [page for name in self._order for page in self._entries[name].pages]
         total = sum(page.n_bytes for page in pages)
         largest = max((page.n_bytes for page in pages), default=0)
@@ -122,7 +124,7 @@ class Residency:
 
     def prefetch(self) -> None:
         """Start reads for what is needed next, as far as frames and the read-ahead window allow."""
-        if self._mover.weights_resident_bytes >= self._weights_bytes:
+        if self._mover.weights_resident_bytes >= self._expected_bytes:
             return  # all there, or on its way
         if self._mover.ahead_bytes + self._least_streamed_bytes > self._read_ahead_bytes:
             return
