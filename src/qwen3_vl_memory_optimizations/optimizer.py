@@ -233,8 +233,9 @@ class MemoryOptimizer:
 
     def _before_growth(self, n_bytes: int) -> None:
         """Keep a control group that is as small as the budget from running into its limit."""
+        margin = (self.config.ram_budget or 0) // _CACHE_SHARE  # activations grow meanwhile, and do not ask
         for group in limiting_groups():
-            if group.used_bytes + n_bytes + _CACHE_SLACK_BYTES > group.limit_bytes:
+            if group.used_bytes + n_bytes + margin > group.limit_bytes:
                 self._without_read_ahead(group)
 
     def _without_read_ahead(self, group: GroupMemory) -> GroupMemory:

@@ -60,10 +60,13 @@ class Residency:
         """Note that an access to a weight begins, and read ahead: its own pages first, then what comes next."""
         if self._order_changed:
             self.schedule, self._order_changed, self._plan_state = PassSchedule(self._order), False, ()
-        if self.schedule.record(entry.tensor_id) and self.on_pass is not None:
+        began = self.schedule.record(entry.tensor_id)
+        self._current, self._next_page = entry, 0
+        if began and self.on_pass is not None:
             self.on_pass()
         self._replan()
-        self._current, self._next_page = entry, 0
+        if began:
+            self._drop_unexpected()
         self.prefetch()
 
     def advance(self, entry: TensorEntry, next_page: int) -> None:
@@ -170,6 +173,16 @@ class Residency:
                 break
             self._mover.evict(page)
         return wanted.n_bytes <= self._frames.available_bytes
+
+    def _drop_unexpected(self) -> None:
+        """Drop what was read ahead for a pass that did not come: it would fill the read-ahead window for good."""
+        soon = {self._current.tensor_id} if self._current is not None else set()
+        soon.update(str(name) for name in itertools.islice(self.schedule.upcoming(), _LOOK_AHEAD_TENSORS))
+        for name in self._order:
+            if name not in soon:
+                for page in self._entries[name].pages:
+                    if page.unused and not page.kept:
+                        self._mover.evict(page)
 
     # --- what leaves ------------------------------------------------------------------------------------------------
 
