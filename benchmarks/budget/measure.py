@@ -108,11 +108,11 @@ def main() -> None:
     optimizer.close()
 
 
-def make_inputs(config, image_px: int, prompt_tokens: int, dtype) -> dict:
+def make_inputs(config, image_px: int, prompt_tokens: int, dtype, seed: int = 0) -> dict:
     """Return inputs for `generate`: random text, and one random image of `image_px` squared."""
     import torch
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     vocabulary = config.get_text_config().vocab_size
     text = torch.randint(1000, min(100_000, vocabulary), (prompt_tokens,), generator=generator)
     if not image_px:
