@@ -149,12 +149,16 @@ def _libc() -> ctypes.CDLL:
 
 
 def tame_allocator() -> None:
-    """Make glibc give freed memory back: what its arenas keep is weights that must be read again each token."""
+    """Make glibc keep the memory of large temporaries between operations, in few arenas.
+
+    Given back after each operation (a low threshold for mmap) it must be faulted in anew by the next: a prefill then
+    takes twice as long. What a pass leaves behind, `trim_heap` gives back.
+    """
     try:
         libc = _libc()
         libc.mallopt(_M_ARENA_MAX, 2)
-        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-        libc.mallopt(_M_TRIM_THRESHOLD, 4 << 20)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
     except (OSError, AttributeError):  # another C library has other habits
         return
 

@@ -155,30 +155,37 @@ def _split_product(x: LinearInput, encoded: Encoded) -> torch.Tensor:
         base, offset = 254, 0
     product = torch._int_mm(digits, data.t())
     m = x.rows
-    total = product[:m].float().mul_(base).add_(product[m:])
+    total = torch.add(product[m:], product[:m].float(), alpha=base)  # in fp32: int32 would overflow
     if offset:
         total.add_(encoded["row_sum"].float(), alpha=offset)
-    return total.mul_(row_scale).mul_(scale).to(x.x2d.dtype)
+    result = total if x.x2d.dtype == total.dtype else torch.empty_like(total, dtype=x.x2d.dtype)
+    return torch.mul(total.mul_(row_scale), scale, out=result)
 
 
-def _row_scale(matrix: torch.Tensor, largest_integer: int) -> torch.Tensor:
-    scale = matrix.abs().amax(dim=1, keepdim=True) / largest_integer
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+def _scaled(x2d: torch.Tensor, largest_integer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as rounded multiples, in fp32, of a scale `[M, 1]` that makes the largest value `largest_integer`."""
+    low, high = torch.aminmax(x2d, dim=1, keepdim=True)
+    scale = torch.maximum(-low, high).float().div_(largest_integer)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.div(x2d, scale).round_(), scale
 
 
 def _digits_of_eight_bits(x2d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Digits `[2M, K]` int8 with value = hi * 254 + lo, both in [-127, 127], and the scale `[M, 1]` of a row."""
-    matrix = x2d.float()
-    scale = _row_scale(matrix, 127 * 254)
-    value = torch.round(matrix / scale)
-    hi = torch.round(value / 254)
-    return torch.cat((hi.to(torch.int8), (value - hi * 254).to(torch.int8))), scale
+    value, scale = _scaled(x2d, 127 * 254)
+    m = value.shape[0]
+    digits = torch.empty((2 * m, value.shape[1]), dtype=torch.int8)
+    hi = torch.mul(value, 1 / 254).round_()
+    digits[:m], digits[m:] = hi, value.sub_(hi, alpha=254)
+    return digits, scale
 
 
 def _digits_of_seven_bits(x2d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Digits `[2M, K]` int8 in [-128, -1] with value + 64 * 129 = (hi + 128) * 128 + (lo + 128)."""
-    matrix = x2d.float()
-    scale = _row_scale(matrix, 63 * 128)
-    shifted = torch.round(matrix / scale).add_(64 * 129)
-    hi = torch.floor(shifted / 128)
-    return torch.cat(((hi - 128).to(torch.int8), (shifted - hi * 128 - 128).to(torch.int8))), scale
+    value, scale = _scaled(x2d, 63 * 128)
+    m = value.shape[0]
+    digits = torch.empty((2 * m, value.shape[1]), dtype=torch.int8)
+    hi = torch.mul(value.add_(64 * 129), 1 / 128).floor_()
+    value.sub_(hi, alpha=128).sub_(128)
+    digits[:m], digits[m:] = hi.sub_(128), value
+    return digits, scale
