@@ -170,23 +170,33 @@ def _attach_generation_config(model: Any, directory: Path) -> None:
 
 
 def _finish(model: Any, optimizer: MemoryOptimizer, compute_dtype: torch.dtype) -> Any:
-    """Attach the optimizer, and the hook that reserves memory for each forward before it runs."""
-
-    def reserve(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if optimizer.pager.ledger.ram_budget_bytes is not None:
-            size = forward_size(module, args, kwargs)
-            optimizer.reserve_activations(
-                estimate_activation_bytes(module.config, itemsize=compute_dtype.itemsize, **size)
-            )
-
+    """Attach the optimizer, and the hooks that reserve memory for each forward before it runs."""
     _release_garbage(optimizer.config)
     if optimizer.config.ram_budget is not None:
         optimizer.reserve_activations(FIXED_RESERVE_BYTES)
+        _reserve_before_forwards(model, optimizer, compute_dtype.itemsize)
     optimizer.pager.refit()
-    model.register_forward_pre_hook(reserve, with_kwargs=True)
     model.eval()
     model.memory_optimizer = optimizer
     return model
+
+
+def _reserve_before_forwards(model: Any, optimizer: MemoryOptimizer, itemsize: int) -> None:
+    def before_model(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        size = forward_size(module, args, kwargs)
+        optimizer.reserve_activations(estimate_activation_bytes(module.config, itemsize=itemsize, **size))
+
+    def before_vision(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # `generate` runs the vision tower ahead of the forward of the model; a forward runs it inside its own.
+        patches = int((args[0] if args else kwargs["hidden_states"]).shape[0])
+        size = {"tokens": 0, "logit_rows": 0, "cached_tokens": 0, "patches": patches}
+        needed = estimate_activation_bytes(model.config, itemsize=itemsize, **size)
+        optimizer.reserve_activations(max(needed, optimizer.pager.ledger.held_bytes("activations")))
+
+    model.register_forward_pre_hook(before_model, with_kwargs=True)
+    vision = getattr(getattr(model, "model", None), "visual", None)
+    if vision is not None:
+        vision.register_forward_pre_hook(before_vision, with_kwargs=True)
 
 
 def _release_garbage(config: MemoryConfig) -> None:

@@ -67,7 +67,7 @@ class MemoryOptimizer:
         self.config = MemoryConfig.from_mapping(memory_config)
         self.hardware = HardwareProfile.from_mapping(hardware_config or {})
         self.baseline_bytes = rss_bytes()
-        self._cached_after_drop = 0
+        self._least_cached_bytes = 0
         ledger = Ledger(self.config.ram_budget, self.config.tensor_budget)
         self._check_budget()
         ledger.set("process", self.baseline_bytes, PROCESS)
@@ -197,19 +197,23 @@ class MemoryOptimizer:
             MemoryBudgetExceeded: it does not fit beside what the weights need at least.
         """
         self.pager.reserve("activations", n_bytes)
+        if self.config.ram_budget is not None:
+            self._before_growth(n_bytes)
 
     def _on_pass(self) -> None:
         """At the start of each pass: what the process uses besides managed memory may have grown or shrunk."""
         budget = self.config.ram_budget
         if budget is None:
             return
-        if self.pager.schedule.passes == 1:
-            release_library_pages()  # what only the prefill of the first prompt ran
         before = self.pager.ledger.held_bytes("process")
         if self._unmanaged_bytes() > before + _BASELINE_SLACK_BYTES:
             trim_heap()
+        read_again_bytes = 0
+        if self.pager.schedule.passes == 1:
+            release_library_pages()  # what only the prefill of the first prompt ran
+            read_again_bytes = budget // _CACHE_SHARE  # during this pass: what is needed, and is read ahead of it
         self._account("process", self._unmanaged_bytes())
-        self._account("system", self._system_bytes(budget))
+        self._account("system", self._system_bytes(budget) + read_again_bytes)
 
     def _account(self, owner: str, n_bytes: int) -> None:
         if abs(n_bytes - self.pager.ledger.held_bytes(owner)) > _BASELINE_SLACK_BYTES:
@@ -224,11 +228,11 @@ class MemoryOptimizer:
         """What the kernel and others in the control group of the process take, as far as the budget is less for it."""
         held, rss = budget // _KERNEL_SHARE, rss_bytes()
         for group in limiting_groups():
-            if group.limit_bytes - group.used_bytes < budget - rss:
+            if group.limit_bytes - group.used_bytes + group.cached_bytes < budget - rss + budget // _CACHE_SHARE:
                 group = self._without_read_ahead(group)
             cached = min(group.cached_bytes, budget // _CACHE_SHARE)
             beside = group.used_bytes - group.cached_bytes + cached - rss
-            held = max(held, budget - (group.limit_bytes - beside))
+            held = max(held, budget - (group.limit_bytes - beside - 2 * _CACHE_SLACK_BYTES))
         return held
 
     def _before_growth(self, n_bytes: int) -> None:
@@ -240,12 +244,12 @@ class MemoryOptimizer:
 
     def _without_read_ahead(self, group: GroupMemory) -> GroupMemory:
         """Drop the code of libraries that was read ahead, once enough of it has gathered; return what then holds."""
-        if group.cached_bytes <= self._cached_after_drop + _CACHE_SLACK_BYTES:
-            return group
-        drop_cached_libraries()
-        dropped = next((after for after in limiting_groups() if after.limit_bytes == group.limit_bytes), group)
-        self._cached_after_drop = dropped.cached_bytes
-        return dropped
+        if group.cached_bytes > self._least_cached_bytes + _CACHE_SLACK_BYTES:
+            drop_cached_libraries()
+            group = next((after for after in limiting_groups() if after.limit_bytes == group.limit_bytes), group)
+            self._least_cached_bytes = group.cached_bytes
+        self._least_cached_bytes = min(self._least_cached_bytes, group.cached_bytes)
+        return group
 
     # --- figures ----------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from qwen3_vl_memory_optimizations import (
     create_optimized_model,
 )
 from qwen3_vl_memory_optimizations.config import MemoryConfig
+from qwen3_vl_memory_optimizations.model.activations import estimate_activation_bytes
 from qwen3_vl_memory_optimizations.model.packing import pack_checkpoint
 from qwen3_vl_memory_optimizations.storage import Checkpoint
 
@@ -298,4 +299,23 @@ def test_an_interrupted_generation_leaves_a_usable_model(tmp_path):
         model.generate(**inputs, max_new_tokens=18, min_new_tokens=18, do_sample=False, streamer=Interrupting())
     assert not any(page.pins for entry in model.memory_optimizer.pager.entries.values() for page in entry.pages)
     assert torch.equal(model(**inputs).logits, tiny.reference()(**inputs).logits)
+    model.memory_optimizer.close()
+
+
+@torch.no_grad()
+def test_memory_is_set_aside_for_the_vision_tower_where_generate_runs_it(tmp_path):
+    """`generate` encodes images before the forward of the model, which sets aside what its own inputs need."""
+    model = create_optimized_model(tiny.DIRECTORY, settings(tmp_path, codec="none", ram_budget="4GB"))
+    optimizer, reserved = model.memory_optimizer, []
+    model.model.visual.register_forward_hook(
+        lambda *_: reserved.append(optimizer.pager.ledger.held_bytes("activations"))
+    )
+    inputs = tiny.cases()["two images"]
+    model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    patches = inputs["pixel_values"].shape[0]
+    sizes = {"tokens": 0, "logit_rows": 0, "cached_tokens": 0}
+    needed = estimate_activation_bytes(model.config, patches=patches, itemsize=4, **sizes)
+    assert reserved and min(reserved) >= needed > estimate_activation_bytes(
+        model.config, patches=0, itemsize=4, **sizes
+    )
     model.memory_optimizer.close()

@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 
-FIXED_RESERVE_BYTES = 48 * 2**20
-"""Allocator slack, thread stacks, and the workspaces of torch's own kernels."""
-_QUANTUM_BYTES = 16 * 2**20
+FIXED_RESERVE_BYTES = 24 * 2**20
+"""Thread stacks, the workspaces of torch's own kernels, code that is read on the way."""
+_HEAP_SLACK_BYTES = 32 * 2**20
+_HEAP_WASTE = 0.35
+"""What the allocator keeps besides what is in use: a part of the peak, and at most so much while that is small."""
+_QUANTUM_BYTES = 8 * 2**20
 
 
 def estimate_activation_bytes(
@@ -40,6 +43,7 @@ def estimate_activation_bytes(
         width, wide = vision.hidden_size, vision.intermediate_size
         merged = width * vision.spatial_merge_size**2
         peak += patches * (10 * width * itemsize + wide * (2 * itemsize + 12) + merged * itemsize)
+    peak += int(_HEAP_WASTE * peak) + min(peak, _HEAP_SLACK_BYTES)
     return FIXED_RESERVE_BYTES + -(-peak // _QUANTUM_BYTES) * _QUANTUM_BYTES
 
 
