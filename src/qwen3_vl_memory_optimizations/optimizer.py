@@ -317,4 +317,4 @@ class _Session:
 
 def _drop(pager: Pager, pool: Any, entry: TensorEntry, address: int) -> None:
     """The last reference to a runtime tensor went; its address is free once no view holds its pages."""
-    pager.free(entry.tensor_id, then=lambda: pool.free(address))
+    pager.free_later(entry.tensor_id, then=lambda: pool.free(address))

@@ -117,7 +117,7 @@ class Access:
                 raise
 
     def unpin(self, entry: TensorEntry) -> None:
-        """Undo one `pin`; never waits, as finalizers call this."""
+        """Undo one `pin`; never waits."""
         with self._lock:
             for page in entry.pages:
                 page.pins -= 1

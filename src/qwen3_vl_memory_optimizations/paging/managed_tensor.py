@@ -169,7 +169,7 @@ def _plain(managed: ManagedTensor) -> torch.Tensor:
     data = next(iter(entry.encoded(0, entry.rows).values()))
     if isinstance(entry.codec, RawCodec) and data.dtype == entry.dtype:
         raw, buffer = entry.lease()
-        weakref.finalize(buffer, pager.unpin, entry)
+        weakref.finalize(buffer, pager.unpin_later, entry)
         return raw.view(entry.dtype).view(entry.shape)
     try:
         decoded = torch.empty((entry.rows, entry.n_bytes // entry.rows // data.element_size()), dtype=entry.dtype)

@@ -4,11 +4,12 @@
     residency.py  which pages stay, which are read ahead, who leaves first
     room.py       room for pages under the limit, or a refusal
     access.py     who uses a tensor finds its pages in memory, pinned
+    finalizers.py what the collector asks for
     pager.py      registration, the budget, the end
 
 One lock guards pages, frames and the schedule. The Pager makes it and hands it to the other parts: `Access` takes it,
 the rest is used under it. I/O threads take it only to note that a transfer ended. Lock order: the Pager's lock, then
-the I/O queue's.
+the I/O queue's or the swap file's. Finalizers wait for none.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ..prediction import PassSchedule
 from ..storage import SwapFile
 from .access import Access
 from .entry import PAGE_BYTES, PageState, TensorEntry
+from .finalizers import FinalizerQueue
 from .ledger import PROCESS, Ledger
 from .moves import PageMover
 from .residency import Residency
@@ -63,10 +65,13 @@ class Pager:
         self.entries: dict[str, TensorEntry] = {}
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
+        self._finalizers = FinalizerQueue(self._lock)
         self._swap = SwapFile(swap_dir, swap_bytes)
         self._mover = PageMover(self._changed, self.frames, self._swap, self.stats, self._release_freed)
         self._residency = Residency(self.entries, self.frames, self._mover)
-        self._room = Room(self._changed, ledger, self.entries, self.frames, self._mover, self._residency)
+        self._room = Room(
+            self._changed, ledger, self.entries, self.frames, self._mover, self._residency, self._finalizers
+        )
         self._access = Access(
             self._lock, self._changed, self._mover, self._room, self._residency, self.stats, self._release_freed, timer
         )
@@ -164,8 +169,12 @@ class Pager:
             entry.on_released = then or entry.on_released
             self._release_freed(entry)
 
+    def free_later(self, tensor_id: str, then: Callable[[], None] | None = None) -> None:
+        """Do what `free` does as a finalizer has to: not in the midst of a change, but before room is needed."""
+        self._finalizers.add(lambda: self.free(tensor_id, then))
+
     def _release_freed(self, entry: TensorEntry) -> None:
-        """Release a freed tensor once nothing holds or moves its pages; never waits, as finalizers call this."""
+        """Release a freed tensor once nothing holds or moves its pages; never waits."""
         moving = (PageState.LOADING, PageState.WRITING)
         if not entry.freed or any(page.pins or page.state in moving for page in entry.pages):
             return
@@ -222,11 +231,13 @@ class Pager:
     def trim(self) -> None:
         """Return free page frames to the system."""
         with self._lock:
+            self._finalizers.run()
             self.frames.trim()
 
     def usage(self) -> list[TensorUse]:
         """Return what each tensor holds."""
         with self._lock:
+            self._finalizers.run()
             return [
                 TensorUse(
                     entry.kind,
@@ -303,6 +314,10 @@ class Pager:
         """Undo one `pin`."""
         self._access.unpin(entry)
 
+    def unpin_later(self, entry: TensorEntry) -> None:
+        """Undo one `pin`, as a finalizer has to (see `free_later`)."""
+        self._finalizers.add(lambda: self._access.unpin(entry))
+
     def mark_dirty(self, entry: TensorEntry) -> None:
         """Note that a pinned tensor was written to: its source no longer holds it."""
         self._access.mark_dirty(entry)
@@ -326,6 +341,7 @@ class Pager:
             self._changed.notify_all()
         self._mover.close()
         with self._lock:
+            self._finalizers.run()
             entries = list(self.entries.values())
             for entry in entries:
                 self.free(entry.tensor_id)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from ..errors import MemoryBudgetExceeded, format_bytes
 from ..pools import FRAME_BYTES, FramePool
 from .entry import PageState, TensorEntry
+from .finalizers import FinalizerQueue
 from .ledger import Ledger
 from .moves import PageMover
 from .residency import Residency
@@ -23,6 +24,7 @@ class Room:
         frames: the memory of the pages.
         mover: moves them.
         residency: says who leaves first.
+        finalizers: may have memory to give back.
 
     Attributes:
         computing: thread -> ranges of pages that it computes on.
@@ -36,6 +38,7 @@ class Room:
         frames: FramePool,
         mover: PageMover,
         residency: Residency,
+        finalizers: FinalizerQueue,
     ) -> None:
         self.computing: dict[int, int] = {}
         self._changed = changed
@@ -44,6 +47,7 @@ class Room:
         self._frames = frames
         self._mover = mover
         self._residency = residency
+        self._finalizers = finalizers
 
     def make(self, n_bytes: int, owner: str) -> bool:
         """Evict until `n_bytes` fit, and announce what they take from the system.
@@ -65,6 +69,8 @@ class Room:
         waited = False
         mover.write_error = None  # of an attempt that nobody waited for
         while n_bytes > frames.available_bytes:
+            if self._finalizers.run():
+                continue
             victims = self._residency.victims()
             others_compute = self._others_compute()
             if not victims and not mover.moving and not others_compute:
@@ -89,6 +95,7 @@ class Room:
         Raises:
             MemoryBudgetExceeded: what is pinned leaves too little.
         """
+        self._finalizers.run()
         if n_bytes <= self._frames.available_bytes or self._others_compute():
             return
         away = (PageState.SWAPPED, PageState.FREED)
