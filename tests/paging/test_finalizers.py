@@ -117,6 +117,24 @@ def test_a_tensor_is_collected_in_a_thread_that_reads_the_swap_file(make_optimiz
     assert len(optimizer.pager.entries) == 1
 
 
+class HolesThatCollect(dict):
+    def items(self):
+        for hole in super().items():
+            gc.collect()
+            yield hole
+
+
+def test_a_tensor_is_collected_while_an_address_is_looked_for(make_optimizer):
+    optimizer = make_optimizer(4 * MIB)
+    Cycle(optimizer.allocate_tensor((4096,), torch.uint8))
+    other = optimizer.allocate_tensor((4096,), torch.uint8)
+    blocks = optimizer.pool.pools["general"]._blocks
+    blocks._holes = HolesThatCollect(blocks._holes)
+    optimizer.allocate_tensor((4096,), torch.uint8)
+    assert other.count_nonzero() == 0
+    assert optimizer.pool.stats()["general"]["used_bytes"] == 4096
+
+
 def test_what_a_finalizer_left_is_there_for_whoever_needs_it(make_optimizer):
     optimizer = make_optimizer(2 * MIB)
     tensor = optimizer.allocate_tensor((2 * MIB,), torch.uint8)

@@ -18,6 +18,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -104,6 +105,13 @@ class Pager:
     @on_growth.setter
     def on_growth(self, hook: Callable[[int], None] | None) -> None:
         self._mover.on_growth = hook
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the lock, with nothing left to do for finalizers: for what `then` of `free` changes, such as a pool."""
+        with self._lock:
+            self._finalizers.run()
+            yield
 
     # --- registration ----------------------------------------------------------------------------------------------
 
