@@ -555,6 +555,56 @@ def test_close_wakes_a_thread_that_waits(make_optimizer, tmp_path, monkeypatch):
     assert len(ended) == 1 and not thread.is_alive() and not closing.is_alive()
 
 
+def closes_in_a_thread(optimizer, monkeypatch):
+    """Start to close; return the thread once nothing may leave any more."""
+    closed, real = threading.Event(), optimizer.pager._mover.close
+    monkeypatch.setattr(optimizer.pager._mover, "close", lambda: (closed.set(), real())[1])
+    thread = threading.Thread(target=optimizer.close, daemon=True)
+    thread.start()
+    assert closed.wait(5)
+    return thread
+
+
+def test_close_ends_a_wait_for_room(make_optimizer, monkeypatch):
+    optimizer = make_optimizer(4 * MIB)
+    tensors = [optimizer.allocate_tensor((2 * MIB,), torch.uint8) for _ in range(2)]
+    view, error = tensors[0].view(-1), []
+    writing, go, real = threading.Event(), threading.Event(), optimizer.pager._swap.write
+    monkeypatch.setattr(optimizer.pager._swap, "write", lambda *args: (writing.set(), go.wait(5), real(*args))[2])
+    monkeypatch.setattr(optimizer.pager._room, "check_fits", lambda *args: None)  # as if the view were to go
+
+    def allocate():
+        with pytest.raises(TensorFreedError) as caught:
+            optimizer.allocate_tensor((4 * MIB,), torch.uint8)
+        error.append(caught.value)
+
+    thread = threading.Thread(target=allocate, daemon=True)
+    thread.start()
+    assert writing.wait(5)
+    closing = closes_in_a_thread(optimizer, monkeypatch)
+    del view
+    go.set()
+    thread.join(5)
+    closing.join(5)
+    assert error and not closing.is_alive()
+
+
+def test_nothing_is_read_ahead_once_closed(make_optimizer, tmp_path, monkeypatch):
+    optimizer = make_optimizer(7 * FRAMES_BYTES)
+    managed = register(optimizer.pager, random_weights(20), tmp_path / "w.safetensors")
+    F.linear(torch.ones(1, COLUMNS).bfloat16(), managed["w0"])
+    settle(optimizer.pager)
+    pages = (page for entry in optimizer.pager.entries.values() for page in entry.pages)
+    ahead = next(page for page in pages if page.unused and not page.kept)  # its use lets the next one be read
+    ranges = optimizer.pager.row_ranges(ahead.entry)
+    next(ranges)
+    settle(optimizer.pager)
+    real = optimizer.pager._mover.close
+    monkeypatch.setattr(optimizer.pager._mover, "close", lambda: (real(), list(ranges)))
+    assert optimizer.pager.close()
+    assert optimizer.pager.frames.used_bytes == 0
+
+
 def test_states_of_pages(make_optimizer, tmp_path):
     optimizer = make_optimizer(2 * FRAMES_BYTES)
     managed = register(optimizer.pager, random_weights(1), tmp_path / "w.safetensors", rows_per_page=16)["w0"]

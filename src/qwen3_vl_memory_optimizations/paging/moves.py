@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import xxhash
 
-from ..errors import CorruptDataError, StorageError
+from ..errors import CorruptDataError, StorageError, TensorFreedError
 from ..pools import FramePool
 from ..storage import DEMAND, IOQueue, SwapFile
 from .entry import TRANSITIONS, Page, PageState, TensorEntry, alias_memory
@@ -39,7 +39,7 @@ class PageMover:
         ahead_bytes: frames of pages that are read ahead of their first use and leave after it.
         weights_resident_bytes: frames behind weights.
         write_error: why a page could not leave; it is for whoever needs the room.
-        closed: nothing leaves any more.
+        closed: nothing comes or leaves any more.
         on_growth: see `Pager.on_growth`.
     """
 
@@ -251,6 +251,15 @@ class PageMover:
         stored = source.file.read_bytes(source.offset_bytes + page.start_bytes, page.stop_bytes - page.start_bytes)
         data = alias_memory(page.entry.address + page.start_bytes, page.stop_bytes - page.start_bytes)
         return bool(data.numpy().data == memoryview(stored))
+
+    def check_open(self) -> None:
+        """Refuse what needs pages to come or leave once nothing does.
+
+        Raises:
+            TensorFreedError: the Pager is closed, or about to be.
+        """
+        if self.closed:
+            raise TensorFreedError("the memory optimizer is closed")
 
     def close(self) -> None:
         """End the transfers under way. The lock must be free, because their ends are noted under it."""

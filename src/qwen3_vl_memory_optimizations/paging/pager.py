@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from ..compression import LinearInput, Scratch
-from ..errors import TensorFreedError, UnknownTensorError
+from ..errors import UnknownTensorError
 from ..pools import FRAME_BYTES, FramePool, units_of
 from ..prediction import PassSchedule
 from ..storage import SwapFile
@@ -127,7 +127,7 @@ class Pager:
             MemoryBudgetExceeded: no room; nothing was changed.
         """
         with self._lock:
-            self._check_open()
+            self._mover.check_open()
             shared = entry.shared_frames()
             resident_bytes = sum(page.n_bytes for page in entry.pages) if resident else 0
             self._room.check_fits(resident_bytes + len(shared) * FRAME_BYTES, entry.kind)
@@ -331,10 +331,6 @@ class Pager:
         self._access.mark_dirty(entry)
 
     # --- end --------------------------------------------------------------------------------------------------------
-
-    def _check_open(self) -> None:
-        if self._mover.closed:
-            raise TensorFreedError("the memory optimizer is closed")
 
     def close(self) -> bool:
         """Stop the I/O threads, release all memory, remove the swap file. Managed tensors are unusable afterwards.

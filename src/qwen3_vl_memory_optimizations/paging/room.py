@@ -57,6 +57,7 @@ class Room:
 
         Raises:
             MemoryBudgetExceeded: what is pinned leaves too little.
+            TensorFreedError: closed, and nothing leaves any more.
         """
         waited = self._evict_until(n_bytes, owner)
         while self._mover.announce(n_bytes):
@@ -69,6 +70,7 @@ class Room:
         waited = False
         mover.write_error = None  # of an attempt that nobody waited for
         while n_bytes > frames.available_bytes:
+            mover.check_open()
             if self._finalizers.run():
                 continue
             victims = self._residency.victims()
