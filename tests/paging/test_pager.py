@@ -241,6 +241,51 @@ def test_a_full_disk_is_reported_and_loses_nothing(make_optimizer, monkeypatch):
     optimizer.allocate_tensor((MIB,), torch.uint8)
 
 
+@pytest.mark.parametrize("use", ["product", "view"])
+def test_a_page_that_cannot_be_compared_is_swapped_out_and_leaves_no_pins(make_optimizer, tmp_path, monkeypatch, use):
+    weights = random_weights(1, rows=64 * 6)
+    optimizer = make_optimizer(200_000 if use == "product" else 2 * MIB)
+    managed = register(optimizer.pager, weights, tmp_path / "w.safetensors", rows_per_page=16)["w0"]
+    x = torch.ones(1, COLUMNS).bfloat16()
+    expected = F.linear(x, weights["w0"])
+
+    def fail(offset, n_bytes):
+        raise ShortIOError("the disk is gone", path=managed.entry.source.file.path)
+
+    F.linear(x, managed)
+    if use == "view":
+        view = managed.view(-1)
+        for page in managed.entry.pages:
+            page.kept = False
+        monkeypatch.setattr(managed.entry.source.file, "read_bytes", fail)
+        del view
+    else:
+        managed.entry.mark_aliased()
+        monkeypatch.setattr(managed.entry.source.file, "read_bytes", fail)
+        assert torch.equal(F.linear(x, managed), expected)
+    settle(optimizer.pager)
+    assert [page.pins for page in managed.entry.pages] == [0] * 24
+    assert optimizer.pager.stats.swap_writes > 0
+    assert torch.equal(F.linear(x, managed), expected)
+
+
+def test_a_pin_that_fails_leaves_nothing_of_a_tensor_that_was_freed_meanwhile(make_optimizer, monkeypatch):
+    optimizer = make_optimizer(16 * MIB)
+    pager, tensor = optimizer.pager, optimizer.allocate_tensor((8 * MIB,), torch.uint8)
+    with pager._lock:
+        pager._mover.evict(tensor.entry.pages[1])
+    settle(pager)
+
+    def fail(self, offset, address, n_bytes):
+        pager.free(tensor.tensor_id)
+        raise StorageError("input/output error", path="swap")
+
+    monkeypatch.setattr(SwapFile, "read", fail)
+    with pytest.raises(StorageError):
+        tensor.view(-1)
+    assert pager.frames.used_bytes == 0 == pager.swap_used_bytes
+
+
 # --- the budget -------------------------------------------------------------------------------------------------------
 
 

@@ -114,6 +114,7 @@ class Access:
             except BaseException:
                 for page in pinned:
                     page.pins -= 1
+                self._release(entry)
                 raise
 
     def unpin(self, entry: TensorEntry) -> None:

@@ -244,11 +244,18 @@ class PageMover:
             self._changed.notify_all()
 
     def _unchanged(self, page: Page) -> bool:
-        """Whether a page that views were handed out of still equals its source."""
+        """Whether a page that views were handed out of still equals its source.
+
+        This reads the SSD under the lock. Views of weights that have a source are rare, and a page that leaves through
+        the I/O queue instead would come too late for those who evict in order to read ahead.
+        """
         source = page.entry.source
         if source is None or page.swap_offset is not None:
             return False
-        stored = source.file.read_bytes(source.offset_bytes + page.start_bytes, page.stop_bytes - page.start_bytes)
+        try:
+            stored = source.file.read_bytes(source.offset_bytes + page.start_bytes, page.stop_bytes - page.start_bytes)
+        except Exception:  # who evicts has more pages to unpin; the swap file keeps what the source may not hold
+            return False
         data = alias_memory(page.entry.address + page.start_bytes, page.stop_bytes - page.start_bytes)
         return bool(data.numpy().data == memoryview(stored))
 
