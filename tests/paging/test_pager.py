@@ -102,6 +102,35 @@ def test_a_weight_larger_than_the_memory_is_computed_on_piece_by_piece(make_opti
     assert managed["w0"].tier == "ssd"
 
 
+@pytest.mark.parametrize("held_by", ["a view", "a read"])
+def test_a_weight_may_be_freed_while_something_holds_it(make_optimizer, tmp_path, monkeypatch, held_by):
+    weights = random_weights(3)
+    optimizer = make_optimizer(2 * FRAMES_BYTES)
+    pager, x = optimizer.pager, torch.ones(1, COLUMNS).bfloat16()
+    managed = register(pager, weights, tmp_path / "w.safetensors")
+    go, real, view = threading.Event(), pager._mover._transfer_in, None
+    if held_by == "a view":
+        view = managed["w0"].view(-1)
+    else:
+        go_on = {"w0": go}  # only the read of this one waits
+        monkeypatch.setattr(
+            pager._mover,
+            "_transfer_in",
+            lambda page: (page.entry.tensor_id not in go_on or go_on[page.entry.tensor_id].wait(5), real(page))[1],
+        )
+        with pager._lock:
+            pager._mover.load(managed["w0"].entry.pages[0], 0)
+    pager.free("w0")
+    for name in ("w1", "w2"):
+        assert torch.equal(F.linear(x, managed[name]), F.linear(x, weights[name]))
+    assert view is None or torch.equal(view, weights["w0"].view(-1))
+    del view
+    go.set()
+    settle(pager)
+    assert managed["w0"].entry.pages[0].state is PageState.FREED
+    assert pager.frames.used_bytes == pager._mover.weights_resident_bytes
+
+
 def test_threads_on_more_weights_than_fit_all_get_right_results(make_optimizer, tmp_path):
     """Two frames for four threads: whoever finds no room waits for the pages others compute on."""
     weights = random_weights(6)

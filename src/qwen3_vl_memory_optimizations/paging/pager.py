@@ -174,6 +174,8 @@ class Pager:
             if entry is None:
                 return
             entry.freed = True
+            if entry.kind == "weights":
+                self._residency.remove(entry)
             entry.on_released = then or entry.on_released
             self._release_freed(entry)
 
@@ -192,8 +194,6 @@ class Pager:
             self._mover.discard(page)
         for frame in entry.shared_frames():
             self.frames.release(frame, FRAME_BYTES)
-        if entry.kind == "weights":
-            self._residency.remove(entry)
         if entry.on_released is not None:
             entry.on_released()
         self._changed.notify_all()
