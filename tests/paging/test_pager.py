@@ -413,6 +413,45 @@ def test_a_refused_reservation_leaves_the_ledger_as_it_was(tmp_path, make_optimi
     assert pager.frames.limit_bytes == 10 * MIB
 
 
+@pytest.mark.parametrize("first_fits", [True, False])
+def test_a_reservation_made_while_another_waits_holds(tmp_path, make_optimizer, monkeypatch, first_fits):
+    pager = Pager(Ledger(10 * MIB, None), swap_dir=tmp_path)
+    optimizer = make_optimizer()
+    optimizer.pager.close()
+    optimizer.pager = pager
+    tensors = [optimizer.allocate_tensor((2 * MIB,), torch.uint8) for _ in range(4)]
+    view = None if first_fits else tensors[3].view(-1)
+    writing, go, real, outcome = threading.Event(), threading.Event(), pager._swap.write, []
+
+    def write(*args):
+        writing.set()
+        go.wait(5)
+        real(*args)
+
+    def reserve():
+        try:
+            outcome.append(pager.reserve("first", 3 * MIB if first_fits else 9 * MIB))
+        except MemoryBudgetExceeded as error:
+            outcome.append(error)
+
+    monkeypatch.setattr(pager._swap, "write", write)
+    thread = threading.Thread(target=reserve, daemon=True)
+    thread.start()
+    assert writing.wait(5)
+    with pager._lock:  # the first one waits by now; the second one needs nothing to leave
+        tensors.pop(2)
+        pager._finalizers.run()
+        pager.ledger.set("second", MIB, PROCESS)
+        go.set()
+        if first_fits:
+            pager.refit()
+    thread.join(5)
+    assert outcome[0] is None if first_fits else isinstance(outcome[0], MemoryBudgetExceeded)
+    settle(pager)
+    assert pager.frames.limit_bytes == (6 * MIB if first_fits else 9 * MIB) >= pager.frames.used_bytes
+    del view
+
+
 def test_the_ledger_keeps_what_weights_need_at_least():
     ledger = Ledger(100, 60)
     ledger.set("process", 30, PROCESS)

@@ -229,6 +229,7 @@ class Pager:
                     self.refit()
                 except BaseException:
                     self.ledger.set(owner, before, PROCESS)
+                    self._room.undo_refit()
                     raise
 
     def refit(self) -> None:
@@ -284,6 +285,7 @@ class Pager:
                 self.refit()
             except BaseException:
                 self.ledger.add("workspace", -n_bytes)
+                self._room.undo_refit()
                 raise
 
     def linear(self, entry: TensorEntry, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -114,17 +114,25 @@ class Room:
             MemoryBudgetExceeded: what is pinned leaves too little.
         """
         frames = self._frames
-        limit = self._ledger.frames_limit_bytes() // FRAME_BYTES * FRAME_BYTES
+        limit = self._limit_bytes()
         if limit == frames.limit_bytes:
             return
-        if limit < frames.used_bytes:
-            before, frames.limit_bytes = frames.limit_bytes, limit
+        while limit < frames.used_bytes:
+            frames.limit_bytes = limit
             try:
                 self._evict_until(0, "budget")
             except BaseException:
-                frames.limit_bytes = max(before, frames.used_bytes)
+                frames.limit_bytes = frames.used_bytes
                 raise
+            limit = self._limit_bytes()  # the lock may have been given up: others refit too
         frames.set_limit(limit)
+
+    def undo_refit(self) -> None:
+        """After a refit that failed, and once the ledger is as it was: allow what it leaves again."""
+        self._frames.limit_bytes = max(self._limit_bytes(), self._frames.used_bytes)
+
+    def _limit_bytes(self) -> int:
+        return self._ledger.frames_limit_bytes() // FRAME_BYTES * FRAME_BYTES
 
     def _others_compute(self) -> bool:
         """Whether other threads compute on pages, which they will unpin without waiting for this one."""
