@@ -16,7 +16,9 @@ from qwen3_vl_memory_optimizations import (
     TensorFreedError,
     UnknownTensorError,
 )
-from qwen3_vl_memory_optimizations.paging import PROCESS, Ledger, Pager, PageState
+from qwen3_vl_memory_optimizations.compression import RawCodec
+from qwen3_vl_memory_optimizations.paging import PROCESS, Ledger, Pager, PageState, TensorEntry
+from qwen3_vl_memory_optimizations.pools import reserve
 from qwen3_vl_memory_optimizations.process import rss_bytes
 from qwen3_vl_memory_optimizations.storage import SwapFile
 from tests.paging.weights import COLUMNS, FRAMES_BYTES, ROWS, random_weights, register, settle
@@ -565,6 +567,27 @@ def test_workspace_is_debited(make_optimizer, tmp_path):
     held = optimizer.pager.ledger.held_bytes("workspace")
     assert held == optimizer.pager.scratch.n_bytes > 0
     assert optimizer.pager.frames.limit_bytes <= 10 * FRAMES_BYTES - held
+
+
+def test_a_tensor_that_was_refused_may_be_added_again(make_optimizer):
+    optimizer = make_optimizer(12 * MIB)
+    entry = TensorEntry(
+        "mine", "general", (8 * MIB,), torch.uint8, RawCodec(), reserve(8 * MIB), torch.uint8, (8 * MIB, 1), {},
+        rows_per_page=None, page_bytes=4 * MIB,
+    )  # fmt: skip
+    refusals = [None, MemoryBudgetExceeded("no", requested_bytes=1, available_bytes=0, budget_bytes=0, owner="test")]
+
+    def refuse(n_bytes):
+        if (refusal := refusals.pop(0)) is not None:
+            raise refusal
+
+    optimizer.pager.on_growth = refuse
+    with pytest.raises(MemoryBudgetExceeded):
+        optimizer.pager.add(entry, resident=True)
+    assert (entry.missing, optimizer.pager.frames.used_bytes) == (2, 0)
+    optimizer.pager.on_growth = None
+    optimizer.pager.add(entry, resident=True)
+    assert entry.missing == 0
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

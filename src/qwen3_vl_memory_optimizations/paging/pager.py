@@ -149,6 +149,7 @@ class Pager:
             except BaseException:
                 for page in entry.pages:
                     page.state, page.dirty, page.pins = PageState.SWAPPED, False, 0
+                entry.missing = len(entry.pages)
                 for address, n_bytes in backed:
                     self.frames.release(address, n_bytes)
                 raise
