@@ -725,6 +725,39 @@ def test_close_ends_a_wait_for_room(make_optimizer, monkeypatch):
     assert error and not closing.is_alive()
 
 
+def test_a_tensor_that_waits_for_its_memory_is_refused_when_closed(make_optimizer, monkeypatch):
+    optimizer = make_optimizer(4 * MIB)
+    pager, outcome = optimizer.pager, []
+    waits, go = threading.Event(), threading.Event()
+
+    def hook(n_bytes):  # it may wait, as making room may
+        waits.set()
+        while not go.is_set():
+            pager._changed.wait(5)
+
+    pager.on_growth = hook
+
+    def allocate():
+        try:
+            outcome.append(optimizer.allocate_tensor((2 * MIB,), torch.uint8))
+        except TensorFreedError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=allocate, daemon=True)
+    thread.start()
+    assert waits.wait(5)
+    closing = threading.Thread(target=optimizer.close, daemon=True)
+    closing.start()
+    with pager._changed:
+        assert pager._changed.wait_for(lambda: pager._mover.closed, timeout=5)
+        go.set()
+        pager._changed.notify_all()
+    thread.join(5)
+    closing.join(5)
+    assert isinstance(outcome[0], TensorFreedError) and not closing.is_alive()
+    assert not pager.entries and pager.frames.committed_bytes == 0
+
+
 def test_nothing_is_read_ahead_once_closed(make_optimizer, tmp_path, monkeypatch):
     optimizer = make_optimizer(7 * FRAMES_BYTES)
     managed = register(optimizer.pager, random_weights(20), tmp_path / "w.safetensors")

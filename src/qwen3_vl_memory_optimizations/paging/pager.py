@@ -77,6 +77,7 @@ class Pager:
             self._lock, self._changed, self._mover, self._room, self._residency, self.stats, self._release_freed, timer
         )
         self._scratches = threading.local()
+        self._adding = 0  # tensors that have memory and are not in `entries` yet
 
     @property
     def schedule(self) -> PassSchedule:
@@ -125,36 +126,16 @@ class Pager:
 
         Raises:
             MemoryBudgetExceeded: no room; nothing was changed.
+            TensorFreedError: the Pager is closed; nothing was changed.
         """
         with self._lock:
             self._mover.check_open()
-            shared = entry.shared_frames()
-            resident_bytes = sum(page.n_bytes for page in entry.pages) if resident else 0
-            self._room.check_fits(resident_bytes + len(shared) * FRAME_BYTES, entry.kind)
-            units = {unit for page in entry.pages for unit in units_of(page.frames_start, page.n_bytes)}
-            self.frames.forget(entry.address, entry.n_bytes, keep=units)  # of the tensor that was here before
-            backed: list[tuple[int, int]] = []
+            self._adding += 1
             try:
-                for frame in shared:
-                    self._room.make(FRAME_BYTES, entry.kind)
-                    self.frames.back(frame, FRAME_BYTES, owner=entry.kind)
-                    backed.append((frame, FRAME_BYTES))
-                if resident:
-                    for page in entry.pages:
-                        self._room.make(page.n_bytes, entry.kind)
-                        self.frames.back(page.frames_start, page.n_bytes, owner=entry.kind)
-                        backed.append((page.frames_start, page.n_bytes))
-                        page.state, page.dirty, page.pins = PageState.RESIDENT, True, 1
-                        entry.missing -= 1
-            except BaseException:
-                for page in entry.pages:
-                    page.state, page.dirty, page.pins = PageState.SWAPPED, False, 0
-                entry.missing = len(entry.pages)
-                for address, n_bytes in backed:
-                    self.frames.release(address, n_bytes)
-                raise
-            for page in entry.pages:
-                page.pins = 0
+                self._back(entry, resident)
+            finally:
+                self._adding -= 1
+                self._changed.notify_all()
             self.entries[entry.tensor_id] = entry
             if entry.kind == "weights":
                 self._residency.add(entry)
@@ -162,6 +143,37 @@ class Pager:
                     self._mover.weights_resident_bytes += sum(page.n_bytes for page in entry.pages)
                 largest = max(page.n_bytes for page in entry.pages)
                 self.ledger.frames_floor_bytes = max(self.ledger.frames_floor_bytes, largest)
+
+    def _back(self, entry: TensorEntry, resident: bool) -> None:
+        """Put memory behind the frames of an entry that always stay, and behind its pages if they are `resident`."""
+        shared = entry.shared_frames()
+        resident_bytes = sum(page.n_bytes for page in entry.pages) if resident else 0
+        self._room.check_fits(resident_bytes + len(shared) * FRAME_BYTES, entry.kind)
+        units = {unit for page in entry.pages for unit in units_of(page.frames_start, page.n_bytes)}
+        self.frames.forget(entry.address, entry.n_bytes, keep=units)  # of the tensor that was here before
+        backed: list[tuple[int, int]] = []
+        try:
+            for frame in shared:
+                self._room.make(FRAME_BYTES, entry.kind)
+                self.frames.back(frame, FRAME_BYTES, owner=entry.kind)
+                backed.append((frame, FRAME_BYTES))
+            if resident:
+                for page in entry.pages:
+                    self._room.make(page.n_bytes, entry.kind)
+                    self.frames.back(page.frames_start, page.n_bytes, owner=entry.kind)
+                    backed.append((page.frames_start, page.n_bytes))
+                    page.state, page.dirty, page.pins = PageState.RESIDENT, True, 1
+                    entry.missing -= 1
+            self._mover.check_open()  # this may have waited
+        except BaseException:
+            for page in entry.pages:
+                page.state, page.dirty, page.pins = PageState.SWAPPED, False, 0
+            entry.missing = len(entry.pages)
+            for address, n_bytes in backed:
+                self.frames.release(address, n_bytes)
+            raise
+        for page in entry.pages:
+            page.pins = 0
 
     def free(self, tensor_id: str, then: Callable[[], None] | None = None) -> None:
         """Forget a tensor and release its memory; views of it that are alive keep theirs until they die.
@@ -346,6 +358,8 @@ class Pager:
                 return False
             self._mover.closed = True
             self._changed.notify_all()
+            while self._adding:
+                self._changed.wait()
         self._mover.close()
         with self._lock:
             self._finalizers.run()
