@@ -17,7 +17,7 @@ from qwen3_vl_memory_optimizations import (
     UnknownTensorError,
 )
 from qwen3_vl_memory_optimizations.compression import RawCodec
-from qwen3_vl_memory_optimizations.paging import PROCESS, Ledger, Pager, PageState, TensorEntry
+from qwen3_vl_memory_optimizations.paging import PROCESS, Ledger, ManagedTensor, Pager, PageState, TensorEntry
 from qwen3_vl_memory_optimizations.pools import reserve
 from qwen3_vl_memory_optimizations.process import rss_bytes
 from qwen3_vl_memory_optimizations.storage import SwapFile
@@ -102,6 +102,18 @@ def test_a_weight_larger_than_the_memory_is_computed_on_piece_by_piece(make_opti
         torch.testing.assert_close(F.linear(x, managed["w0"], bias), F.linear(x, weights["w0"], bias))
     assert optimizer.pager.frames.peak_bytes <= 200_000
     assert managed["w0"].tier == "ssd"
+
+
+def test_a_weight_without_rows(make_optimizer):
+    optimizer = make_optimizer(2 * FRAMES_BYTES)
+    entry = TensorEntry(
+        "empty", "weights", (0, COLUMNS), torch.bfloat16, RawCodec(), reserve(4096), torch.bfloat16, (0, COLUMNS), {},
+        rows_per_page=16, page_bytes=16 * COLUMNS * 2,
+    )  # fmt: skip
+    optimizer.pager.add(entry, resident=True)
+    managed = ManagedTensor(optimizer.pager, entry)
+    assert F.linear(torch.ones(3, COLUMNS).bfloat16(), managed).shape == (3, 0)
+    assert (managed + 1).shape == (0, COLUMNS)
 
 
 @pytest.mark.parametrize("held_by", ["a view", "a read"])

@@ -135,6 +135,8 @@ class ManagedTensor(torch.Tensor):
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
     if type(weight) is not ManagedTensor or type(input) is ManagedTensor or weight.entry.rows_per_page is None:
         return NotImplemented
+    if not weight.entry.pages:
+        return NotImplemented
     if type(bias) is ManagedTensor:
         bias = _plain(bias)
     return weight.pager.linear(weight.entry, input, bias)

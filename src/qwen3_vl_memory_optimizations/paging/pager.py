@@ -141,7 +141,7 @@ class Pager:
                 self._residency.add(entry)
                 if resident:
                     self._mover.weights_resident_bytes += sum(page.n_bytes for page in entry.pages)
-                largest = max(page.n_bytes for page in entry.pages)
+                largest = max((page.n_bytes for page in entry.pages), default=0)
                 self.ledger.frames_floor_bytes = max(self.ledger.frames_floor_bytes, largest)
 
     def _back(self, entry: TensorEntry, resident: bool) -> None:
