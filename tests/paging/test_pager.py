@@ -646,6 +646,60 @@ def test_embedding_sees_what_was_written_and_swapped_out(make_optimizer, tmp_pat
     assert F.embedding(torch.tensor([5]), managed["first"]).unique().tolist() == [3.0]
 
 
+def test_rows_are_read_while_others_have_the_lock(make_optimizer, tmp_path, monkeypatch):
+    table = {"table": torch.randn(4096, COLUMNS).bfloat16()}
+    optimizer = make_optimizer(8 * MIB)
+    managed = register(optimizer.pager, table, tmp_path / "w.safetensors", rows_per_page=256)["table"]
+    file, free, real = managed.entry.source.file, [], managed.entry.source.file.read_bytes
+
+    def take_the_lock():
+        free.append(optimizer.pager._lock.acquire(blocking=False))
+        optimizer.pager._lock.release()
+
+    def read_bytes(*args):
+        other = threading.Thread(target=take_the_lock, daemon=True)
+        other.start()
+        other.join(5)
+        return real(*args)
+
+    monkeypatch.setattr(file, "read_bytes", read_bytes)
+    indices = torch.tensor([9, 4000])
+    assert torch.equal(F.embedding(indices, managed), F.embedding(indices, table["table"]))
+    assert free == [True, True]
+
+
+@pytest.mark.parametrize("then", ["stays", "leaves", "is freed"])
+def test_a_row_that_is_written_while_it_is_read_is_not_stale(make_optimizer, tmp_path, monkeypatch, then):
+    table = {"table": torch.randn(4096, COLUMNS).bfloat16()}
+    optimizer = make_optimizer(8 * MIB)
+    pager = optimizer.pager
+    managed = register(pager, table, tmp_path / "w.safetensors", rows_per_page=256)["table"]
+    file, reads, real = managed.entry.source.file, [], managed.entry.source.file.read_bytes
+
+    def read_bytes(*args):
+        raw = real(*args)
+        if not reads:
+            reads.append(args)
+            if then == "is freed":
+                pager.free("table")
+                return raw
+            managed.fill_(3)
+            if then == "leaves":
+                with pager._lock:
+                    for page in managed.entry.pages:
+                        pager._mover.evict(page)
+                settle(pager)
+        return raw
+
+    monkeypatch.setattr(file, "read_bytes", read_bytes)
+    if then == "is freed":
+        with pytest.raises(TensorFreedError):
+            F.embedding(torch.tensor([9, 4000]), managed)
+    else:
+        assert F.embedding(torch.tensor([9, 4000]), managed).unique().tolist() == [3.0]
+    assert len(reads) == 1
+
+
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
