@@ -115,6 +115,28 @@ def test_an_access_that_was_recorded_keeps_a_tensor_in_memory(optimizer):
         optimizer.record_tensor_access("general-99")
 
 
+def test_threads_do_not_get_the_same_address(optimizer, monkeypatch):
+    """The second thread comes while the first one has looked for an address and not taken it yet."""
+    blocks, tensors, threads = optimizer.pool.pools["general"]._blocks, [], []
+    real = blocks._remove_hole
+
+    def allocate():
+        tensors.append(optimizer.allocate_tensor((MIB,), torch.uint8))
+
+    def remove_hole(start):
+        if not threads:
+            threads.append(threading.Thread(target=allocate, daemon=True))
+            threads[0].start()
+            threads[0].join(0.2)
+        real(start)
+
+    monkeypatch.setattr(blocks, "_remove_hole", remove_hole)
+    allocate()
+    threads[0].join(10)
+    addresses = sorted(tensor.entry.address for tensor in tensors)
+    assert addresses[1] - addresses[0] >= MIB
+
+
 def test_migrating_for_compute_gives_a_plain_tensor_over_the_same_bytes(optimizer):
     tensor = optimizer.allocate_tensor((4, 4), torch.float32).fill_(3)
     migrated = optimizer.migrate_for_compute(tensor)

@@ -124,7 +124,8 @@ class MemoryOptimizer:
         codec = RawCodec()
         segment = codec.segments(extents, dtype)[0]
         pool = self.pool.pools[tensor_type]
-        address = pool.allocate(segment.n_bytes)
+        with self.pager.exclusive():
+            address = pool.allocate(segment.n_bytes)
         try:
             entry = TensorEntry(
                 f"{tensor_type}-{next(self._ids)}",
@@ -141,7 +142,8 @@ class MemoryOptimizer:
             )
             self.pager.add(entry, resident=True)
         except BaseException:
-            pool.free(address)
+            with self.pager.exclusive():
+                pool.free(address)
             raise
         tensor = ManagedTensor(self.pager, entry)
         weakref.finalize(tensor, _drop, self.pager, pool, entry, address)
@@ -322,4 +324,4 @@ class _Session:
 
 def _drop(pager: Pager, pool: Any, entry: TensorEntry, address: int) -> None:
     """The last reference to a runtime tensor went; its address is free once no view holds its pages."""
-    pager.free(entry.tensor_id, then=lambda: pool.free(address))
+    pager.free_later(entry.tensor_id, then=lambda: pool.free(address))

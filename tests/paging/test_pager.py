@@ -16,8 +16,9 @@ from qwen3_vl_memory_optimizations import (
     TensorFreedError,
     UnknownTensorError,
 )
-from qwen3_vl_memory_optimizations.compression import LinearInput
-from qwen3_vl_memory_optimizations.paging import PROCESS, Ledger, Pager, PageState
+from qwen3_vl_memory_optimizations.compression import LinearInput, RawCodec
+from qwen3_vl_memory_optimizations.paging import PROCESS, Ledger, ManagedTensor, Pager, PageState, TensorEntry
+from qwen3_vl_memory_optimizations.pools import reserve
 from qwen3_vl_memory_optimizations.process import rss_bytes
 from qwen3_vl_memory_optimizations.storage import SwapFile
 from tests.paging.weights import COLUMNS, FRAMES_BYTES, ROWS, random_weights, register, settle
@@ -101,6 +102,47 @@ def test_a_weight_larger_than_the_memory_is_computed_on_piece_by_piece(make_opti
         torch.testing.assert_close(F.linear(x, managed["w0"], bias), F.linear(x, weights["w0"], bias))
     assert optimizer.pager.frames.peak_bytes <= 200_000
     assert managed["w0"].tier == "ssd"
+
+
+def test_a_weight_without_rows(make_optimizer):
+    optimizer = make_optimizer(2 * FRAMES_BYTES)
+    entry = TensorEntry(
+        "empty", "weights", (0, COLUMNS), torch.bfloat16, RawCodec(), reserve(4096), torch.bfloat16, (0, COLUMNS), {},
+        rows_per_page=16, page_bytes=16 * COLUMNS * 2,
+    )  # fmt: skip
+    optimizer.pager.add(entry, resident=True)
+    managed = ManagedTensor(optimizer.pager, entry)
+    assert F.linear(torch.ones(3, COLUMNS).bfloat16(), managed).shape == (3, 0)
+    assert (managed + 1).shape == (0, COLUMNS)
+
+
+@pytest.mark.parametrize("held_by", ["a view", "a read"])
+def test_a_weight_may_be_freed_while_something_holds_it(make_optimizer, tmp_path, monkeypatch, held_by):
+    weights = random_weights(3)
+    optimizer = make_optimizer(2 * FRAMES_BYTES)
+    pager, x = optimizer.pager, torch.ones(1, COLUMNS).bfloat16()
+    managed = register(pager, weights, tmp_path / "w.safetensors")
+    go, real, view = threading.Event(), pager._mover._transfer_in, None
+    if held_by == "a view":
+        view = managed["w0"].view(-1)
+    else:
+        go_on = {"w0": go}  # only the read of this one waits
+        monkeypatch.setattr(
+            pager._mover,
+            "_transfer_in",
+            lambda page: (page.entry.tensor_id not in go_on or go_on[page.entry.tensor_id].wait(5), real(page))[1],
+        )
+        with pager._lock:
+            pager._mover.load(managed["w0"].entry.pages[0], 0)
+    pager.free("w0")
+    for name in ("w1", "w2"):
+        assert torch.equal(F.linear(x, managed[name]), F.linear(x, weights[name]))
+    assert view is None or torch.equal(view, weights["w0"].view(-1))
+    del view
+    go.set()
+    settle(pager)
+    assert managed["w0"].entry.pages[0].state is PageState.FREED
+    assert pager.frames.used_bytes == pager._mover.weights_resident_bytes
 
 
 def test_threads_on_more_weights_than_fit_all_get_right_results(make_optimizer, tmp_path):
@@ -242,6 +284,51 @@ def test_a_full_disk_is_reported_and_loses_nothing(make_optimizer, monkeypatch):
     optimizer.allocate_tensor((MIB,), torch.uint8)
 
 
+@pytest.mark.parametrize("use", ["product", "view"])
+def test_a_page_that_cannot_be_compared_is_swapped_out_and_leaves_no_pins(make_optimizer, tmp_path, monkeypatch, use):
+    weights = random_weights(1, rows=64 * 6)
+    optimizer = make_optimizer(200_000 if use == "product" else 2 * MIB)
+    managed = register(optimizer.pager, weights, tmp_path / "w.safetensors", rows_per_page=16)["w0"]
+    x = torch.ones(1, COLUMNS).bfloat16()
+    expected = F.linear(x, weights["w0"])
+
+    def fail(offset, n_bytes):
+        raise ShortIOError("the disk is gone", path=managed.entry.source.file.path)
+
+    F.linear(x, managed)
+    if use == "view":
+        view = managed.view(-1)
+        for page in managed.entry.pages:
+            page.kept = False
+        monkeypatch.setattr(managed.entry.source.file, "read_bytes", fail)
+        del view
+    else:
+        managed.entry.mark_aliased()
+        monkeypatch.setattr(managed.entry.source.file, "read_bytes", fail)
+        assert torch.equal(F.linear(x, managed), expected)
+    settle(optimizer.pager)
+    assert [page.pins for page in managed.entry.pages] == [0] * 24
+    assert optimizer.pager.stats.swap_writes > 0
+    assert torch.equal(F.linear(x, managed), expected)
+
+
+def test_a_pin_that_fails_leaves_nothing_of_a_tensor_that_was_freed_meanwhile(make_optimizer, monkeypatch):
+    optimizer = make_optimizer(16 * MIB)
+    pager, tensor = optimizer.pager, optimizer.allocate_tensor((8 * MIB,), torch.uint8)
+    with pager._lock:
+        pager._mover.evict(tensor.entry.pages[1])
+    settle(pager)
+
+    def fail(self, offset, address, n_bytes):
+        pager.free(tensor.tensor_id)
+        raise StorageError("input/output error", path="swap")
+
+    monkeypatch.setattr(SwapFile, "read", fail)
+    with pytest.raises(StorageError):
+        tensor.view(-1)
+    assert pager.frames.used_bytes == 0 == pager.swap_used_bytes
+
+
 # --- the budget -------------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +425,45 @@ def test_a_refused_reservation_leaves_the_ledger_as_it_was(tmp_path, make_optimi
     assert (pager.frames.limit_bytes, tensor.tier) == (MIB, "ssd")
     pager.reserve("activations", 0)
     assert pager.frames.limit_bytes == 10 * MIB
+
+
+@pytest.mark.parametrize("first_fits", [True, False])
+def test_a_reservation_made_while_another_waits_holds(tmp_path, make_optimizer, monkeypatch, first_fits):
+    pager = Pager(Ledger(10 * MIB, None), swap_dir=tmp_path)
+    optimizer = make_optimizer()
+    optimizer.pager.close()
+    optimizer.pager = pager
+    tensors = [optimizer.allocate_tensor((2 * MIB,), torch.uint8) for _ in range(4)]
+    view = None if first_fits else tensors[3].view(-1)
+    writing, go, real, outcome = threading.Event(), threading.Event(), pager._swap.write, []
+
+    def write(*args):
+        writing.set()
+        go.wait(5)
+        real(*args)
+
+    def reserve():
+        try:
+            outcome.append(pager.reserve("first", 3 * MIB if first_fits else 9 * MIB))
+        except MemoryBudgetExceeded as error:
+            outcome.append(error)
+
+    monkeypatch.setattr(pager._swap, "write", write)
+    thread = threading.Thread(target=reserve, daemon=True)
+    thread.start()
+    assert writing.wait(5)
+    with pager._lock:  # the first one waits by now; the second one needs nothing to leave
+        tensors.pop(2)
+        pager._finalizers.run()
+        pager.ledger.set("second", MIB, PROCESS)
+        go.set()
+        if first_fits:
+            pager.refit()
+    thread.join(5)
+    assert outcome[0] is None if first_fits else isinstance(outcome[0], MemoryBudgetExceeded)
+    settle(pager)
+    assert pager.frames.limit_bytes == (6 * MIB if first_fits else 9 * MIB) >= pager.frames.used_bytes
+    del view
 
 
 def test_the_ledger_keeps_what_weights_need_at_least():
@@ -455,6 +581,27 @@ def test_workspace_is_debited(make_optimizer, tmp_path):
     assert optimizer.pager.frames.limit_bytes <= 10 * FRAMES_BYTES - held
 
 
+def test_a_tensor_that_was_refused_may_be_added_again(make_optimizer):
+    optimizer = make_optimizer(12 * MIB)
+    entry = TensorEntry(
+        "mine", "general", (8 * MIB,), torch.uint8, RawCodec(), reserve(8 * MIB), torch.uint8, (8 * MIB, 1), {},
+        rows_per_page=None, page_bytes=4 * MIB,
+    )  # fmt: skip
+    refusals = [None, MemoryBudgetExceeded("no", requested_bytes=1, available_bytes=0, budget_bytes=0, owner="test")]
+
+    def refuse(n_bytes):
+        if (refusal := refusals.pop(0)) is not None:
+            raise refusal
+
+    optimizer.pager.on_growth = refuse
+    with pytest.raises(MemoryBudgetExceeded):
+        optimizer.pager.add(entry, resident=True)
+    assert (entry.missing, optimizer.pager.frames.used_bytes) == (2, 0)
+    optimizer.pager.on_growth = None
+    optimizer.pager.add(entry, resident=True)
+    assert entry.missing == 0
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
@@ -497,6 +644,60 @@ def test_embedding_sees_what_was_written_and_swapped_out(make_optimizer, tmp_pat
         optimizer.pager._mover.evict(managed["first"].entry.pages[0])
     assert managed["first"].tier == "ssd" and optimizer.pager.stats.swap_writes == 1
     assert F.embedding(torch.tensor([5]), managed["first"]).unique().tolist() == [3.0]
+
+
+def test_rows_are_read_while_others_have_the_lock(make_optimizer, tmp_path, monkeypatch):
+    table = {"table": torch.randn(4096, COLUMNS).bfloat16()}
+    optimizer = make_optimizer(8 * MIB)
+    managed = register(optimizer.pager, table, tmp_path / "w.safetensors", rows_per_page=256)["table"]
+    file, free, real = managed.entry.source.file, [], managed.entry.source.file.read_bytes
+
+    def take_the_lock():
+        free.append(optimizer.pager._lock.acquire(blocking=False))
+        optimizer.pager._lock.release()
+
+    def read_bytes(*args):
+        other = threading.Thread(target=take_the_lock, daemon=True)
+        other.start()
+        other.join(5)
+        return real(*args)
+
+    monkeypatch.setattr(file, "read_bytes", read_bytes)
+    indices = torch.tensor([9, 4000])
+    assert torch.equal(F.embedding(indices, managed), F.embedding(indices, table["table"]))
+    assert free == [True, True]
+
+
+@pytest.mark.parametrize("then", ["stays", "leaves", "is freed"])
+def test_a_row_that_is_written_while_it_is_read_is_not_stale(make_optimizer, tmp_path, monkeypatch, then):
+    table = {"table": torch.randn(4096, COLUMNS).bfloat16()}
+    optimizer = make_optimizer(8 * MIB)
+    pager = optimizer.pager
+    managed = register(pager, table, tmp_path / "w.safetensors", rows_per_page=256)["table"]
+    file, reads, real = managed.entry.source.file, [], managed.entry.source.file.read_bytes
+
+    def read_bytes(*args):
+        raw = real(*args)
+        if not reads:
+            reads.append(args)
+            if then == "is freed":
+                pager.free("table")
+                return raw
+            managed.fill_(3)
+            if then == "leaves":
+                with pager._lock:
+                    for page in managed.entry.pages:
+                        pager._mover.evict(page)
+                settle(pager)
+        return raw
+
+    monkeypatch.setattr(file, "read_bytes", read_bytes)
+    if then == "is freed":
+        with pytest.raises(TensorFreedError):
+            F.embedding(torch.tensor([9, 4000]), managed)
+    else:
+        assert F.embedding(torch.tensor([9, 4000]), managed).unique().tolist() == [3.0]
+    assert len(reads) == 1
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
@@ -554,6 +755,89 @@ def test_close_wakes_a_thread_that_waits(make_optimizer, tmp_path, monkeypatch):
     thread.join(10)
     closing.join(10)
     assert len(ended) == 1 and not thread.is_alive() and not closing.is_alive()
+
+
+def closes_in_a_thread(optimizer, monkeypatch):
+    """Start to close; return the thread once nothing may leave any more."""
+    closed, real = threading.Event(), optimizer.pager._mover.close
+    monkeypatch.setattr(optimizer.pager._mover, "close", lambda: (closed.set(), real())[1])
+    thread = threading.Thread(target=optimizer.close, daemon=True)
+    thread.start()
+    assert closed.wait(5)
+    return thread
+
+
+def test_close_ends_a_wait_for_room(make_optimizer, monkeypatch):
+    optimizer = make_optimizer(4 * MIB)
+    tensors = [optimizer.allocate_tensor((2 * MIB,), torch.uint8) for _ in range(2)]
+    view, error = tensors[0].view(-1), []
+    writing, go, real = threading.Event(), threading.Event(), optimizer.pager._swap.write
+    monkeypatch.setattr(optimizer.pager._swap, "write", lambda *args: (writing.set(), go.wait(5), real(*args))[2])
+    monkeypatch.setattr(optimizer.pager._room, "check_fits", lambda *args: None)  # as if the view were to go
+
+    def allocate():
+        with pytest.raises(TensorFreedError) as caught:
+            optimizer.allocate_tensor((4 * MIB,), torch.uint8)
+        error.append(caught.value)
+
+    thread = threading.Thread(target=allocate, daemon=True)
+    thread.start()
+    assert writing.wait(5)
+    closing = closes_in_a_thread(optimizer, monkeypatch)
+    del view
+    go.set()
+    thread.join(5)
+    closing.join(5)
+    assert error and not closing.is_alive()
+
+
+def test_a_tensor_that_waits_for_its_memory_is_refused_when_closed(make_optimizer, monkeypatch):
+    optimizer = make_optimizer(4 * MIB)
+    pager, outcome = optimizer.pager, []
+    waits, go = threading.Event(), threading.Event()
+
+    def hook(n_bytes):  # it may wait, as making room may
+        waits.set()
+        while not go.is_set():
+            pager._changed.wait(5)
+
+    pager.on_growth = hook
+
+    def allocate():
+        try:
+            outcome.append(optimizer.allocate_tensor((2 * MIB,), torch.uint8))
+        except TensorFreedError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=allocate, daemon=True)
+    thread.start()
+    assert waits.wait(5)
+    closing = threading.Thread(target=optimizer.close, daemon=True)
+    closing.start()
+    with pager._changed:
+        assert pager._changed.wait_for(lambda: pager._mover.closed, timeout=5)
+        go.set()
+        pager._changed.notify_all()
+    thread.join(5)
+    closing.join(5)
+    assert isinstance(outcome[0], TensorFreedError) and not closing.is_alive()
+    assert not pager.entries and pager.frames.committed_bytes == 0
+
+
+def test_nothing_is_read_ahead_once_closed(make_optimizer, tmp_path, monkeypatch):
+    optimizer = make_optimizer(7 * FRAMES_BYTES)
+    managed = register(optimizer.pager, random_weights(20), tmp_path / "w.safetensors")
+    F.linear(torch.ones(1, COLUMNS).bfloat16(), managed["w0"])
+    settle(optimizer.pager)
+    pages = (page for entry in optimizer.pager.entries.values() for page in entry.pages)
+    ahead = next(page for page in pages if page.unused and not page.kept)  # its use lets the next one be read
+    ranges = optimizer.pager.row_ranges(ahead.entry)
+    next(ranges)
+    settle(optimizer.pager)
+    real = optimizer.pager._mover.close
+    monkeypatch.setattr(optimizer.pager._mover, "close", lambda: (real(), list(ranges)))
+    assert optimizer.pager.close()
+    assert optimizer.pager.frames.used_bytes == 0
 
 
 def test_states_of_pages(make_optimizer, tmp_path):

@@ -114,10 +114,11 @@ class Access:
             except BaseException:
                 for page in pinned:
                     page.pins -= 1
+                self._release(entry)
                 raise
 
     def unpin(self, entry: TensorEntry) -> None:
-        """Undo one `pin`; never waits, as finalizers call this."""
+        """Undo one `pin`; never waits."""
         with self._lock:
             for page in entry.pages:
                 page.pins -= 1
@@ -136,36 +137,40 @@ class Access:
         """Return the encoded segments of some rows (int64 `[n]`): from memory, or single rows from the SSD.
 
         An embedding look-up touches few rows of the largest tensor of all; loading it whole would be waste.
+        Precondition: pages of whole rows.
         """
+        assert entry.rows_per_page is not None
         with self._lock:
             if entry.freed or self._mover.closed:
                 raise _freed(entry)
-            data_name = next(iter(entry.encoded(0, entry.rows)))
-            views = entry.encoded(0, entry.rows)
-            result = {name: segment[rows] for name, segment in views.items() if name != data_name}
-            data = views[data_name]
-            picked = data.new_empty((len(rows), data.shape[1]))
-            row_bytes = entry.n_bytes // entry.rows
-            for position, row in enumerate(rows.tolist()):
-                start, stop = row * row_bytes, (row + 1) * row_bytes
-                pages = [page for page in entry.pages if page.start_bytes < stop and page.stop_bytes > start]
-                readable = entry.source is not None and not any(
-                    page.dirty or page.swap_offset is not None for page in pages
-                )
-                # A read of the whole tensor is cheaper than very many of single rows.
-                few = len(rows) * _ROW_READ_COST_BYTES < entry.n_bytes
-                if all(page.state is PageState.RESIDENT for page in pages) or not readable or not few:
-                    for page in pages:
+        views = entry.encoded(0, entry.rows)
+        data_name, data = next(iter(views.items()))
+        picked = data.new_empty((len(rows), data.shape[1]))
+        # A read of the whole tensor is cheaper than very many of single rows.
+        few = len(rows) * _ROW_READ_COST_BYTES < entry.n_bytes
+        for position, row in enumerate(rows.tolist()):
+            page = entry.pages[row // entry.rows_per_page]
+            stored: torch.Tensor | None = None
+            while True:
+                with self._lock:
+                    if not (few and _only_in_source(page)):
                         self._await(page)
                         self._mover.touch(page)
-                    picked[position] = data[row]
-                else:
-                    assert entry.source is not None
-                    raw = entry.source.file.read_bytes(entry.source.offset_bytes + start, row_bytes)
-                    picked[position] = torch.frombuffer(bytearray(raw), dtype=data.dtype)
-                    self._stats.row_bytes_read += row_bytes
-            result[data_name] = picked
-            return result
+                        picked[position] = data[row]
+                        break
+                    if stored is not None:  # and what was read without the lock still holds
+                        picked[position] = stored
+                        self._stats.row_bytes_read += stored.nbytes
+                        break
+                stored = self._read_row(entry, row, data.dtype)
+        return {data_name: picked, **{name: segment[rows] for name, segment in views.items() if name != data_name}}
+
+    def _read_row(self, entry: TensorEntry, row: int, dtype: torch.dtype) -> torch.Tensor:
+        """Read a row from the source; the lock is free meanwhile."""
+        assert entry.source is not None
+        n_bytes = entry.n_bytes // entry.rows
+        raw = entry.source.file.read_bytes(entry.source.offset_bytes + row * n_bytes, n_bytes)
+        return torch.frombuffer(bytearray(raw), dtype=dtype)
 
     def _begin(self, entry: TensorEntry) -> None:
         if entry.freed or self._mover.closed:
@@ -205,6 +210,12 @@ class Access:
             self._mover.hurry(page)
             self._changed.wait()
         self._stats.stall_s += self._timer() - start
+
+
+def _only_in_source(page: Page) -> bool:
+    """Whether the bytes of a page are where its tensor came from, and neither in memory nor in the swap file."""
+    away = page.state is PageState.SWAPPED or page.state is PageState.LOADING
+    return away and page.entry.source is not None and page.swap_offset is None and not page.dirty
 
 
 def _freed(entry: TensorEntry) -> TensorFreedError:

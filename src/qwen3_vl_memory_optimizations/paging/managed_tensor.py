@@ -135,6 +135,8 @@ class ManagedTensor(torch.Tensor):
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
     if type(weight) is not ManagedTensor or type(input) is ManagedTensor or weight.entry.rows_per_page is None:
         return NotImplemented
+    if not weight.entry.pages:
+        return NotImplemented
     if type(bias) is ManagedTensor:
         bias = _plain(bias)
     return weight.pager.linear(weight.entry, input, bias)
@@ -169,7 +171,7 @@ def _plain(managed: ManagedTensor) -> torch.Tensor:
     data = next(iter(entry.encoded(0, entry.rows).values()))
     if isinstance(entry.codec, RawCodec) and data.dtype == entry.dtype:
         raw, buffer = entry.lease()
-        weakref.finalize(buffer, pager.unpin, entry)
+        weakref.finalize(buffer, pager.unpin_later, entry)
         return raw.view(entry.dtype).view(entry.shape)
     try:
         decoded = torch.empty((entry.rows, entry.n_bytes // entry.rows // data.element_size()), dtype=entry.dtype)

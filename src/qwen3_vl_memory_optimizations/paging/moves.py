@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import xxhash
 
-from ..errors import CorruptDataError, StorageError
+from ..errors import CorruptDataError, StorageError, TensorFreedError
 from ..pools import FramePool
 from ..storage import DEMAND, IOQueue, SwapFile
 from .entry import TRANSITIONS, Page, PageState, TensorEntry, alias_memory
@@ -40,7 +40,7 @@ class PageMover:
         ahead_bytes: frames of pages that are read ahead of their first use and leave after it.
         weights_resident_bytes: frames behind weights.
         write_error: why a page could not leave; it is for whoever needs the room.
-        closed: nothing leaves any more.
+        closed: nothing comes or leaves any more.
         on_growth: see `Pager.on_growth`.
     """
 
@@ -255,13 +255,29 @@ class PageMover:
             self._changed.notify_all()
 
     def _unchanged(self, page: Page) -> bool:
-        """Whether a page that views were handed out of still equals its source."""
+        """Whether a page that views were handed out of still equals its source.
+
+        This reads the SSD under the lock. Views of weights that have a source are rare, and a page that leaves through
+        the I/O queue instead would come too late for those who evict in order to read ahead.
+        """
         source = page.entry.source
         if source is None or page.swap_offset is not None:
             return False
-        stored = source.file.read_bytes(source.offset_bytes + page.start_bytes, page.stop_bytes - page.start_bytes)
+        try:
+            stored = source.file.read_bytes(source.offset_bytes + page.start_bytes, page.stop_bytes - page.start_bytes)
+        except Exception:  # who evicts has more pages to unpin; the swap file keeps what the source may not hold
+            return False
         data = alias_memory(page.entry.address + page.start_bytes, page.stop_bytes - page.start_bytes)
         return bool(data.numpy().data == memoryview(stored))
+
+    def check_open(self) -> None:
+        """Refuse what needs pages to come or leave once nothing does.
+
+        Raises:
+            TensorFreedError: the Pager is closed, or about to be.
+        """
+        if self.closed:
+            raise TensorFreedError("the memory optimizer is closed")
 
     def close(self) -> None:
         """End the transfers under way. The lock must be free, because their ends are noted under it."""

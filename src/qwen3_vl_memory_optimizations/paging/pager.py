@@ -4,11 +4,12 @@
     residency.py  which pages stay, which are read ahead, who leaves first
     room.py       room for pages under the limit, or a refusal
     access.py     who uses a tensor finds its pages in memory, pinned
+    finalizers.py what the collector asks for
     pager.py      registration, the budget, the end
 
 One lock guards pages, frames and the schedule. The Pager makes it and hands it to the other parts: `Access` takes it,
 the rest is used under it. I/O threads take it only to note that a transfer ended. Lock order: the Pager's lock, then
-the I/O queue's.
+the I/O queue's or the swap file's. Finalizers wait for none.
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from ..compression import LinearInput, Scratch
-from ..errors import TensorFreedError, UnknownTensorError
+from ..errors import UnknownTensorError
 from ..pools import FRAME_BYTES, FramePool, units_of
 from ..prediction import PassSchedule
 from ..storage import SwapFile
 from .access import Access
 from .entry import PAGE_BYTES, PageState, TensorEntry
+from .finalizers import FinalizerQueue
 from .ledger import PROCESS, Ledger
 from .moves import PageMover
 from .residency import Residency
@@ -65,14 +68,18 @@ class Pager:
         self.entries: dict[str, TensorEntry] = {}
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
+        self._finalizers = FinalizerQueue(self._lock)
         self._swap = SwapFile(swap_dir, swap_bytes)
         self._mover = PageMover(self._changed, self.frames, self._swap, self.stats, self._release_freed, timer)
         self._residency = Residency(self.entries, self.frames, self._mover)
-        self._room = Room(self._changed, ledger, self.entries, self.frames, self._mover, self._residency)
+        self._room = Room(
+            self._changed, ledger, self.entries, self.frames, self._mover, self._residency, self._finalizers
+        )
         self._access = Access(
             self._lock, self._changed, self._mover, self._room, self._residency, self.stats, self._release_freed, timer
         )
         self._local = threading.local()
+        self._adding = 0  # tensors that have memory and are not in `entries` yet
 
     @property
     def schedule(self) -> PassSchedule:
@@ -102,6 +109,13 @@ class Pager:
     def on_growth(self, hook: Callable[[int], None] | None) -> None:
         self._mover.on_growth = hook
 
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the lock, with nothing left to do for finalizers: for what `then` of `free` changes, such as a pool."""
+        with self._lock:
+            self._finalizers.run()
+            yield
+
     # --- registration ----------------------------------------------------------------------------------------------
 
     def add(self, entry: TensorEntry, *, resident: bool) -> None:
@@ -114,42 +128,54 @@ class Pager:
 
         Raises:
             MemoryBudgetExceeded: no room; nothing was changed.
+            TensorFreedError: the Pager is closed; nothing was changed.
         """
         with self._lock:
-            self._check_open()
-            shared = entry.shared_frames()
-            resident_bytes = sum(page.n_bytes for page in entry.pages) if resident else 0
-            self._room.check_fits(resident_bytes + len(shared) * FRAME_BYTES, entry.kind)
-            units = {unit for page in entry.pages for unit in units_of(page.frames_start, page.n_bytes)}
-            self.frames.forget(entry.address, entry.n_bytes, keep=units)  # of the tensor that was here before
-            backed: list[tuple[int, int]] = []
+            self._mover.check_open()
+            self._adding += 1
             try:
-                for frame in shared:
-                    self._room.make(FRAME_BYTES, entry.kind)
-                    self.frames.back(frame, FRAME_BYTES, owner=entry.kind)
-                    backed.append((frame, FRAME_BYTES))
-                if resident:
-                    for page in entry.pages:
-                        self._room.make(page.n_bytes, entry.kind)
-                        self.frames.back(page.frames_start, page.n_bytes, owner=entry.kind)
-                        backed.append((page.frames_start, page.n_bytes))
-                        page.state, page.dirty, page.pins = PageState.RESIDENT, True, 1
-                        entry.missing -= 1
-            except BaseException:
-                for page in entry.pages:
-                    page.state, page.dirty, page.pins = PageState.SWAPPED, False, 0
-                for address, n_bytes in backed:
-                    self.frames.release(address, n_bytes)
-                raise
-            for page in entry.pages:
-                page.pins = 0
+                self._back(entry, resident)
+            finally:
+                self._adding -= 1
+                self._changed.notify_all()
             self.entries[entry.tensor_id] = entry
             if entry.kind == "weights":
                 self._residency.add(entry)
                 if resident:
                     self._mover.weights_resident_bytes += sum(page.n_bytes for page in entry.pages)
-                largest = max(page.n_bytes for page in entry.pages)
+                largest = max((page.n_bytes for page in entry.pages), default=0)
                 self.ledger.frames_floor_bytes = max(self.ledger.frames_floor_bytes, largest)
+
+    def _back(self, entry: TensorEntry, resident: bool) -> None:
+        """Put memory behind the frames of an entry that always stay, and behind its pages if they are `resident`."""
+        shared = entry.shared_frames()
+        resident_bytes = sum(page.n_bytes for page in entry.pages) if resident else 0
+        self._room.check_fits(resident_bytes + len(shared) * FRAME_BYTES, entry.kind)
+        units = {unit for page in entry.pages for unit in units_of(page.frames_start, page.n_bytes)}
+        self.frames.forget(entry.address, entry.n_bytes, keep=units)  # of the tensor that was here before
+        backed: list[tuple[int, int]] = []
+        try:
+            for frame in shared:
+                self._room.make(FRAME_BYTES, entry.kind)
+                self.frames.back(frame, FRAME_BYTES, owner=entry.kind)
+                backed.append((frame, FRAME_BYTES))
+            if resident:
+                for page in entry.pages:
+                    self._room.make(page.n_bytes, entry.kind)
+                    self.frames.back(page.frames_start, page.n_bytes, owner=entry.kind)
+                    backed.append((page.frames_start, page.n_bytes))
+                    page.state, page.dirty, page.pins = PageState.RESIDENT, True, 1
+                    entry.missing -= 1
+            self._mover.check_open()  # this may have waited
+        except BaseException:
+            for page in entry.pages:
+                page.state, page.dirty, page.pins = PageState.SWAPPED, False, 0
+            entry.missing = len(entry.pages)
+            for address, n_bytes in backed:
+                self.frames.release(address, n_bytes)
+            raise
+        for page in entry.pages:
+            page.pins = 0
 
     def free(self, tensor_id: str, then: Callable[[], None] | None = None) -> None:
         """Forget a tensor and release its memory; views of it that are alive keep theirs until they die.
@@ -163,11 +189,17 @@ class Pager:
             if entry is None:
                 return
             entry.freed = True
+            if entry.kind == "weights":
+                self._residency.remove(entry)
             entry.on_released = then or entry.on_released
             self._release_freed(entry)
 
+    def free_later(self, tensor_id: str, then: Callable[[], None] | None = None) -> None:
+        """Do what `free` does as a finalizer has to: not in the midst of a change, but before room is needed."""
+        self._finalizers.add(lambda: self.free(tensor_id, then))
+
     def _release_freed(self, entry: TensorEntry) -> None:
-        """Release a freed tensor once nothing holds or moves its pages; never waits, as finalizers call this."""
+        """Release a freed tensor once nothing holds or moves its pages; never waits."""
         moving = (PageState.LOADING, PageState.WRITING)
         if not entry.freed or any(page.pins or page.state in moving for page in entry.pages):
             return
@@ -177,8 +209,6 @@ class Pager:
             self._mover.discard(page)
         for frame in entry.shared_frames():
             self.frames.release(frame, FRAME_BYTES)
-        if entry.kind == "weights":
-            self._residency.remove(entry)
         if entry.on_released is not None:
             entry.on_released()
         self._changed.notify_all()
@@ -214,6 +244,7 @@ class Pager:
                     self.refit()
                 except BaseException:
                     self.ledger.set(owner, before, PROCESS)
+                    self._room.undo_refit()
                     raise
 
     def refit(self) -> None:
@@ -224,11 +255,13 @@ class Pager:
     def trim(self) -> None:
         """Return free page frames to the system."""
         with self._lock:
+            self._finalizers.run()
             self.frames.trim()
 
     def usage(self) -> list[TensorUse]:
         """Return what each tensor holds."""
         with self._lock:
+            self._finalizers.run()
             return [
                 TensorUse(
                     entry.kind,
@@ -267,6 +300,7 @@ class Pager:
                 self.refit()
             except BaseException:
                 self.ledger.add("workspace", -n_bytes)
+                self._room.undo_refit()
                 raise
 
     def linear(self, entry: TensorEntry, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -331,15 +365,15 @@ class Pager:
         """Undo one `pin`."""
         self._access.unpin(entry)
 
+    def unpin_later(self, entry: TensorEntry) -> None:
+        """Undo one `pin`, as a finalizer has to (see `free_later`)."""
+        self._finalizers.add(lambda: self._access.unpin(entry))
+
     def mark_dirty(self, entry: TensorEntry) -> None:
         """Note that a pinned tensor was written to: its source no longer holds it."""
         self._access.mark_dirty(entry)
 
     # --- end --------------------------------------------------------------------------------------------------------
-
-    def _check_open(self) -> None:
-        if self._mover.closed:
-            raise TensorFreedError("the memory optimizer is closed")
 
     def close(self) -> bool:
         """Stop the I/O threads, release all memory, remove the swap file. Managed tensors are unusable afterwards.
@@ -352,8 +386,11 @@ class Pager:
                 return False
             self._mover.closed = True
             self._changed.notify_all()
+            while self._adding:
+                self._changed.wait()
         self._mover.close()
         with self._lock:
+            self._finalizers.run()
             entries = list(self.entries.values())
             for entry in entries:
                 self.free(entry.tensor_id)

@@ -151,6 +151,8 @@ class Residency:
 
     def _make_room_ahead(self, page: Page) -> bool:
         """Return whether a page can be loaded before anybody needs it."""
+        if self._mover.closed:
+            return False
         if page.n_bytes > self._frames.available_bytes and not self._evict_for_prefetch(page):
             return False
         try:

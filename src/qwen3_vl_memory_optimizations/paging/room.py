@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from ..errors import MemoryBudgetExceeded, format_bytes
 from ..pools import FRAME_BYTES, FramePool
 from .entry import PageState, TensorEntry
+from .finalizers import FinalizerQueue
 from .ledger import Ledger
 from .moves import PageMover
 from .residency import Residency
@@ -23,6 +24,7 @@ class Room:
         frames: the memory of the pages.
         mover: moves them.
         residency: says who leaves first.
+        finalizers: may have memory to give back.
 
     Attributes:
         computing: thread -> ranges of pages that it computes on.
@@ -36,6 +38,7 @@ class Room:
         frames: FramePool,
         mover: PageMover,
         residency: Residency,
+        finalizers: FinalizerQueue,
     ) -> None:
         self.computing: dict[int, int] = {}
         self._changed = changed
@@ -44,6 +47,7 @@ class Room:
         self._frames = frames
         self._mover = mover
         self._residency = residency
+        self._finalizers = finalizers
 
     def make(self, n_bytes: int, owner: str) -> bool:
         """Evict until `n_bytes` fit, and announce what they take from the system.
@@ -53,6 +57,7 @@ class Room:
 
         Raises:
             MemoryBudgetExceeded: what is pinned leaves too little.
+            TensorFreedError: closed, and nothing leaves any more.
         """
         waited = self._evict_until(n_bytes, owner)
         while self._mover.announce(n_bytes):
@@ -65,6 +70,9 @@ class Room:
         waited = False
         mover.write_error = None  # of an attempt that nobody waited for
         while n_bytes > frames.available_bytes:
+            mover.check_open()
+            if self._finalizers.run():
+                continue
             victims = self._residency.victims()
             others_compute = self._others_compute()
             if not victims and not mover.moving and not others_compute:
@@ -89,6 +97,7 @@ class Room:
         Raises:
             MemoryBudgetExceeded: what is pinned leaves too little.
         """
+        self._finalizers.run()
         if n_bytes <= self._frames.available_bytes or self._others_compute():
             return
         away = (PageState.SWAPPED, PageState.FREED)
@@ -105,17 +114,25 @@ class Room:
             MemoryBudgetExceeded: what is pinned leaves too little.
         """
         frames = self._frames
-        limit = self._ledger.frames_limit_bytes() // FRAME_BYTES * FRAME_BYTES
+        limit = self._limit_bytes()
         if limit == frames.limit_bytes:
             return
-        if limit < frames.used_bytes:
-            before, frames.limit_bytes = frames.limit_bytes, limit
+        while limit < frames.used_bytes:
+            frames.limit_bytes = limit
             try:
                 self._evict_until(0, "budget")
             except BaseException:
-                frames.limit_bytes = max(before, frames.used_bytes)
+                frames.limit_bytes = frames.used_bytes
                 raise
+            limit = self._limit_bytes()  # the lock may have been given up: others refit too
         frames.set_limit(limit)
+
+    def undo_refit(self) -> None:
+        """After a refit that failed, and once the ledger is as it was: allow what it leaves again."""
+        self._frames.limit_bytes = max(self._limit_bytes(), self._frames.used_bytes)
+
+    def _limit_bytes(self) -> int:
+        return self._ledger.frames_limit_bytes() // FRAME_BYTES * FRAME_BYTES
 
     def _others_compute(self) -> bool:
         """Whether other threads compute on pages, which they will unpin without waiting for this one."""

@@ -18,7 +18,7 @@ class TensorUse:
 
 @dataclass(slots=True)
 class PagingStats:
-    """What happened since the start, or since `reset`.
+    """What happened since the start.
 
     Attributes:
         hits: page accesses that found bytes kept from an earlier access.

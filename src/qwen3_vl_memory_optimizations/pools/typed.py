@@ -19,6 +19,7 @@ class TensorPool:
     def __init__(self, size_bytes: int, page_size: int = 4096) -> None:
         self._blocks = BlockAllocator(size_bytes, page_size)
         self._base = reserve(self._blocks.size_bytes)
+        self._closed = False
         self.allocations = 0
 
     def allocate(self, n_bytes: int) -> int:
@@ -48,10 +49,10 @@ class TensorPool:
         }
 
     def close(self) -> None:
-        """Give the address space back."""
-        if self._base:
+        """Give the address space back. Blocks that are still to be freed hold no memory any more."""
+        if not self._closed:
             unreserve(self._base, self._blocks.size_bytes)
-            self._base = 0
+            self._closed = True
 
 
 class GeneralTensorPool(TensorPool):

@@ -107,7 +107,7 @@ class SwapFile:
         self._extents = ExtentAllocator()
         self._file: DirectFile | None = None
         self._closed = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may free an extent while its thread holds this
 
     @property
     def used_bytes(self) -> int:
