@@ -64,7 +64,7 @@ def main() -> None:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "compute_dtype": str(ours.dtype),
         "kernels": {
-            str(key): {"chosen": choice.name, **{k: round(v, 5) for k, v in choice.seconds.items()}}
+            str(key): {"chosen": choice.name, **{f"{k}_ns_a_row": round(v * 1e9) for k, v in choice.seconds.items()}}
             for key, choice in kernel_choices(ours).items()
         },
     }
