@@ -155,19 +155,19 @@ def _split_product(x: LinearInput, encoded: Encoded) -> torch.Tensor:
         base, offset = 254, 0
     product = torch._int_mm(digits, data.t())
     m = x.rows
-    total = torch.add(product[m:], product[:m].float(), alpha=base)  # in fp32: int32 would overflow
+    # In fp32, as int32 would overflow; operations on mixed dtypes take several times as long.
+    total = product[:m].float().mul_(base).add_(product[m:].float())
     if offset:
         total.add_(encoded["row_sum"].float(), alpha=offset)
-    result = total if x.x2d.dtype == total.dtype else torch.empty_like(total, dtype=x.x2d.dtype)
-    return torch.mul(total.mul_(row_scale), scale, out=result)
+    return total.mul_(row_scale).mul_(scale).to(x.x2d.dtype)
 
 
 def _scaled(x2d: torch.Tensor, largest_integer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows as rounded multiples, in fp32, of a scale `[M, 1]` that makes the largest value `largest_integer`."""
-    low, high = torch.aminmax(x2d, dim=1, keepdim=True)
-    scale = torch.maximum(-low, high).float().div_(largest_integer)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    return torch.div(x2d, scale).round_(), scale
+    values = x2d.float()
+    largest = torch.maximum(values.amax(dim=1, keepdim=True), values.amin(dim=1, keepdim=True).neg_())
+    scale = torch.where(largest > 0, largest / largest_integer, torch.ones_like(largest))
+    return torch.div(values, scale).round_(), scale
 
 
 def _digits_of_eight_bits(x2d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

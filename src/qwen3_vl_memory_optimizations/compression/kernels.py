@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 
 _LEAST_RUNS, _MOST_RUNS, _ENOUGH_S = 3, 20, 0.02
+_FIRST_RETRY, _WORTH_A_RETRY = 8, 4.0
 _CLOSE = 2.0
 _MARGIN = 0.95
 """A kernel must take less than this share of the time of those before it in the order of preference to be chosen."""
@@ -29,12 +30,14 @@ class KernelChoice:
         seconds: the least that each candidate took a unit of work.
         runs: how often each candidate was timed; its first run warms up and is not.
         spent_s: the time of those runs.
+        calls: runs since the choice was made.
     """
 
     name: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     runs: dict[str, int] = field(default_factory=dict)
     spent_s: dict[str, float] = field(default_factory=dict)
+    calls: int = 0
 
     def settled(self, name: str) -> bool:
         """Whether a candidate was timed enough: short runs are noisy, so there are more of them."""
@@ -45,7 +48,9 @@ class KernelSelector:
     """Chooses among kernels by timing them for each class of problem, a few times each.
 
     Candidates take turns on real work: no result is computed twice, and each one meets weights as they come from
-    memory. (Timed again and again on one weight they would find it in the cache, where other kernels win.)
+    memory. (Timed again and again on one weight they would find it in the cache, where other kernels win.) The first
+    runs fall into the pass that reads the weights and grows the heap, so one that came close is timed again at the
+    calls 8, 16, 32 and so on.
 
     Args:
         timer: a monotonic clock in seconds.
@@ -66,13 +71,23 @@ class KernelSelector:
             work: the size of this problem, in any unit that time grows with.
         """
         choice = self._choices.get(key)
-        if choice is not None and choice.name:
-            return candidates[choice.name]()
         if choice is None:
             choice = self._choices[key] = KernelChoice(
                 runs=dict.fromkeys(candidates, -1), spent_s=dict.fromkeys(candidates, 0.0)
             )
-        name = min((name for name in candidates if not choice.settled(name)), key=choice.runs.__getitem__)
+        if not choice.name:
+            name = min((name for name in candidates if not choice.settled(name)), key=choice.runs.__getitem__)
+            return self._timed(choice, name, candidates, work)
+        choice.calls += 1
+        if choice.calls < _FIRST_RETRY or choice.calls & (choice.calls - 1):
+            return candidates[choice.name]()
+        limit = _WORTH_A_RETRY * choice.seconds[choice.name]
+        close = [name for name in candidates if choice.seconds[name] <= limit]
+        return self._timed(choice, close[choice.calls.bit_length() % len(close)], candidates, work)
+
+    def _timed(
+        self, choice: KernelChoice, name: str, candidates: Mapping[str, Callable[[], torch.Tensor]], work: float
+    ) -> torch.Tensor:
         start = self._timer()
         result = candidates[name]()
         seconds = self._timer() - start
@@ -81,11 +96,10 @@ class KernelSelector:
             choice.spent_s[name] += seconds
             choice.seconds[name] = min(seconds / work, choice.seconds.get(name, math.inf))
         if all(choice.settled(candidate) for candidate in candidates):
-            best = ""
+            choice.name = ""
             for candidate in candidates:
-                if not best or choice.seconds[candidate] < _MARGIN * choice.seconds[best]:
-                    best = candidate
-            choice.name = best
+                if not choice.name or choice.seconds[candidate] < _MARGIN * choice.seconds[choice.name]:
+                    choice.name = candidate
         return result
 
     def choices(self) -> dict[Hashable, KernelChoice]:
