@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test check format bench bench-peers clean
+.PHONY: setup demo test check format bench bench-quick bench-budget clean
 
 setup: $(READY)
 
@@ -31,20 +31,24 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-MODEL ?= .bench/2B
-bench: $(READY)
-	test -d $(MODEL) || $(BIN)/python benchmarks/make_checkpoint.py 2B $(MODEL)
-	$(BIN)/python benchmarks/budget/run.py $(MODEL) --cache-dir .bench/cache --limits 2.6 1.6 1.2
-
 # Beside other systems: hours with everything; `PEERS_OPTIONS=--quick` for minutes.
 PEERS_SHAPES ?= 2B
 PEERS_OPTIONS ?=
 PEERS_RUN = $(BIN)/python benchmarks/peers/run.py --shapes $(PEERS_SHAPES) $(PEERS_OPTIONS)
-bench-peers: $(READY)
+bench: $(READY)
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
 	$(BIN)/python benchmarks/peers/prepare.py --shapes $(PEERS_SHAPES)
 	$(PEERS_RUN)
 	$(if $(findstring --quick,$(PEERS_OPTIONS)),,$(PEERS_RUN) --avx2)
+
+# A few ratios in under three minutes, compared with those that are committed.
+bench-quick: $(READY)
+	$(BIN)/python benchmarks/quick/run.py
+
+MODEL ?= .bench/2B
+bench-budget: $(READY)
+	test -d $(MODEL) || $(BIN)/python benchmarks/make_checkpoint.py 2B $(MODEL)
+	$(BIN)/python benchmarks/budget/run.py $(MODEL) --cache-dir .bench/cache --limits 2.6 1.6 1.2
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info src/*.egg-info
