@@ -17,27 +17,12 @@ from .compression import RawCodec
 from .config import MemoryConfig
 from .errors import ConfigurationError, MemoryBudgetExceeded, format_bytes
 from .hardware import HardwareProfile
-from .paging import PAGE_BYTES, PROCESS, Ledger, ManagedTensor, Pager, TensorEntry
+from .paging import PAGE_BYTES, Ledger, ManagedTensor, Pager, ProcessAccounts, TensorEntry
 from .pools import AdvancedMemoryPool
-from .process import (
-    GroupMemory,
-    drop_cached_libraries,
-    limiting_groups,
-    process_memory,
-    release_library_pages,
-    rss_bytes,
-    trim_heap,
-)
+from .process import process_memory, rss_bytes
 
 TENSOR_KINDS = ("kv_cache", "vision_features", "text_embeddings", "general")
 
-_BASELINE_SLACK_BYTES = 8 * 2**20
-_KERNEL_SHARE = 64
-"""One part in 64 of the budget is for page tables and file buffers that the kernel holds for the process; control
-groups count them, the resident set does not. Where there is a group, what it says counts."""
-_CACHE_SHARE = 16
-"""Cached files that the group holds count up to this part of the budget: more of them is left to the kernel to drop."""
-_CACHE_SLACK_BYTES = 16 * 2**20
 _LEAST_FRAMES_BYTES = 2 * PAGE_BYTES
 
 
@@ -67,19 +52,14 @@ class MemoryOptimizer:
         self.config = MemoryConfig.from_mapping(memory_config)
         self.hardware = HardwareProfile.from_mapping(hardware_config or {})
         self.baseline_bytes = rss_bytes()
-        self._least_cached_bytes = 0
         ledger = Ledger(self.config.ram_budget, self.config.tensor_budget)
         self._check_budget()
-        ledger.set("process", self.baseline_bytes, PROCESS)
-        if self.config.ram_budget is not None:
-            ledger.set("system", self._system_bytes(self.config.ram_budget), PROCESS)
         swap_dir = self.config.cache_dir or Path(tempfile.gettempdir())
         swap_dir.mkdir(parents=True, exist_ok=True)
         self.pager = Pager(ledger, swap_dir=swap_dir, reuse_frames=self.config.enable_memory_pooling)
-        self.pager.on_pass = self._on_pass
+        budget = self.config.ram_budget
+        self._accounts = None if budget is None else ProcessAccounts(self.pager, budget, self.baseline_bytes)
         self.pool = AdvancedMemoryPool(self.config.memory_pool_size)
-        if self.config.ram_budget is not None:
-            self.pager.on_growth = self._before_growth
         self._ids = itertools.count()
         self._sessions = 0
         self._session_lock = threading.Lock()
@@ -198,60 +178,8 @@ class MemoryOptimizer:
         Raises:
             MemoryBudgetExceeded: it does not fit beside what the weights need at least.
         """
-        self.pager.reserve("activations", n_bytes)
-        if self.config.ram_budget is not None:
-            self._before_growth(n_bytes)
-
-    def _on_pass(self) -> None:
-        """At the start of each pass: what the process uses besides managed memory may have grown or shrunk."""
-        budget = self.config.ram_budget
-        if budget is None:
-            return
-        before = self.pager.ledger.held_bytes("process")
-        if self._unmanaged_bytes() > before + _BASELINE_SLACK_BYTES:
-            trim_heap()
-        read_again_bytes = 0
-        if self.pager.schedule.passes == 1:
-            release_library_pages()  # what only the prefill of the first prompt ran
-            read_again_bytes = budget // _CACHE_SHARE  # during this pass: what is needed, and is read ahead of it
-        self._account("process", self._unmanaged_bytes())
-        self._account("system", self._system_bytes(budget) + read_again_bytes)
-
-    def _account(self, owner: str, n_bytes: int) -> None:
-        if abs(n_bytes - self.pager.ledger.held_bytes(owner)) > _BASELINE_SLACK_BYTES:
-            self.pager.reserve(owner, n_bytes)
-
-    def _unmanaged_bytes(self) -> int:
-        ledger = self.pager.ledger
-        workspace = sum(ledger.held_bytes(owner) for owner in ("small weights", "workspace"))
-        return max(0, rss_bytes() - self.pager.frames.committed_bytes - workspace)
-
-    def _system_bytes(self, budget: int) -> int:
-        """What the kernel and others in the control group of the process take, as far as the budget is less for it."""
-        held, rss = budget // _KERNEL_SHARE, rss_bytes()
-        for group in limiting_groups():
-            if group.limit_bytes - group.used_bytes + group.cached_bytes < budget - rss + budget // _CACHE_SHARE:
-                group = self._without_read_ahead(group)
-            cached = min(group.cached_bytes, budget // _CACHE_SHARE)
-            beside = group.used_bytes - group.cached_bytes + cached - rss
-            held = max(held, budget - (group.limit_bytes - beside - 2 * _CACHE_SLACK_BYTES))
-        return held
-
-    def _before_growth(self, n_bytes: int) -> None:
-        """Keep a control group that is as small as the budget from running into its limit."""
-        margin = (self.config.ram_budget or 0) // _CACHE_SHARE  # activations grow meanwhile, and do not ask
-        for group in limiting_groups():
-            if group.used_bytes + n_bytes + margin > group.limit_bytes:
-                self._without_read_ahead(group)
-
-    def _without_read_ahead(self, group: GroupMemory) -> GroupMemory:
-        """Drop the code of libraries that was read ahead, once enough of it has gathered; return what then holds."""
-        if group.cached_bytes > self._least_cached_bytes + _CACHE_SLACK_BYTES:
-            drop_cached_libraries()
-            group = next((after for after in limiting_groups() if after.limit_bytes == group.limit_bytes), group)
-            self._least_cached_bytes = group.cached_bytes
-        self._least_cached_bytes = min(self._least_cached_bytes, group.cached_bytes)
-        return group
+        if self._accounts is not None:
+            self._accounts.reserve_activations(n_bytes)
 
     # --- figures ----------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Managed tensors, their residency, the budget, and the only module that moves bytes."""
 
+from .accounts import ProcessAccounts
 from .entry import PAGE_BYTES, FileSource, Page, PageState, TensorEntry, alias_memory
 from .ledger import PROCESS, TENSORS, Ledger
 from .managed_tensor import ManagedTensor
@@ -19,6 +20,7 @@ __all__ = [
     "PageState",
     "Pager",
     "PagingStats",
+    "ProcessAccounts",
     "TensorEntry",
     "alias_memory",
 ]
