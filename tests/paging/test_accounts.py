@@ -1,4 +1,4 @@
-"""What the process and its control group take of the budget. Groups are made up here; tests/test_budget.py has real ones."""
+"""What the process and its control group take of the budget. The groups are made up; test_budget.py has real ones."""
 
 import pytest
 
