@@ -23,6 +23,9 @@ PUBLIC = [
     "MemoryConfig",
     "MemoryOptimizationError",
     "MemoryOptimizer",
+    "OptimizedTextDecoder",
+    "OptimizedVisionEncoder",
+    "OptimizedVisionLanguageModel",
     "ShortIOError",
     "StorageError",
     "TensorFreedError",
@@ -76,7 +79,7 @@ def test_every_error_stands_in_the_documented_tree_under_its_base():
 
 
 def test_every_error_of_the_package_is_defined_in_the_tree():
-    for module in ("config", "optimizer", "compression", "storage", "pools", "paging", "factory"):
+    for module in ("config", "optimizer", "compression", "storage", "pools", "paging", "factory", "integration"):
         for name, value in vars(importlib.import_module(f"qwen3_vl_memory_optimizations.{module}")).items():
             if inspect.isclass(value) and issubclass(value, errors.MemoryOptimizationError):
                 assert value.__module__ == errors.__name__, (module, name)

@@ -25,6 +25,7 @@ from .errors import (
 if TYPE_CHECKING:
     from .config import MemoryConfig
     from .factory import create_optimized_model
+    from .integration import OptimizedTextDecoder, OptimizedVisionEncoder, OptimizedVisionLanguageModel
     from .optimizer import MemoryOptimizer
     from .paging import ManagedTensor
     from .pools import AdvancedMemoryPool
@@ -35,6 +36,9 @@ _LAZY = {
     "ManagedTensor": ".paging",
     "MemoryConfig": ".config",
     "MemoryOptimizer": ".optimizer",
+    "OptimizedTextDecoder": ".integration",
+    "OptimizedVisionEncoder": ".integration",
+    "OptimizedVisionLanguageModel": ".integration",
     "create_optimized_model": ".factory",
 }
 
@@ -51,6 +55,9 @@ __all__ = [
     "MemoryConfig",
     "MemoryOptimizationError",
     "MemoryOptimizer",
+    "OptimizedTextDecoder",
+    "OptimizedVisionEncoder",
+    "OptimizedVisionLanguageModel",
     "ShortIOError",
     "StorageError",
     "TensorFreedError",

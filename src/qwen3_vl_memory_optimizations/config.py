@@ -161,6 +161,14 @@ class MemoryConfig:
         return "int8" if self.enable_compression and self.enable_int8_quantization else "none"
 
 
+def jsonable(settings: Mapping[str, Any] | MemoryConfig) -> dict[str, Any]:
+    """Return settings as a dict that can be written as JSON; of a `MemoryConfig`, those that are not defaults."""
+    if isinstance(settings, MemoryConfig):
+        values = {field.name: (getattr(settings, field.name), field.default) for field in dataclasses.fields(settings)}
+        settings = {key: value for key, (value, default) in values.items() if value != default}
+    return {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in settings.items()}
+
+
 def _checked(key: str, value: Any) -> Any:
     hint = get_type_hints(MemoryConfig)[key]
     if value is None and type(None) in get_args(hint):

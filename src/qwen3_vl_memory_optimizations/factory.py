@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .compression.kernels import fastest_dtype
-from .config import MemoryConfig
+from .config import MemoryConfig, jsonable
 from .errors import CheckpointError, ConfigurationError, MemoryBudgetExceeded, format_bytes
 from .model.activations import FIXED_RESERVE_BYTES, estimate_activation_bytes, forward_size
 from .model.loading import WeightLoader
@@ -24,6 +24,7 @@ from .paging import PAGE_BYTES
 from .process import release_library_pages, rss_bytes, tame_allocator, trim_heap
 from .storage import Checkpoint
 
+_SETTINGS_KEY = "memory_optimization_config"
 _LEAST_FRAMES_BYTES = 6 * PAGE_BYTES
 _LIBRARIES_BYTES = 170 * 2**20
 """What importing transformers' model classes and a tokenizer adds to a process that has only torch (measured)."""
@@ -34,16 +35,19 @@ def create_optimized_model(
     memory_config: Mapping[str, Any] | MemoryConfig | None = None,
     *,
     dtype: torch.dtype | None = None,
+    model_class: Any = None,
     progress: Progress | None = None,
 ) -> Any:
     """Return a transformers model whose weights live in the memory hierarchy; it is used exactly like the original.
 
     Args:
         model_config: a Hugging Face directory or hub id, a configuration such as `Qwen3VLConfig`, or a loaded model
-            (whose weights are taken over).
-        memory_config: the keys of `MemoryConfig`, as a dict or an instance.
+            (whose weights are taken over; on the meta device they are drawn).
+        memory_config: the keys of `MemoryConfig`, as a dict or an instance. Default: `memory_optimization_config` of
+            the model's configuration, where it has one.
         dtype: dtype of the computation. Default: fp32 for a checkpoint in fp32, else the faster of bf16 and fp32 on
             this machine.
+        model_class: what to build of a checkpoint, where it is not the class of transformers but one derived from it.
         progress: called with a description, the bytes done and the bytes in all while packing and loading.
 
     Returns:
@@ -56,7 +60,12 @@ def create_optimized_model(
     """
     config = MemoryConfig.from_mapping(memory_config)
     if isinstance(model_config, str | os.PathLike):
-        return _from_checkpoint(local_directory(model_config), config, dtype, progress)
+        model_config = local_directory(model_config)
+    carried = _carried_settings(model_config)
+    if memory_config is None:
+        config = MemoryConfig.from_mapping(carried)
+    if isinstance(model_config, str | os.PathLike):
+        return _from_checkpoint(local_directory(model_config), config, dtype, progress, model_class)
     if isinstance(model_config, nn.Module):
         return _from_model(model_config, config, dtype)
     if hasattr(model_config, "model_type") and hasattr(model_config, "to_dict"):
@@ -65,6 +74,18 @@ def create_optimized_model(
         "model_config: expected a directory, a hub id, a transformers configuration or a loaded model, not "
         f"{type(model_config).__name__}"
     )
+
+
+def _carried_settings(given: Any) -> Any:
+    """Return `memory_optimization_config` of what was given for a model, in a form that can be saved with it."""
+    if isinstance(given, Path):
+        return Checkpoint.open(given).config.get(_SETTINGS_KEY)
+    model_config = getattr(given, "config", given)
+    settings = getattr(model_config, _SETTINGS_KEY, None)
+    if isinstance(settings, Mapping | MemoryConfig):
+        settings = jsonable(settings)
+        setattr(model_config, _SETTINGS_KEY, settings)
+    return settings
 
 
 def local_directory(name: str | os.PathLike[str]) -> Path:
@@ -109,14 +130,14 @@ def _compute_dtype(stored: str, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def _from_checkpoint(
-    directory: Path, config: MemoryConfig, dtype: torch.dtype | None, progress: Progress | None
+    directory: Path, config: MemoryConfig, dtype: torch.dtype | None, progress: Progress | None, model_class: Any
 ) -> Any:
     checkpoint = Checkpoint.open(directory)
     _require_workable(config)
     stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16")
     compute_dtype = _compute_dtype(stored, dtype)
     codec = config.weight_codec()
-    model = build_skeleton(checkpoint.directory, checkpoint.config, compute_dtype)
+    model = build_skeleton(checkpoint.directory, checkpoint.config, compute_dtype, model_class)
     if codec != "none" and not checkpoint.packed:
         checkpoint = Checkpoint.open(pack_checkpoint(directory, codec=codec, config=config, progress=progress))
     _release_garbage(config)

@@ -32,10 +32,14 @@ class WeightLoader:
         pager: owns the managed weights.
         compute_dtype: of activations and of the weights as the model sees them.
         progress: called as small tensors are read.
+        model_name: tells the weights of a second model in the same Pager from those of the first, which has none.
     """
 
-    def __init__(self, pager: Pager, compute_dtype: torch.dtype, progress: Progress | None = None) -> None:
+    def __init__(
+        self, pager: Pager, compute_dtype: torch.dtype, progress: Progress | None = None, *, model_name: str = ""
+    ) -> None:
         self._pager = pager
+        self._prefix = f"{model_name}/" if model_name else ""
         self._dtype = compute_dtype
         self._report = progress or (lambda description, done, total: None)
         self._kernels = KernelSelector()
@@ -115,7 +119,7 @@ class WeightLoader:
         rows = extent.page_bytes // row_bytes if extent.page_bytes else rows_per_page(first.shape, first.dtype.itemsize)
         lead = extent.offset_bytes % FRAME_BYTES  # direct reads need file offset and address equal modulo a block
         entry = TensorEntry(
-            site.name,
+            self._prefix + site.name,
             "weights",
             site.shape,
             self._dtype,
@@ -147,13 +151,14 @@ class WeightLoader:
         Args:
             model: changed in place.
             codec_name: for the large weights.
-            initialize: the model is a skeleton; weights are drawn as transformers does, module by module.
+            initialize: the model is a skeleton, as is any on the meta device; weights are drawn as transformers does,
+                module by module.
 
         Raises:
             MemoryBudgetExceeded: what has no place in memory cannot be swapped out either.
         """
         sites = weight_sites(model)
-        if initialize:
+        if initialize or any(parameter.is_meta for parameter in model.parameters()):
             drawn: set[int] = set()
             for site in sites:
                 for module, _ in site.holders[:1]:
@@ -184,7 +189,7 @@ class WeightLoader:
         rows = rows_per_page(first.shape, first.dtype.itemsize)
         encoded = codec.encode(stored)
         entry = TensorEntry(
-            site.name,
+            self._prefix + site.name,
             "weights",
             site.shape,
             self._dtype,
@@ -213,8 +218,10 @@ def _draw(model: nn.Module, module: nn.Module) -> None:
                     if held is parameter:
                         other._parameters[attribute] = real
             module._parameters[name] = real
+    # The innermost model that holds the module knows how: the vision tower has a configuration of its own.
+    holders = [each for each in model.modules() if hasattr(each, "_init_weights") and module in set(each.modules())]
     with torch.no_grad():
-        model._init_weights(module)  # type: ignore[operator]
+        holders[-1]._init_weights(module)  # type: ignore[operator]
 
 
 def put(site: WeightSite, tensor: torch.Tensor) -> None:

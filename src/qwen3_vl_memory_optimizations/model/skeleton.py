@@ -34,16 +34,20 @@ class WeightSite:
     managed: bool
 
 
-def build_skeleton(directory: Path, config_dict: dict[str, Any], compute_dtype: torch.dtype) -> nn.Module:
+def build_skeleton(
+    directory: Path, config_dict: dict[str, Any], compute_dtype: torch.dtype, model_class: Any = None
+) -> nn.Module:
     """Build the transformers model of a checkpoint on the meta device; buffers that are computed are real.
 
     Args:
         directory: the checkpoint, read for `config.json`.
         config_dict: the parsed `config.json`.
         compute_dtype: dtype of parameters and activations.
+        model_class: derived from the class that the checkpoint is of, to build instead of it.
 
     Raises:
-        CheckpointError: the architecture is none that generates text with this version of transformers.
+        CheckpointError: the architecture is none that generates text with this version of transformers, or
+            not the one of `model_class`.
     """
     from transformers import AutoConfig
 
@@ -54,12 +58,19 @@ def build_skeleton(directory: Path, config_dict: dict[str, Any], compute_dtype: 
             f"{directory}: transformers does not know the model type {config_dict.get('model_type')!r}: {error}",
             path=directory,
         ) from error
-    return skeleton_of(config, compute_dtype, directory)
+    return skeleton_of(config, compute_dtype, directory, model_class)
 
 
-def skeleton_of(config: Any, compute_dtype: torch.dtype, directory: Path | str = ".") -> nn.Module:
+def skeleton_of(
+    config: Any, compute_dtype: torch.dtype, directory: Path | str = ".", model_class: Any = None
+) -> nn.Module:
     """Build the model of a configuration on the meta device (see `build_skeleton`)."""
-    model_class = _model_class(config, directory)
+    named = _model_class(config, directory)
+    model_class = model_class or named
+    if not issubclass(model_class, named):
+        raise CheckpointError(
+            f"{directory}: a model of {named.__name__}, which {model_class.__name__} is not", path=directory
+        )
     with torch.device("meta"):
         model = model_class._from_config(config, dtype=compute_dtype)
     materialize_buffers(model)

@@ -39,7 +39,7 @@ _METADATA = {
     torch.is_complex,
     torch.numel,
 }
-_ITSELF = {_Tensor.detach, _Tensor.data.__get__, torch.detach, _Tensor.contiguous}  # type: ignore[attr-defined]
+_ITSELF = {_Tensor.detach, _Tensor.data.__get__, torch.detach}  # type: ignore[attr-defined]
 
 
 class ManagedTensor(torch.Tensor):
@@ -106,6 +106,8 @@ class ManagedTensor(torch.Tensor):
             result = _embedding(*args, **kwargs)
         elif func in _ITSELF and len(args) == 1 and not kwargs:
             return args[0]
+        elif func is _Tensor.contiguous and isinstance(args[0], ManagedTensor):
+            return args[0].decoded()  # safetensors asks for the address of what this gives, and reads there later
         elif func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)

@@ -1,0 +1,208 @@
+"""The classes of section 4.3: Qwen3-VL and its two parts, as transformers ships them, with managed weights.
+
+Nothing is computed here. The classes derive from those of transformers and are built without weights, on the meta
+device; `factory` or `model.loading` put managed weights in. Built inside `torch.device("meta")`, as the factory builds
+the skeleton of a checkpoint, they stay without.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLTextModel, Qwen3VLVisionModel
+
+from .config import MemoryConfig
+from .errors import ConfigurationError
+from .factory import _compute_dtype, create_optimized_model
+from .model.activations import estimate_activation_bytes, forward_size
+from .model.loading import WeightLoader
+from .optimizer import MemoryOptimizer
+from .paging import ManagedTensor
+
+_numbers = itertools.count()
+
+
+class OptimizedVisionEncoder(Qwen3VLVisionModel):
+    """The vision tower of Qwen3-VL with managed weights: `encoder(pixel_values, grid_thw)`.
+
+    The weights of one that is built by itself are drawn as transformers does; `load_state_dict` gives it others.
+
+    Args:
+        config: a `Qwen3VLConfig`, or the `vision_config` of one.
+        memory_optimizer: owns the weights, and outlives them.
+
+    Raises:
+        ConfigurationError: `memory_optimizer` is not a `MemoryOptimizer`.
+        MemoryBudgetExceeded: its budget cannot hold the weights.
+    """
+
+    memory_optimizer: MemoryOptimizer
+
+    def __init__(self, config: Any, memory_optimizer: MemoryOptimizer | None) -> None:
+        whole = config if hasattr(config, "vision_config") else Qwen3VLConfig(vision_config=config)
+        config = whole.vision_config
+        with _on_meta(config, config.dtype or whole.dtype) as fills:
+            super().__init__(config)
+
+        def activation_bytes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+            patches = int((args[0] if args else kwargs["hidden_states"]).shape[0])
+            size = {"tokens": 0, "logit_rows": 0, "cached_tokens": 0, "patches": patches}
+            return estimate_activation_bytes(whole, itemsize=self.dtype.itemsize, **size)
+
+        if fills:
+            _fill(self, memory_optimizer, activation_bytes)
+
+
+class OptimizedTextDecoder(Qwen3VLTextModel):
+    """The text decoder of Qwen3-VL with managed weights: `decoder(input_ids, attention_mask=...)`.
+
+    The weights of one that is built by itself are drawn as transformers does; `load_state_dict` gives it others.
+
+    Args:
+        config: a `Qwen3VLConfig`, or the `text_config` of one.
+        memory_optimizer: owns the weights, and outlives them.
+
+    Raises:
+        ConfigurationError: `memory_optimizer` is not a `MemoryOptimizer`.
+        MemoryBudgetExceeded: its budget cannot hold the weights.
+    """
+
+    memory_optimizer: MemoryOptimizer
+
+    def __init__(self, config: Any, memory_optimizer: MemoryOptimizer | None) -> None:
+        whole, config = config, getattr(config, "text_config", config)
+        with _on_meta(config, config.dtype or whole.dtype) as fills:
+            super().__init__(config)
+
+        def activation_bytes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+            size = forward_size(self, args, kwargs) | {"logit_rows": 0}
+            return estimate_activation_bytes(config, itemsize=self.dtype.itemsize, **size)
+
+        if fills:
+            _fill(self, memory_optimizer, activation_bytes)
+
+
+class OptimizedVisionLanguageModel(Qwen3VLForConditionalGeneration):
+    """Qwen3-VL with managed weights, used like the class of transformers that it derives from.
+
+    The constructor draws weights as transformers does, one module at a time; `from_pretrained` takes those of a
+    checkpoint.
+
+    Args:
+        config: a `Qwen3VLConfig`. Its `memory_optimization_config` (the keys of `MemoryConfig`, as a dict or an
+            instance) is read; without it the defaults hold.
+
+    Raises:
+        ConfigurationError: an unknown key, a wrong type or an impossible size.
+        MemoryBudgetExceeded: the budget cannot work.
+    """
+
+    def __init__(self, config: Any) -> None:
+        if not isinstance(config, Qwen3VLConfig):
+            raise ConfigurationError(f"config: expected a Qwen3VLConfig, got {type(config).__name__}")
+        with _on_meta(config, config.dtype) as fills:
+            super().__init__(config)
+            self.model.visual = OptimizedVisionEncoder(config, None)
+            self.model.language_model = OptimizedTextDecoder(config, None)
+            self.tie_weights()
+        self.loss_type = "ForConditionalGeneration"  # transformers tells it by the name of the class
+        if fills:
+            create_optimized_model(self)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        memory_config: Mapping[str, Any] | MemoryConfig | None = None,
+        **kwargs: Any,
+    ) -> OptimizedVisionLanguageModel:
+        """Return the model of a Qwen3-VL checkpoint.
+
+        Args:
+            pretrained_model_name_or_path: a Hugging Face directory or hub id.
+            memory_config: as for `create_optimized_model`; default: `memory_optimization_config` in `config.json`.
+            kwargs: the other arguments of `create_optimized_model`.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be used, or is not one of Qwen3-VL.
+            ConfigurationError: an unknown key, a wrong type or an impossible size.
+            MemoryBudgetExceeded: the budget cannot work; nothing was loaded.
+        """
+        model: OptimizedVisionLanguageModel = create_optimized_model(
+            pretrained_model_name_or_path, memory_config, model_class=cls, **kwargs
+        )
+        return model
+
+    @property
+    def memory_optimizer(self) -> MemoryOptimizer:
+        """Owns the weights."""
+        return self.encoder.memory_optimizer
+
+    @memory_optimizer.setter
+    def memory_optimizer(self, optimizer: MemoryOptimizer) -> None:
+        self.encoder.memory_optimizer = self.decoder.memory_optimizer = optimizer
+
+    @property
+    def encoder(self) -> OptimizedVisionEncoder:
+        """The vision tower in use, `model.visual`."""
+        return self.model.visual
+
+    @property
+    def decoder(self) -> OptimizedTextDecoder:
+        """The text decoder in use, `model.language_model`."""
+        return self.model.language_model
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save decoded weights and configuration, as a checkpoint of the class of transformers."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.config.architectures = [Qwen3VLForConditionalGeneration.__name__]
+        self.config.save_pretrained(save_directory)
+
+
+@contextmanager
+def _on_meta(config: Any, stored: torch.dtype | None) -> Iterator[bool]:
+    """Build without weights, in the dtype of the computation, which the configuration then says.
+
+    Gives whether they are to be put in: not where a skeleton is under construction already.
+    """
+    if torch.get_default_device().type == "meta":
+        yield False
+        return
+    dtype = _compute_dtype(str(stored or torch.float32).removeprefix("torch."), None)
+    for each in (config, *(getattr(config, name) for name in config.sub_configs)):
+        each.dtype = dtype
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            yield True
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _fill(
+    part: Any, optimizer: MemoryOptimizer | None, activation_bytes: Callable[[tuple[Any, ...], dict[str, Any]], int]
+) -> None:
+    """Draw the weights of a part that stands by itself, and reserve memory before each of its forwards."""
+    if not isinstance(optimizer, MemoryOptimizer):
+        raise ConfigurationError(f"memory_optimizer: expected a MemoryOptimizer, got {type(optimizer).__name__}")
+    pager = optimizer.pager
+    loader = WeightLoader(pager, part.dtype, model_name=f"{type(part).__name__}-{next(_numbers)}")
+    loader.from_memory(part, optimizer.config.weight_codec(), initialize=True)
+    for weight in part.parameters():
+        if isinstance(weight, ManagedTensor):
+            weakref.finalize(weight, pager.free_later, weight.tensor_id)
+    if optimizer.config.ram_budget is not None:
+        part.register_forward_pre_hook(
+            lambda module, args, kwargs: optimizer.reserve_activations(activation_bytes(args, kwargs)),
+            with_kwargs=True,
+        )
+    pager.refit()
+    part.eval()
+    part.memory_optimizer = optimizer
