@@ -24,7 +24,7 @@ from qwen3_vl_memory_optimizations import (
     create_optimized_model,
 )
 from qwen3_vl_memory_optimizations.config import MemoryConfig
-from qwen3_vl_memory_optimizations.model.activations import estimate_activation_bytes
+from qwen3_vl_memory_optimizations.model.activations import estimate_activation_bytes, forward_size
 from qwen3_vl_memory_optimizations.model.packing import pack_checkpoint
 from qwen3_vl_memory_optimizations.storage import Checkpoint
 
@@ -319,3 +319,18 @@ def test_memory_is_set_aside_for_the_vision_tower_where_generate_runs_it(tmp_pat
         model.config, patches=0, itemsize=4, **sizes
     )
     model.memory_optimizer.close()
+
+
+@torch.no_grad()
+def test_the_cache_counts_for_the_size_of_a_forward():
+    """Whatever transformers calls it."""
+    sizes = []
+    model = tiny.reference()
+    hook = model.register_forward_pre_hook(
+        lambda *arguments: sizes.append(forward_size(*arguments)["cached_tokens"]), with_kwargs=True
+    )
+    inputs = tiny.cases()["text"]
+    model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    hook.remove()
+    length = inputs["input_ids"].shape[1]
+    assert sizes == [0, length, length + 1, length + 2]

@@ -58,7 +58,7 @@ def forward_size(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
         batch, length = int(embeds.shape[0]), int(embeds.shape[1])
     keep = kwargs.get("logits_to_keep", 0)
     rows = length if not isinstance(keep, int) or keep == 0 else min(keep, length)
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))  # its name from transformers 5.24 on, and before
     cached = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
     patches = 0
     for name in ("pixel_values", "pixel_values_videos"):
