@@ -32,10 +32,14 @@ class WeightLoader:
         pager: owns the managed weights.
         compute_dtype: of activations and of the weights as the model sees them.
         progress: called as small tensors are read.
+        model_name: tells the weights of a second model in the same Pager from those of the first, which has none.
     """
 
-    def __init__(self, pager: Pager, compute_dtype: torch.dtype, progress: Progress | None = None) -> None:
+    def __init__(
+        self, pager: Pager, compute_dtype: torch.dtype, progress: Progress | None = None, *, model_name: str = ""
+    ) -> None:
         self._pager = pager
+        self._prefix = f"{model_name}/" if model_name else ""
         self._dtype = compute_dtype
         self._report = progress or (lambda description, done, total: None)
         self._kernels = KernelSelector()
@@ -115,7 +119,7 @@ class WeightLoader:
         rows = extent.page_bytes // row_bytes if extent.page_bytes else rows_per_page(first.shape, first.dtype.itemsize)
         lead = extent.offset_bytes % FRAME_BYTES  # direct reads need file offset and address equal modulo a block
         entry = TensorEntry(
-            site.name,
+            self._prefix + site.name,
             "weights",
             site.shape,
             self._dtype,
@@ -184,7 +188,7 @@ class WeightLoader:
         rows = rows_per_page(first.shape, first.dtype.itemsize)
         encoded = codec.encode(stored)
         entry = TensorEntry(
-            site.name,
+            self._prefix + site.name,
             "weights",
             site.shape,
             self._dtype,
