@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from .compression.kernels import fastest_dtype
 from .config import MemoryConfig, jsonable
 from .errors import CheckpointError, ConfigurationError, MemoryBudgetExceeded, format_bytes
 from .model.activations import FIXED_RESERVE_BYTES, estimate_activation_bytes, forward_size
+from .model.assisted import ASSISTANT, attach_draft, require_draft
 from .model.loading import WeightLoader
 from .model.packing import Progress, pack_checkpoint
 from .model.skeleton import build_skeleton, skeleton_of
@@ -34,6 +36,7 @@ def create_optimized_model(
     model_config: Any,
     memory_config: Mapping[str, Any] | MemoryConfig | None = None,
     *,
+    assistant: Any = None,
     dtype: torch.dtype | None = None,
     model_class: Any = None,
     progress: Progress | None = None,
@@ -45,16 +48,18 @@ def create_optimized_model(
             (whose weights are taken over; on the meta device they are drawn).
         memory_config: the keys of `MemoryConfig`, as a dict or an instance. Default: `memory_optimization_config` of
             the model's configuration, where it has one.
+        assistant: a smaller model with the same vocabulary, in any form that `model_config` takes. It drafts tokens
+            for `generate`, within the same budget; `generate(..., assistant_model=None)` goes without it.
         dtype: dtype of the computation. Default: fp32 for a checkpoint in fp32, else the faster of bf16 and fp32 on
             this machine.
         model_class: what to build of a checkpoint, where it is not the class of transformers but one derived from it.
         progress: called with a description, the bytes done and the bytes in all while packing and loading.
 
     Returns:
-        The model, with `.memory_optimizer`.
+        The model, with `.memory_optimizer` and, where one was given, `.assistant`.
 
     Raises:
-        ConfigurationError: an unknown key, a wrong type or an impossible size.
+        ConfigurationError: an unknown key, a wrong type or an impossible size; an assistant of another vocabulary.
         MemoryBudgetExceeded: the budget cannot work; nothing was loaded.
         CheckpointError: the checkpoint cannot be used.
     """
@@ -64,16 +69,23 @@ def create_optimized_model(
     carried = _carried_settings(model_config)
     if memory_config is None:
         config = MemoryConfig.from_mapping(carried)
-    if isinstance(model_config, str | os.PathLike):
-        return _from_checkpoint(local_directory(model_config), config, dtype, progress, model_class)
-    if isinstance(model_config, nn.Module):
-        return _from_model(model_config, config, dtype)
-    if hasattr(model_config, "model_type") and hasattr(model_config, "to_dict"):
-        return _from_config(model_config, config, dtype)
-    raise ConfigurationError(
-        "model_config: expected a directory, a hub id, a transformers configuration or a loaded model, not "
-        f"{type(model_config).__name__}"
-    )
+    source = _source_of(model_config, config, dtype, "model_config", model_class)
+    draft = None
+    if assistant is not None:
+        draft = _source_of(assistant, config, source.dtype, "assistant")
+        require_draft(source.model, draft.model)
+    sources = [source] if draft is None else [source, draft]
+    for each in sources:
+        each.pack(config, progress)
+    _release_garbage(config)
+    optimizer = MemoryOptimizer(memory_config=config)
+    try:
+        for each, name in zip(sources, ("", ASSISTANT), strict=False):
+            each.load(WeightLoader(optimizer.pager, each.dtype, progress, model_name=name), config)
+        return _finish(source.model, None if draft is None else draft.model, optimizer, source.dtype)
+    except BaseException:
+        optimizer.close()
+        raise
 
 
 def _carried_settings(given: Any) -> Any:
@@ -129,58 +141,67 @@ def _compute_dtype(stored: str, dtype: torch.dtype | None) -> torch.dtype:
     return torch.float32 if stored in ("float32", "F32") else fastest_dtype()
 
 
-def _from_checkpoint(
-    directory: Path, config: MemoryConfig, dtype: torch.dtype | None, progress: Progress | None, model_class: Any
-) -> Any:
-    checkpoint = Checkpoint.open(directory)
-    _require_workable(config)
-    stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16")
-    compute_dtype = _compute_dtype(stored, dtype)
-    codec = config.weight_codec()
-    model = build_skeleton(checkpoint.directory, checkpoint.config, compute_dtype, model_class)
-    if codec != "none" and not checkpoint.packed:
-        checkpoint = Checkpoint.open(pack_checkpoint(directory, codec=codec, config=config, progress=progress))
-    _release_garbage(config)
-    optimizer = MemoryOptimizer(memory_config=config)
-    try:
-        WeightLoader(optimizer.pager, compute_dtype, progress).from_checkpoint(model, checkpoint)
-        _attach_generation_config(model, checkpoint.directory)
-        return _finish(model, optimizer, compute_dtype)
-    except BaseException:
-        optimizer.close()
-        raise
+@dataclass(slots=True)
+class _Source:
+    """A model of which nothing was loaded yet, and where its weights come from.
+
+    Attributes:
+        model: a skeleton, or (neither `checkpoint` nor `draws`) a model in memory.
+        dtype: of the computation.
+        checkpoint: holds the weights.
+        draws: weights are drawn at random.
+    """
+
+    model: Any
+    dtype: torch.dtype
+    checkpoint: Checkpoint | None = None
+    draws: bool = False
+
+    def pack(self, config: MemoryConfig, progress: Progress | None) -> None:
+        """Encode a checkpoint, where its weights are to be and are not."""
+        codec = config.weight_codec()
+        if self.checkpoint is not None and codec != "none" and not self.checkpoint.packed:
+            directory = pack_checkpoint(self.checkpoint.directory, codec=codec, config=config, progress=progress)
+            self.checkpoint = Checkpoint.open(directory)
+
+    def load(self, loader: WeightLoader, config: MemoryConfig) -> None:
+        """Hand the weights over."""
+        if self.checkpoint is None:
+            loader.from_memory(self.model, config.weight_codec(), initialize=self.draws)
+        else:
+            loader.from_checkpoint(self.model, self.checkpoint)
+            _attach_generation_config(self.model, self.checkpoint.directory)
 
 
-def _from_model(model: nn.Module, config: MemoryConfig, dtype: torch.dtype | None) -> Any:
-    if hasattr(model, "_hf_hook") or any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise ConfigurationError(
-            "the model is already offloaded by accelerate (it has _hf_hook); load it without device_map"
-        )
-    if hasattr(model, "memory_optimizer"):
-        raise ConfigurationError("the model is optimized already")
-    _require_workable(config)
-    compute_dtype = _compute_dtype(str(getattr(model, "dtype", "")).removeprefix("torch."), dtype)
-    optimizer = MemoryOptimizer(memory_config=config)
-    try:
-        WeightLoader(optimizer.pager, compute_dtype).from_memory(model, config.weight_codec(), initialize=False)
-        return _finish(model, optimizer, compute_dtype)
-    except BaseException:
-        optimizer.close()
-        raise
-
-
-def _from_config(model_config: Any, config: MemoryConfig, dtype: torch.dtype | None) -> Any:
-    _require_workable(config)
-    compute_dtype = _compute_dtype(str(getattr(model_config, "dtype", None) or "float32").removeprefix("torch."), dtype)
-    model = skeleton_of(model_config, compute_dtype)
-    _release_garbage(config)
-    optimizer = MemoryOptimizer(memory_config=config)
-    try:
-        WeightLoader(optimizer.pager, compute_dtype).from_memory(model, config.weight_codec(), initialize=True)
-        return _finish(model, optimizer, compute_dtype)
-    except BaseException:
-        optimizer.close()
-        raise
+def _source_of(
+    given: Any, config: MemoryConfig, dtype: torch.dtype | None, argument: str, model_class: Any = None
+) -> _Source:
+    """Check what was given for a model, and that the budget can work."""
+    if isinstance(given, str | os.PathLike):
+        checkpoint = Checkpoint.open(local_directory(given))
+        _require_workable(config)
+        stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16")
+        dtype = _compute_dtype(stored, dtype)
+        model = build_skeleton(checkpoint.directory, checkpoint.config, dtype, model_class)
+        return _Source(model, dtype, checkpoint)
+    if isinstance(given, nn.Module):
+        if hasattr(given, "_hf_hook") or any(hasattr(module, "_hf_hook") for module in given.modules()):
+            raise ConfigurationError(
+                "the model is already offloaded by accelerate (it has _hf_hook); load it without device_map"
+            )
+        if hasattr(given, "memory_optimizer"):
+            raise ConfigurationError("the model is optimized already")
+        _require_workable(config)
+        return _Source(given, _compute_dtype(str(getattr(given, "dtype", "")).removeprefix("torch."), dtype))
+    if hasattr(given, "model_type") and hasattr(given, "to_dict"):
+        _require_workable(config)
+        stored = str(getattr(given, "dtype", None) or "float32").removeprefix("torch.")
+        dtype = _compute_dtype(stored, dtype)
+        return _Source(skeleton_of(given, dtype), dtype, draws=True)
+    raise ConfigurationError(
+        f"{argument}: expected a directory, a hub id, a transformers configuration or a loaded model, not "
+        f"{type(given).__name__}"
+    )
 
 
 def _attach_generation_config(model: Any, directory: Path) -> None:
@@ -190,29 +211,38 @@ def _attach_generation_config(model: Any, directory: Path) -> None:
         model.generation_config = GenerationConfig.from_pretrained(directory)
 
 
-def _finish(model: Any, optimizer: MemoryOptimizer, compute_dtype: torch.dtype) -> Any:
+def _finish(model: Any, draft: Any, optimizer: MemoryOptimizer, compute_dtype: torch.dtype) -> Any:
     """Attach the optimizer, and the hooks that reserve memory for each forward before it runs."""
     _release_garbage(optimizer.config)
-    if optimizer.config.ram_budget is not None:
+    limited = optimizer.config.ram_budget is not None
+    if limited:
         optimizer.reserve_activations(FIXED_RESERVE_BYTES)
-        _reserve_before_forwards(model, optimizer, compute_dtype.itemsize)
+    for each in (model,) if draft is None else (model, draft):
+        if limited:
+            _reserve_before_forwards(each, optimizer, compute_dtype.itemsize, lowers=each is model)
+        each.eval()
+        each.memory_optimizer = optimizer
     optimizer.pager.refit()
-    model.eval()
-    model.memory_optimizer = optimizer
+    if draft is not None:
+        attach_draft(model, draft)
     return model
 
 
-def _reserve_before_forwards(model: Any, optimizer: MemoryOptimizer, itemsize: int) -> None:
+def _reserve_before_forwards(model: Any, optimizer: MemoryOptimizer, itemsize: int, *, lowers: bool) -> None:
+    def reserve(n_bytes: int, *, lowers: bool) -> None:
+        held = 0 if lowers else optimizer.pager.ledger.held_bytes("activations")
+        optimizer.reserve_activations(max(n_bytes, held))
+
     def before_model(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A draft runs between forwards of the model: what it lowered, weights would fill and have to leave again.
         size = forward_size(module, args, kwargs)
-        optimizer.reserve_activations(estimate_activation_bytes(module.config, itemsize=itemsize, **size))
+        reserve(estimate_activation_bytes(module.config, itemsize=itemsize, **size), lowers=lowers)
 
     def before_vision(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # `generate` runs the vision tower ahead of the forward of the model; a forward runs it inside its own.
         patches = int((args[0] if args else kwargs["hidden_states"]).shape[0])
         size = {"tokens": 0, "logit_rows": 0, "cached_tokens": 0, "patches": patches}
-        needed = estimate_activation_bytes(model.config, itemsize=itemsize, **size)
-        optimizer.reserve_activations(max(needed, optimizer.pager.ledger.held_bytes("activations")))
+        reserve(estimate_activation_bytes(model.config, itemsize=itemsize, **size), lowers=False)
 
     model.register_forward_pre_hook(before_model, with_kwargs=True)
     vision = getattr(getattr(model, "model", None), "visual", None)

@@ -65,6 +65,21 @@ def test_prompt_lookup_gives_the_same_answer(run, digits, expected_digits):
     assert result.stdout.strip() == expected_digits, result.stderr
 
 
+def test_an_assistant_gives_the_same_answer(run, digits, tiny, expected_digits):
+    result = run(*digits, "--assistant", tiny, "--tensor-budget", "2MB", "--json", "--stats")
+    answer = json.loads(result.stdout)
+    assert answer["answer"] == expected_digits
+    assert answer["memory"]["kinds"]["weights"]["tensors"] % 2 == 0, "two models"
+    assert answer["new_tokens"] == 17
+    assert answer["tokens_per_s"] is None, "all of them were right, and came at once"
+
+
+def test_two_sources_of_drafts_are_a_mistake(run, digits, tiny):
+    result = run(*digits, "--assistant", tiny, "--prompt-lookup", 3)
+    assert result.exit_code == 2
+    assert "give one of them" in result.stderr
+
+
 def test_a_temperature_draws_tokens(run, digits):
     torch.manual_seed(0)
     drawn = run(*digits, "--temperature", 5, "--max-new-tokens", 12).stdout

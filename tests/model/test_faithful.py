@@ -25,6 +25,20 @@ def exact(request, tmp_path_factory):
     model.memory_optimizer.close()
 
 
+@pytest.fixture(scope="module", params=[tiny.make_draft, tiny.make_text_draft], ids=["fewer layers", "text only"])
+def assisted(request, tmp_path_factory):
+    """With a draft, and a third of the model's weights for both."""
+    directory = tmp_path_factory.mktemp("assisted")
+    model = create_optimized_model(
+        tiny.DIRECTORY,
+        {"codec": "none", "tensor_budget": WEIGHTS_BYTES // 3, "cache_dir": directory / "cache"},
+        assistant=request.param(directory / "draft"),
+    )
+    model.assistant.generation_config.assistant_confidence_threshold = 0  # drafts go on when they are not sure
+    yield model
+    model.memory_optimizer.close()
+
+
 @pytest.fixture(scope="module", params=[None, 900_000], ids=["unlimited", "a third of the weights"])
 def int8(request, tmp_path_factory):
     model = create_optimized_model(
@@ -72,6 +86,17 @@ def test_generation_with_an_assistant_gives_the_same_ids(exact):
     inputs = tiny.cases()["text"]
     expected = generate(tiny.reference(), inputs, do_sample=False)
     assert torch.equal(generate(exact, inputs, do_sample=False, assistant_model=tiny.reference()), expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_generation_with_the_draft_of_the_same_budget_gives_the_same_ids(assisted, case):
+    passes = tiny.count_forwards(assisted.assistant)
+    inputs = tiny.cases()[case]
+    expected = generate(tiny.reference(), inputs, do_sample=False)
+    for _ in range(2):
+        assert torch.equal(generate(assisted, inputs, do_sample=False), expected)
+    assert bool(passes) == (case != "left-padded batch"), "a batch goes without the draft"
 
 
 @torch.no_grad()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 import qwen3_vl_memory_optimizations
 
@@ -64,6 +67,44 @@ def batch(prompts: list[list[int]], images: np.ndarray | None) -> dict[str, torc
         inputs["pixel_values"] = patches(images)
         inputs["image_grid_thw"] = torch.tensor([[1, 8, 8]] * len(images))
     return inputs
+
+
+def make_draft(directory: Path, n_layers: int = 2) -> Path:
+    """Write a copy that has fewer text layers."""
+    shutil.copytree(DIRECTORY, directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((DIRECTORY / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = n_layers
+    (directory / "config.json").write_text(json.dumps(config))
+    prefix = "model.language_model.layers."
+    tensors = load_file(DIRECTORY / "model.safetensors")
+    kept = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.startswith(prefix) or int(name.removeprefix(prefix).split(".")[0]) < n_layers
+    }
+    save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def make_text_draft(directory: Path, n_layers: int = 4) -> Path:
+    """Write the text layers as a `Qwen3ForCausalLM`, which knows no images."""
+    make_draft(directory, n_layers)
+    config = json.loads((directory / "config.json").read_text())["text_config"]
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_parameters"]["rope_theta"]}
+    config |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "tie_word_embeddings": True}
+    (directory / "config.json").write_text(json.dumps(config))
+    tensors = load_file(directory / "model.safetensors")
+    prefix = "model.language_model."
+    text = {f"model.{name.removeprefix(prefix)}": x for name, x in tensors.items() if name.startswith(prefix)}
+    save_file(text, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def count_forwards(model: Any) -> list[int]:
+    """Return a list that grows at each forward of a model, by the number of rows of its logits."""
+    lengths: list[int] = []
+    model.register_forward_hook(lambda module, args, kwargs, out: lengths.append(out.logits.shape[1]), with_kwargs=True)
+    return lengths
 
 
 @lru_cache(maxsize=1)

@@ -81,6 +81,55 @@ def test_an_item_out_of_order_resynchronises():
     assert next(schedule.upcoming()) == "head"
 
 
+DRAFT = ["d/l0", "d/head"]
+
+
+def two_models():
+    return PassSchedule(VISION + LAYERS + DRAFT, lambda item: item.startswith("d/"))
+
+
+def test_a_pass_never_mixes_two_models():
+    schedule = two_models()
+    begins = play(schedule, VISION, DRAFT, DRAFT, LAYERS, DRAFT, ["d/l0"])
+    assert [index for index, begin in enumerate(begins) if begin] == [0, 3, 5, 7, 12, 14]
+    assert sorted(schedule.cycles()) == sorted([VISION, DRAFT, LAYERS])
+    assert schedule.cycles()[0] == DRAFT
+
+
+def test_a_model_that_did_not_run_yet_is_guessed_from_the_hint():
+    schedule = two_models()
+    assert schedule.cycles() == [VISION + LAYERS, DRAFT]
+    schedule.record("d/l0")
+    assert schedule.cycles() == [DRAFT, VISION + LAYERS], "the one that runs comes first"
+    play(schedule, ["d/head"], ["l0"])
+    assert schedule.cycles() == [DRAFT, LAYERS], "a text pass begins behind the vision tower"
+    assert list(schedule.upcoming()) == LAYERS[1:]
+
+
+def test_a_better_guess_is_a_new_revision():
+    schedule = two_models()
+    play(schedule, DRAFT, DRAFT)
+    before = schedule.revision
+    schedule.record("l0")
+    assert schedule.revision > before
+
+
+def test_what_was_frequent_long_ago_counts_no_more():
+    schedule = two_models()
+    play(schedule, *[LAYERS] * 1000, *[DRAFT, DRAFT, DRAFT, LAYERS] * 10)
+    assert schedule.cycles()[0] == DRAFT
+    play(schedule, *[LAYERS] * 40)
+    assert schedule.cycles()[0] == LAYERS
+
+
+def test_models_that_take_turns_do_not_change_the_plan_at_each_pass():
+    schedule = two_models()
+    play(schedule, *[LAYERS] * 50, *[DRAFT, LAYERS] * 40)
+    before = schedule.revision
+    play(schedule, *[DRAFT, LAYERS] * 40)
+    assert schedule.revision == before
+
+
 @given(st.lists(st.integers(0, 5), max_size=60), st.lists(st.integers(0, 5), max_size=6))
 def test_no_sequence_upsets_it(trace, hint):
     schedule = PassSchedule(hint)

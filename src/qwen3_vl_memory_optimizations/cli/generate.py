@@ -50,6 +50,12 @@ def generate(
     prompt_lookup: Annotated[
         int, typer.Option("--prompt-lookup", min=0, metavar="N", help="Try N tokens copied from the prompt.")
     ] = 0,
+    assistant: Annotated[
+        str | None,
+        typer.Option(
+            "--assistant", metavar="MODEL", help="A smaller model that drafts tokens, within the same budget."
+        ),
+    ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Show speed and memory at the end (on stderr).")] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -61,10 +67,17 @@ def generate(
     Example:
 
     qwen3vl-mem generate Qwen/Qwen3-VL-2B-Instruct -i photo.jpg -p "What is this?"
+
+    With a draft:
+
+    qwen3vl-mem generate Qwen/Qwen3-VL-8B-Instruct --assistant Qwen/Qwen3-VL-2B-Instruct -p "Tell a story."
     """
     from ..config import MemoryConfig
+    from ..errors import ConfigurationError
 
     # Checked before anything slow is done.
+    if assistant and prompt_lookup:
+        raise ConfigurationError("--assistant and --prompt-lookup both propose tokens: give one of them")
     budgets = {"ram_budget": ram_budget, "tensor_budget": tensor_budget}
     config = MemoryConfig.from_mapping({**budgets, "codec": codec, "cache_dir": cache_dir})
 
@@ -76,7 +89,7 @@ def generate(
     processor = load_processor(directory)
     inputs = processor.prepare(prompt, image or [], video, system, max_pixels=max_pixels)
     with progress_bar(quiet=as_json) as progress:
-        optimized = create_optimized_model(directory, memory_config=config, progress=progress)
+        optimized = create_optimized_model(directory, memory_config=config, assistant=assistant, progress=progress)
     optimizer = optimized.memory_optimizer
 
     pieces: list[str] = []
@@ -133,7 +146,7 @@ class Figures:
     """What one answer cost; `None` where there is nothing to measure.
 
     Attributes:
-        tokens_per_s: after the first token.
+        tokens_per_s: after the first one, or the first ones where several come at once.
         bytes_read_per_token: from the SSD.
         hit_rate: share of the weight bytes used that were in memory already.
     """
@@ -151,7 +164,7 @@ class Figures:
         tokens, first_s, last_s = streamer.n_tokens, streamer.first_token_s, streamer.last_token_s
         rate = None
         if first_s is not None and last_s is not None and last_s > first_s:
-            rate = (tokens - 1) / (last_s - first_s)
+            rate = (tokens - streamer.n_first_tokens) / (last_s - first_s)
         return cls(
             new_tokens=tokens,
             time_to_first_token_s=None if first_s is None else first_s - start_s,

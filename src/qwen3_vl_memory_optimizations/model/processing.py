@@ -228,6 +228,7 @@ class AnswerStreamer(TextStreamer):
 
     Attributes:
         n_tokens: tokens of the answer so far.
+        n_first_tokens: how many came first, at once: one, or more if they were drafted.
         first_token_s: `time.perf_counter()` at the first of them.
         last_token_s: at the last of them.
     """
@@ -235,6 +236,7 @@ class AnswerStreamer(TextStreamer):
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self.n_tokens = 0
+        self.n_first_tokens = 0
         self.first_token_s: float | None = None
         self.last_token_s: float | None = None
         self._on_text = on_text
@@ -246,6 +248,7 @@ class AnswerStreamer(TextStreamer):
             self.last_token_s = time.perf_counter()
             if self.first_token_s is None:
                 self.first_token_s = self.last_token_s
+                self.n_first_tokens = self.n_tokens
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

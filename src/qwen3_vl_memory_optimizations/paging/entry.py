@@ -99,7 +99,7 @@ class TensorEntry:
     """The record of one managed tensor: codec, address, pages, segments.
 
     Args:
-        tensor_id: unique in one Pager.
+        tensor_id: unique in one Pager; where it has a `/`, what is before that names the model (see `model_of`).
         kind: `weights`, `kv_cache`, `vision_features`, `text_embeddings` or `general`.
         shape, dtype: the logical ones, as seen by the model.
         codec: how `segments` encode it.
@@ -187,6 +187,11 @@ class TensorEntry:
         """Return the paged segment as a fresh uint8 tensor and the object that lives as long as any view of it."""
         buffer = (ctypes.c_uint8 * self.n_bytes).from_address(self.address)
         return _bytes_of(buffer), buffer
+
+
+def model_of(tensor_id: str) -> str:
+    """Return the name of the model that a weight belongs to; the main model's is empty."""
+    return tensor_id.rpartition("/")[0]
 
 
 def alias_memory(address: int, n_bytes: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from ..errors import MemoryBudgetExceeded
 from ..pools import FramePool
 from ..prediction import PassSchedule, choose_kept
 from ..storage import PREFETCH
-from .entry import PAGE_BYTES, Page, PageState, TensorEntry
+from .entry import PAGE_BYTES, Page, PageState, TensorEntry, model_of
 from .moves import PageMover
 
 READ_AHEAD_BYTES = 5 * PAGE_BYTES
@@ -59,7 +59,8 @@ class Residency:
     def record(self, entry: TensorEntry) -> None:
         """Note that an access to a weight begins, and read ahead: its own pages first, then what comes next."""
         if self._order_changed:
-            self.schedule, self._order_changed, self._plan_state = PassSchedule(self._order), False, ()
+            self.schedule = PassSchedule(self._order, lambda name: model_of(str(name)))
+            self._order_changed, self._plan_state = False, ()
         began = self.schedule.record(entry.tensor_id)
         self._current, self._next_page = entry, 0
         if began and self.on_pass is not None:

@@ -5,11 +5,17 @@ repetition; the next one begins with the first access that was already made in t
 known to begin passes. Passes that begin with the same tensor are of one sort: an image prefill begins with the vision
 tower, a decode step with the first layer. For each sort the last order seen is remembered, and which sort came after
 which, so the next uses of every tensor are known across the end of a pass.
+
+Two models that take turns (one and its draft) have passes of their own: a pass never mixes the items of two groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+
+_RECENT_PASSES = 32
+"""How far back frequency is counted. Even, so that two sorts that take turns are equally frequent."""
 
 
 class PassSchedule:
@@ -17,18 +23,26 @@ class PassSchedule:
 
     Args:
         hint: the order to expect before anything was seen (the order of the checkpoint).
+        group_of: item -> the group it belongs to; not given, all are one.
 
     Attributes:
         passes: how many are complete.
         revision: grows when `cycles` changes.
     """
 
-    def __init__(self, hint: Sequence[Hashable] = ()) -> None:
-        self._hint: list[Hashable] = list(hint)
+    def __init__(
+        self, hint: Sequence[Hashable] = (), group_of: Callable[[Hashable], Hashable] = lambda item: None
+    ) -> None:
+        self._group_of = group_of
+        self._hints: dict[Hashable, list[Hashable]] = {}
+        for item in hint:
+            self._hints.setdefault(group_of(item), []).append(item)
         self._orders: dict[Hashable, list[Hashable]] = {}
-        self._counts: dict[Hashable, int] = {}
+        self._groups_known: set[Hashable] = set()
+        self._recent: deque[Hashable] = deque(maxlen=_RECENT_PASSES)
         self._successor: dict[Hashable, Hashable] = {}
         self._previous: Hashable | None = None
+        self._group: Hashable = None
         self._current: list[Hashable] = []
         self._seen: set[Hashable] = set()
         self._expected: list[Hashable] = []
@@ -42,10 +56,16 @@ class PassSchedule:
         """Note an access; return whether it began a new pass."""
         position = self._position + 1
         expected = position < len(self._expected) and self._expected[position] == item
-        begins = not self._current or item in self._seen or (item in self._orders and not expected)
+        group = self._group_of(item)
+        begins = (
+            not self._current or item in self._seen or group != self._group or (item in self._orders and not expected)
+        )
         if begins:
             self._finish_pass()
+            self._group = group
             self._expect(self._order_beginning_with(item))
+            if group not in self._groups_known:
+                self.revision += 1  # `cycles` guesses better now
             position = 0
         elif not expected:
             position = self._index.get(item, self._position)
@@ -67,10 +87,12 @@ class PassSchedule:
         return distances
 
     def cycles(self) -> list[list[Hashable]]:
-        """Return the known orders, the most frequent sort of pass first; the hint while none is complete."""
-        if not self._orders:
-            return [self._expected or self._hint]
-        return [self._orders[first] for first in self._ranking]
+        """Return the known orders, the lately most frequent sort of pass first, then guesses for groups without one."""
+        guesses = {self._group: self._expected} if self._current else {}
+        for group, hint in self._hints.items():
+            guesses.setdefault(group, hint)
+        known = [self._orders[first] for first in self._ranking]
+        return known + [order for group, order in guesses.items() if group not in self._groups_known]
 
     def _following(self) -> list[Hashable]:
         first = self._current[0] if self._current else None
@@ -82,8 +104,11 @@ class PassSchedule:
         first = self._current[0]
         changed = self._orders.get(first) != self._current
         self._orders[first] = self._current
-        self._counts[first] = self._counts.get(first, 0) + 1
-        ranking = sorted(self._orders, key=lambda first: -self._counts[first])
+        self._groups_known.add(self._group)
+        self._recent.append(first)
+        counts = Counter(self._recent)
+        before = dict.fromkeys((*self._ranking, first))  # where two are equally frequent nothing changes
+        ranking = sorted(before, key=lambda first: -counts[first])
         if changed or ranking != self._ranking:
             self._ranking = ranking
             self.revision += 1
@@ -98,7 +123,8 @@ class PassSchedule:
         if known is not None:
             return known
         # A sort of pass not seen yet: it is most likely the rest of a known order from here on.
-        for order in ([self._orders[self._previous]] if self._previous is not None else []) + [self._hint]:
+        hint = self._hints.get(self._group, [])
+        for order in ([self._orders[self._previous]] if self._previous is not None else []) + [hint]:
             if item in order:
                 return order[order.index(item) :]
         return [item]
