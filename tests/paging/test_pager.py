@@ -175,6 +175,27 @@ def test_threads_on_more_weights_than_fit_all_get_right_results(make_optimizer, 
     assert all(page.pins == 0 for entry in optimizer.pager.entries.values() for page in entry.pages)
 
 
+def test_a_page_that_came_stays_until_those_who_waited_used_it(make_optimizer, tmp_path, monkeypatch):
+    """Others that need room are always faster, and take all that may leave."""
+    weights = random_weights(2)
+    optimizer = make_optimizer(2 * FRAMES_BYTES)
+    pager, reads = optimizer.pager, []
+    managed = register(pager, weights, tmp_path / "w.safetensors")
+    real = pager._mover._on_end
+
+    def on_end(entry):  # under the lock
+        real(entry)
+        reads.append(entry.tensor_id)
+        if len(reads) < 50:
+            for page in pager._residency.victims():
+                pager._mover.evict(page)
+
+    monkeypatch.setattr(pager._mover, "_on_end", on_end)
+    x = torch.ones(1, COLUMNS).bfloat16()
+    assert torch.equal(F.linear(x, managed["w0"]), F.linear(x, weights["w0"]))
+    assert reads.count("w0") == 1
+
+
 def test_threads_that_write_and_swap_get_their_own_values(make_optimizer):
     optimizer = make_optimizer(3 * MIB)
     failures, until = [], time.monotonic() + 2

@@ -196,20 +196,33 @@ class Access:
         self._stats.faults += 1
         start = self._timer()
         page.error = None
-        while not page.resident:
-            if page.error is not None:
-                error, page.error = page.error, None
-                raise error
-            if self._mover.closed or page.state is PageState.FREED:
-                raise _freed(page.entry)
-            if page.state is PageState.SWAPPED:
-                if self._room.make(page.n_bytes, page.entry.kind):  # it may have waited, and another loaded the page
+        try:
+            while not page.resident:
+                if page.error is not None:
+                    error, page.error = page.error, None
+                    raise error
+                if self._mover.closed or page.state is PageState.FREED:
+                    raise _freed(page.entry)
+                if page.state is PageState.SWAPPED:
+                    # It may have waited, and another loaded the page.
+                    if not self._room.make(page.n_bytes, page.entry.kind):
+                        self._mover.load(page, DEMAND)
                     continue
-                self._mover.load(page, DEMAND)
-                continue
-            self._mover.hurry(page)
-            self._changed.wait()
+                self._mover.hurry(page)
+                self._wait(page)
+        finally:
+            self._changed.notify_all()  # those who waited for this thread to go on
         self._stats.stall_s += self._timer() - start
+
+    def _wait(self, page: Page) -> None:
+        """Wait for a change. A page that came stays for this thread: others that lack room would take it unused."""
+        page.awaited += 1
+        self._room.awaiting += 1
+        try:
+            self._changed.wait()
+        finally:
+            page.awaited -= 1
+            self._room.awaiting -= 1
 
 
 def _only_in_source(page: Page) -> bool:

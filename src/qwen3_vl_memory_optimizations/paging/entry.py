@@ -59,6 +59,7 @@ class Page:
         frames_start, frames_stop: addresses of the page frames that come and go with it. A frame that two pages share
             (segments read in place need not start on a frame) belongs to neither and stays.
         pins: a pinned page is not moved.
+        awaited: threads that wait for it; once it is there it stays until they go on.
         kept: part of the resident subset; other pages leave as soon as they were used.
         dirty: its source and its swap extent, if any, do not hold its contents.
         aliased: views were handed out; they may have written to it.
@@ -73,6 +74,7 @@ class Page:
     frames_stop: int
     state: PageState = PageState.SWAPPED
     pins: int = 0
+    awaited: int = 0
     dirty: bool = False
     aliased: bool = False
     kept: bool = True

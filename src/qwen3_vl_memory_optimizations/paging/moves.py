@@ -205,7 +205,7 @@ class PageMover:
 
     def evict(self, page: Page) -> None:
         """Let a page leave: a clean one is gone at once, a dirty one after it was written. A pinned one stays."""
-        if page.state is not PageState.RESIDENT or page.pins or self.closed:
+        if page.state is not PageState.RESIDENT or page.pins or page.awaited or self.closed:
             return
         if page.aliased:
             page.dirty = page.dirty or not self._unchanged(page)

@@ -203,4 +203,4 @@ class Residency:
             return (2, -distance)
 
         pages = (page for entry in self._entries.values() for page in entry.pages)
-        return sorted((p for p in pages if p.state is PageState.RESIDENT and not p.pins), key=rank)
+        return sorted((p for p in pages if p.state is PageState.RESIDENT and not (p.pins or p.awaited)), key=rank)

@@ -28,6 +28,7 @@ class Room:
 
     Attributes:
         computing: thread -> ranges of pages that it computes on.
+        awaiting: threads that wait for a page, and go on once it is there.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Room:
         finalizers: FinalizerQueue,
     ) -> None:
         self.computing: dict[int, int] = {}
+        self.awaiting = 0
         self._changed = changed
         self._ledger = ledger
         self._entries = entries
@@ -135,8 +137,8 @@ class Room:
         return self._ledger.frames_limit_bytes() // FRAME_BYTES * FRAME_BYTES
 
     def _others_compute(self) -> bool:
-        """Whether other threads compute on pages, which they will unpin without waiting for this one."""
-        return bool(self.computing) and threading.get_ident() not in self.computing
+        """Whether other threads compute on pages, or soon will, which they unpin without waiting for this one."""
+        return self.awaiting > 0 or (bool(self.computing) and threading.get_ident() not in self.computing)
 
     def _does_not_fit(self, n_bytes: int, available: int, owner: str) -> MemoryBudgetExceeded:
         limit = self._frames.limit_bytes
