@@ -46,8 +46,9 @@ def test_process_memory_without_proc(tmp_path):
 def test_rss_sees_an_allocation_and_is_fast():
     before = rss_bytes()
     block = mmap.mmap(-1, 64 * MIB)  # not from the heap, which may have room already
-    block.write(b"x" * (64 * MIB))
-    assert 60 * MIB < rss_bytes() - before < 140 * MIB
+    for _ in range(64):
+        block.write(b"x" * MIB)
+    assert 50 * MIB < rss_bytes() - before < 90 * MIB
     block.close()
 
     def seconds_per_call() -> float:

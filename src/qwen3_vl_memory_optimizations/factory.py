@@ -50,8 +50,8 @@ def create_optimized_model(
             the model's configuration, where it has one.
         assistant: a smaller model with the same vocabulary, in any form that `model_config` takes. It drafts tokens
             for `generate`, within the same budget; `generate(..., assistant_model=None)` goes without it.
-        dtype: dtype of the computation. Default: fp32 for a checkpoint in fp32, else the faster of bf16 and fp32 on
-            this machine.
+        dtype: dtype of the computation. Default: fp32 for a checkpoint in fp32, else bf16, or fp32 where that is at
+            least twice as fast on this machine.
         model_class: what to build of a checkpoint, where it is not the class of transformers but one derived from it.
         progress: called with a description, the bytes done and the bytes in all while packing and loading.
 
