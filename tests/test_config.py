@@ -107,7 +107,7 @@ def test_a_config_passes_through_and_cannot_be_changed():
 @pytest.mark.parametrize(
     ("settings", "codec"),
     [
-        ({}, "int8"),
+        ({}, "int8_rotated"),
         ({"enable_compression": False}, "none"),
         ({"enable_int8_quantization": False}, "none"),
         ({"codec": "int8", "enable_compression": False}, "int8"),

@@ -42,7 +42,7 @@ def main() -> None:
     from qwen3_vl_memory_optimizations import create_optimized_model
 
     plain = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=torch.bfloat16).eval()
-    ours = create_optimized_model(arguments.model, {"codec": "int8", "cache_dir": arguments.cache_dir})
+    ours = create_optimized_model(arguments.model, {"codec": "int8_rotated", "cache_dir": arguments.cache_dir})
     ids = torch.randint(1000, 100_000, (1, arguments.prefill_tokens), generator=torch.Generator().manual_seed(0))
     seconds: dict[str, dict[str, list[float]]] = {"plain bf16": {}, "int8": {}}
     with torch.no_grad():
@@ -78,7 +78,7 @@ def main() -> None:
 
 def kernel_choices(model) -> dict:
     """Return what the codec measured and chose."""
-    entry = next(entry for entry in model.memory_optimizer.pager.entries.values() if entry.codec.name == "int8")
+    entry = next(entry for entry in model.memory_optimizer.pager.entries.values() if entry.codec.name == "int8_rotated")
     return entry.codec.kernels.choices()
 
 

@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--ram-budget", default=None)
-    parser.add_argument("--codec", default="int8")
+    parser.add_argument("--codec", default="auto")
     parser.add_argument("--cache-dir", default=None)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--image-px", type=int, default=448, help="side of a square image; 0: text only")

@@ -105,7 +105,7 @@ def make_checkpoint(layout: Layout, shape: str) -> None:
         print(f"writing {checkpoint}", flush=True)
         _run([sys.executable, str(ROOT / "benchmarks" / "make_checkpoint.py"), shape, str(checkpoint)])
     code = "import sys; from qwen3_vl_memory_optimizations.cli import main; main()"
-    pack = ["pack", str(checkpoint), "--codec", "int8", "--cache-dir", str(layout.cache), "--json"]
+    pack = ["pack", str(checkpoint), "--codec", "auto", "--cache-dir", str(layout.cache), "--json"]
     _run([sys.executable, "-c", code, *pack], os.environ | {"PYTHONPATH": str(ROOT / "src")})
 
 

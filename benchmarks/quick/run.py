@@ -67,7 +67,7 @@ def measure(bench_dir: Path) -> dict[str, float]:
     if not (directory / "config.json").is_file():
         make_checkpoint("2B", directory, layers=4, vision_layers=4)
     cache = {"cache_dir": bench_dir / "cache"}
-    ours = create_optimized_model(directory, {"codec": "int8", **cache})
+    ours = create_optimized_model(directory, {"codec": "int8_rotated", **cache})
     plain = _plain(directory)
     times = {name: Times(model) for name, model in (("plain", plain), ("ours", ours))}
     for _ in range(ROUNDS + 1):  # the first round warms up, and times kernels
@@ -125,11 +125,13 @@ def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
 
 def _above_memory(directory: Path, cache: dict[str, Any], in_memory_s: float) -> dict[str, float]:
     """Decode with 60 % of the decoder's bytes: the share of what SSD and processor allow, and of Belady's hit rate."""
-    probe = create_optimized_model(directory, {"codec": "int8", **cache})
+    probe = create_optimized_model(directory, {"codec": "int8_rotated", **cache})
     entries = probe.memory_optimizer.pager.entries.values()
     decoder_bytes = sum(entry.n_bytes for entry in entries if "visual" not in entry.tensor_id)
     probe.memory_optimizer.close()
-    model = create_optimized_model(directory, {"codec": "int8", "tensor_budget": int(0.6 * decoder_bytes), **cache})
+    model = create_optimized_model(
+        directory, {"codec": "int8_rotated", "tensor_budget": int(0.6 * decoder_bytes), **cache}
+    )
     stats, timed = model.memory_optimizer.pager.stats, Times(model)
     packed = next(iter(model.memory_optimizer.pager.entries.values())).source.file.path
     timed.round()

@@ -1,7 +1,7 @@
 """`MemoryConfig`: every setting of the memory system, checked once, where it enters.
 
 Keys and defaults follow sections 4.1 and 5.2 of the specification; `ram_budget`, `tensor_budget`, `gpu_budget`,
-`cache_dir`, `codec`, `swap_algorithm` and `image_policy` are this library's own.
+`cache_dir`, `codec`, `swap_algorithm`, `image_policy` and `fused_modules` are this library's own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 
 from .errors import ConfigurationError
 
-CODEC_CHOICES = ("auto", "int8", "fp16", "svd", "sparse", "none")
+CODEC_CHOICES = ("auto", "int8_rotated", "int8", "fp16", "svd", "sparse", "none")
 SWAP_ALGORITHMS = ("lru", "clock", "predictive")
 IMAGE_POLICIES = ("downsize", "refuse")
 
@@ -44,7 +44,12 @@ _SIZES = (
     "tensor_budget",
     "gpu_budget",
 )
-_CHOICES = {"codec": CODEC_CHOICES, "swap_algorithm": SWAP_ALGORITHMS, "image_policy": IMAGE_POLICIES}
+_CHOICES = {
+    "codec": CODEC_CHOICES,
+    "swap_algorithm": SWAP_ALGORITHMS,
+    "image_policy": IMAGE_POLICIES,
+    "fused_modules": ("auto", "on", "off"),
+}
 
 
 def parse_size(value: object, *, key: str = "size") -> int:
@@ -85,6 +90,8 @@ class MemoryConfig:
         gpu_budget: the most device memory; without a GPU it has no effect.
         cache_dir: where packed checkpoints lie; default `$QWEN3VL_MEM_CACHE`, else `~/.cache/qwen3vl-mem`.
         codec: how large weights are stored: `auto` lets the library choose, `none` keeps them as they are.
+        fused_modules: decoder layers with fewer and larger operations (`model.fused`): `auto` is `on` where weights are
+            encoded with loss; with `off`, results of codec `none` are those of transformers bit by bit.
         enable_memory_pooling: page frames and blocks are reused instead of returned to the system at once.
         enable_compression: with `False`, `codec="auto"` means `"none"`.
         enable_int8_quantization: with `False`, `codec="auto"` does not choose INT8.
@@ -123,6 +130,7 @@ class MemoryConfig:
     codec: str = "auto"
     swap_algorithm: str = "predictive"
     image_policy: str = "downsize"
+    fused_modules: str = "auto"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -158,7 +166,11 @@ class MemoryConfig:
         """Return the codec for large weights with `auto` and the `enable_*` switches resolved."""
         if self.codec != "auto":
             return self.codec
-        return "int8" if self.enable_compression and self.enable_int8_quantization else "none"
+        return "int8_rotated" if self.enable_compression and self.enable_int8_quantization else "none"
+
+    def fuses_modules(self) -> bool:
+        """Return whether decoder layers are fused, with `auto` resolved."""
+        return self.fused_modules == "on" or (self.fused_modules == "auto" and self.weight_codec() != "none")
 
 
 def jsonable(settings: Mapping[str, Any] | MemoryConfig) -> dict[str, Any]:

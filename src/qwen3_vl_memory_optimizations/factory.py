@@ -18,6 +18,7 @@ from .config import MemoryConfig, jsonable
 from .errors import CheckpointError, ConfigurationError, MemoryBudgetExceeded, format_bytes
 from .model.activations import FIXED_RESERVE_BYTES, estimate_activation_bytes, forward_size
 from .model.assisted import ASSISTANT, attach_draft, require_draft
+from .model.fused import fuse_layers, joined_names
 from .model.loading import WeightLoader
 from .model.packing import Progress, pack_checkpoint
 from .model.skeleton import build_skeleton, skeleton_of
@@ -169,7 +170,8 @@ class _Source:
         if self.checkpoint is None:
             loader.from_memory(self.model, config.weight_codec(), initialize=self.draws)
         else:
-            loader.from_checkpoint(self.model, self.checkpoint)
+            joined = joined_names(self.model) if config.fuses_modules() else ()
+            loader.from_checkpoint(self.model, self.checkpoint, joined)
             _attach_generation_config(self.model, self.checkpoint.directory)
 
 
@@ -218,6 +220,8 @@ def _finish(model: Any, draft: Any, optimizer: MemoryOptimizer, compute_dtype: t
     if limited:
         optimizer.reserve_activations(FIXED_RESERVE_BYTES)
     for each in (model,) if draft is None else (model, draft):
+        if optimizer.config.fuses_modules():
+            fuse_layers(each)
         if limited:
             _reserve_before_forwards(each, optimizer, compute_dtype.itemsize, lowers=each is model)
         each.eval()

@@ -17,14 +17,18 @@ from qwen3_vl_memory_optimizations.compression import (
     KernelSelector,
     LinearInput,
     RawCodec,
+    RotatedINT8Codec,
     Scratch,
     codec_names,
     create_codec,
     int8,
+    int8_kernels,
     register_codec,
 )
 from qwen3_vl_memory_optimizations.compression.base import linear_in_steps
+from qwen3_vl_memory_optimizations.compression.int8_kernels import dequantize
 from qwen3_vl_memory_optimizations.compression.kernels import int8_product_saturates, row_class
+from qwen3_vl_memory_optimizations.compression.rotation import rotate, rotate_back
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((64, 96), (1, 32), (7, 33), (3, 1), (130, 514), (4, 3, 5, 2))
@@ -212,6 +216,81 @@ class TestINT8(CodecContract):
         assert torch.equal(encoded["row_sum"], encoded["data"].int().sum(dim=1).int())
 
 
+class TestRotatedINT8(TestINT8):
+    name = "int8_rotated"
+    product_floor_db = 38  # 8 bits an activation
+
+    def test_no_value_is_clipped(self, codec):
+        values = torch.randn(64, 256)
+        encoded = codec.encode(values)
+        error = (dequantize(encoded, torch.empty(64, 256)) - rotate(values)).abs()
+        assert bool((error <= encoded["scale"][:, None] * 0.5001).all())
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("n_rows", [1, 3, 6, 40])
+    @pytest.mark.parametrize("outliers", ["weights", "activations", "both"])
+    def test_outlier_channels_cost_no_precision(self, codec, n_rows, dtype, outliers):
+        weights, x = torch.randn(96, 2048), torch.randn(n_rows, 2048)
+        channels = torch.randperm(2048)[:10]
+        if outliers != "activations":
+            weights[:, channels] *= 50
+        if outliers != "weights":
+            x[:, channels] *= 50
+        weights, x = weights.to(dtype), x.to(dtype)
+        exact = F.linear(x.double(), weights.double())
+        encoded = codec.encode(weights)
+        for _ in range(12):  # each kernel has its turn
+            found = product(codec, x, encoded)
+            assert_snr(exact, found, 33, f"{self.name} {n_rows} rows {dtype}, outliers in {outliers}")
+        if not int8_product_saturates() and n_rows < 5:
+            assert any("digit" in choice.runs for choice in codec.kernels.choices().values())
+
+    def test_activations_that_stay_uneven_go_to_exact_kernels(self, codec, monkeypatch):
+        """The rotation can make a spike, of what it makes of one."""
+        monkeypatch.setattr(RotatedINT8Codec, "kernel_functions", int8_kernels.KERNELS)
+        encoded = codec.encode(torch.randn(32, 2048))
+        spike = torch.zeros(2048)
+        spike[7] = 1
+        uneven = rotate_back(spike[None]) + torch.randn(1, 2048) * 1e-3
+        for n_rows in (1, 8):
+            x = torch.cat([torch.randn(n_rows - 1, 2048), uneven])
+            exact = F.linear(x.double(), decoded(codec, encoded, torch.float64))
+            for _ in range(12):
+                assert_snr(exact, product(codec, x, encoded), 44)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 33, 64, 96, 576, 2048, 2560, 4304, 9728, 12288])
+def test_the_rotation_is_orthonormal_and_the_same_for_each_row(columns):
+    x = torch.randn(9, columns)
+    y = rotate(x)
+    assert torch.allclose(rotate_back(y), x, atol=1e-5 * 30)
+    assert torch.allclose(y.norm(dim=1), x.norm(dim=1), rtol=1e-5)
+    for row in range(9):
+        assert torch.allclose(rotate(x[row : row + 1])[0], y[row], atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", ["one channel", "constant", "alternating", "half"])
+def test_the_rotation_spreads_what_is_uneven(pattern):
+    x = torch.zeros(1, 2048)
+    match pattern:
+        case "one channel":
+            x[0, 100] = 1
+        case "constant":
+            x[:] = 1
+        case "alternating":
+            x[0, ::2], x[0, 1::2] = 1, -1
+        case "half":
+            x[0, :1024] = 1
+    y = rotate(x)
+    assert float(y.abs().max() / y.square().mean().sqrt()) < 10  # 45 without the random signs
+
+
+def test_the_rotation_never_changes():
+    """Encoded checkpoints depend on it."""
+    row = rotate(torch.arange(1.0, 129.0)[None])[0]
+    assert [round(float(value), 3) for value in row[:4]] == [-111.723, -56.569, 41.719, -299.106]
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.floats(min_value=0, max_value=2.0**126, width=32))
 def test_a_scale_is_the_smallest_bf16_value_not_below(value):
@@ -236,13 +315,13 @@ def outlier_problem(n_rows, n=96, k=512, dtype=torch.float32):
 @pytest.mark.parametrize("n_rows", [1, 5, 32])
 def test_packed_kernel_with_outliers(n_rows, dtype):
     _, x, encoded, exact = outlier_problem(n_rows, dtype=dtype)
-    assert_snr(exact, int8._packed_product(LinearInput(x), encoded), 44, f"packed {dtype}")
+    assert_snr(exact, int8_kernels._packed_product(LinearInput(x), encoded, Scratch()), 44, f"packed {dtype}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_folded_kernel_with_outliers(dtype):
     _, x, encoded, exact = outlier_problem(1, dtype=dtype)
-    found = int8._folded_product(LinearInput(x), encoded)
+    found = int8_kernels._folded_product(LinearInput(x), encoded, Scratch())
     assert found.dtype == dtype and found.shape == exact.shape
     assert_snr(exact, found, 44, f"folded {dtype}")
 
@@ -260,7 +339,7 @@ def test_decoding_kernel_with_outliers(n_rows, dtype, floor_db, slot_bytes):
 def digits(request, monkeypatch):
     if request.param == "8-bit" and int8_product_saturates():
         pytest.skip("this machine's INT8 product saturates with 8-bit digits")
-    monkeypatch.setattr(int8, "int8_product_saturates", lambda: request.param == "7-bit")
+    monkeypatch.setattr(int8_kernels, "int8_product_saturates", lambda: request.param == "7-bit")
     return request.param
 
 
@@ -268,7 +347,7 @@ def digits(request, monkeypatch):
 @pytest.mark.parametrize(("n_rows", "n", "k"), [(5, 96, 512), (40, 96, 512), (9, 7, 33), (1, 1, 1), (6, 130, 514)])
 def test_split_kernel_with_outliers(digits, n_rows, n, k, dtype, floor_db):
     _, x, encoded, exact = outlier_problem(n_rows, n, max(k, 3), dtype)
-    found = int8._split_product(LinearInput(x), encoded)
+    found = int8_kernels._split_product(LinearInput(x), encoded, Scratch())
     assert_snr(exact, found, floor_db, f"split {digits} {dtype} {(n_rows, n, k)}")
 
 
@@ -280,14 +359,19 @@ def test_split_kernel_at_the_ends_of_its_ranges(digits):
             encoded = codec.encode(torch.full((32, k), float(w_sign)))
             x = torch.full((8, k), 3.0 * x_sign)
             exact = F.linear(x.double(), decoded(codec, encoded, torch.float64))
-            assert_snr(exact, int8._split_product(LinearInput(x), encoded), 60, f"{digits} {x_sign} {w_sign}")
+            assert_snr(
+                exact,
+                int8_kernels._split_product(LinearInput(x), encoded, Scratch()),
+                60,
+                f"{digits} {x_sign} {w_sign}",
+            )
 
 
 def test_split_kernel_with_a_zero_row_of_activations(digits):
     codec = INT8Codec()
     x = torch.randn(6, 64)
     x[2] = 0
-    found = int8._split_product(LinearInput(x), codec.encode(torch.randn(8, 64)))
+    found = int8_kernels._split_product(LinearInput(x), codec.encode(torch.randn(8, 64)), Scratch())
     assert float(found[2].abs().max()) == 0
 
 
@@ -411,7 +495,7 @@ def test_scratch_asks_before_it_grows_and_keeps_its_memory_when_refused():
 
 
 def test_registry_names_what_it_knows_and_refuses_a_name_twice():
-    with pytest.raises(ConfigurationError, match="int8, none"):
+    with pytest.raises(ConfigurationError, match="int8, int8_rotated, none"):
         create_codec("zip")
     with pytest.raises(ConfigurationError, match="already"):
         register_codec("int8", INT8Codec)

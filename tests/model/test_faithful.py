@@ -39,11 +39,16 @@ def assisted(request, tmp_path_factory):
     model.memory_optimizer.close()
 
 
-@pytest.fixture(scope="module", params=[None, 900_000], ids=["unlimited", "a third of the weights"])
+@pytest.fixture(
+    scope="module",
+    params=[("int8", None), ("int8", 900_000), ("int8_rotated", None), ("int8_rotated", 900_000)],
+    ids=lambda param: f"{param[0]}, {'a third of the weights' if param[1] else 'unlimited'}",
+)
 def int8(request, tmp_path_factory):
+    codec, budget_bytes = request.param
     model = create_optimized_model(
         tiny.DIRECTORY,
-        {"codec": "int8", "tensor_budget": request.param, "cache_dir": tmp_path_factory.mktemp("cache")},
+        {"codec": codec, "tensor_budget": budget_bytes, "cache_dir": tmp_path_factory.mktemp("cache")},
     )
     yield model
     model.memory_optimizer.close()

@@ -65,7 +65,7 @@ def test_takes_a_configuration(tmp_path):
 
     config = Qwen3VLConfig.from_pretrained(tiny.DIRECTORY)
     with create_optimized_model(config, settings(tmp_path)).memory_optimizer as optimizer:
-        assert {use.codec for use in optimizer.pager.usage()} == {"int8"}
+        assert {use.codec for use in optimizer.pager.usage()} == {"int8_rotated"}
     torch.manual_seed(1)
     model = create_optimized_model(config, settings(tmp_path, codec="none"))
     logits = model(**tiny.cases()["image"]).logits

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..compression import INT8Codec, LinearInput, Scratch
+from ..compression import LinearInput, RotatedINT8Codec, Scratch
 
 _COLUMNS, _ROWS = 2048, 2048
 _LONGEST_S = 0.5
@@ -34,7 +34,7 @@ def product_speeds(rows: int, *, runs: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(_ROWS, _COLUMNS, generator=generator)
     x = torch.randn(rows, _COLUMNS, generator=generator)
-    codec, scratch = INT8Codec(), Scratch()
+    codec, scratch = RotatedINT8Codec(), Scratch()
     encoded = codec.encode(weight)
     low_x, low_weight = x.bfloat16(), weight.bfloat16()
     products: dict[str, Callable[[], Any]] = {

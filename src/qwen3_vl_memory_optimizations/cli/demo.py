@@ -35,7 +35,7 @@ _QUESTIONS = _PACKAGE / "assets" / "demo" / "questions.json"
 
 
 def demo(
-    codec: CodecOption = "int8",
+    codec: CodecOption = "auto",
     tensor_budget: Annotated[
         str | None,
         typer.Option("--tensor-budget", metavar="SIZE", help="(default: a third of the stored weights)"),

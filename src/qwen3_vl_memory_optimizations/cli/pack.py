@@ -13,7 +13,7 @@ from ._output import CacheDirOption, CodecOption, DebugOption, JsonOption, conso
 
 def pack(
     model: Annotated[Path, typer.Argument(help="A checkpoint directory.")],
-    codec: CodecOption = "int8",
+    codec: CodecOption = "auto",
     cache_dir: CacheDirOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,

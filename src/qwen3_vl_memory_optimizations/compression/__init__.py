@@ -5,6 +5,7 @@ from .int8 import INT8Codec
 from .kernels import KernelSelector
 from .raw import RawCodec
 from .registry import codec_names, create_codec, register_codec
+from .rotated import RotatedINT8Codec
 
 __all__ = [
     "ROW_MULTIPLE",
@@ -13,6 +14,7 @@ __all__ = [
     "KernelSelector",
     "LinearInput",
     "RawCodec",
+    "RotatedINT8Codec",
     "Scratch",
     "Segment",
     "codec_names",

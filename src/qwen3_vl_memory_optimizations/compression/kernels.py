@@ -60,6 +60,14 @@ class KernelSelector:
         self._timer = timer
         self._choices: dict[Hashable, KernelChoice] = {}
 
+    def chosen(self, key: Hashable) -> str | None:
+        """Return the kernel chosen for `key` if it is to be used without being timed; otherwise call `run`."""
+        choice = self._choices.get(key)
+        if choice is None or not choice.name or _is_retry(choice.calls + 1):
+            return None
+        choice.calls += 1
+        return choice.name
+
     def run(
         self, key: Hashable, candidates: Mapping[str, Callable[[], torch.Tensor]], work: float = 1.0
     ) -> torch.Tensor:
@@ -79,7 +87,7 @@ class KernelSelector:
             name = min((name for name in candidates if not choice.settled(name)), key=choice.runs.__getitem__)
             return self._timed(choice, name, candidates, work)
         choice.calls += 1
-        if choice.calls < _FIRST_RETRY or choice.calls & (choice.calls - 1):
+        if not _is_retry(choice.calls):
             return candidates[choice.name]()
         limit = _WORTH_A_RETRY * choice.seconds[choice.name]
         close = [name for name in candidates if choice.seconds[name] <= limit]
@@ -105,6 +113,10 @@ class KernelSelector:
     def choices(self) -> dict[Hashable, KernelChoice]:
         """Return what was measured and chosen so far."""
         return dict(self._choices)
+
+
+def _is_retry(calls: int) -> bool:
+    return calls >= _FIRST_RETRY and not calls & (calls - 1)
 
 
 def row_class(n_rows: int) -> int:

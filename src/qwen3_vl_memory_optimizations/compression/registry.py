@@ -9,6 +9,7 @@ from .base import Codec
 from .int8 import INT8Codec
 from .kernels import KernelSelector
 from .raw import RawCodec
+from .rotated import RotatedINT8Codec
 
 _FACTORIES: dict[str, Callable[[KernelSelector], Codec]] = {}
 
@@ -42,3 +43,4 @@ def codec_names() -> tuple[str, ...]:
 
 register_codec(RawCodec.name, lambda kernels: RawCodec())
 register_codec(INT8Codec.name, INT8Codec)
+register_codec(RotatedINT8Codec.name, RotatedINT8Codec)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from torch import nn
 
 from ..compression import Codec, KernelSelector, create_codec
 from ..errors import CheckpointError, CorruptDataError
-from ..paging import FileSource, ManagedTensor, Pager, TensorEntry
+from ..paging import FileSource, ManagedTensor, Pager, TensorEntry, join
 from ..pools import FRAME_BYTES, reserve, unreserve
 from ..storage import Checkpoint, DirectFile, TensorExtent
 from .packing import CODECS_KEY, TORCH_DTYPES, Progress, find_extent, read_row_chunks, segment_name
@@ -23,6 +25,16 @@ logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 16 << 20
 _PAGE_WHOLE_BYTES = 1 << 62
+_SLACK_BYTES = 2 * FRAME_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor lies, and the address space that is its own."""
+
+    address: int
+    reserved: int
+    reserved_bytes: int
 
 
 class WeightLoader:
@@ -51,8 +63,13 @@ class WeightLoader:
             self._codecs[name] = create_codec(name, self._kernels)
         return self._codecs[name]
 
-    def from_checkpoint(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+    def from_checkpoint(self, model: nn.Module, checkpoint: Checkpoint, joined: Sequence[tuple[str, ...]] = ()) -> None:
         """Fill `model` (see `build_skeleton`): small tensors are read, large ones registered to be read on demand.
+
+        Args:
+            model: the skeleton.
+            checkpoint: holds the weights.
+            joined: names of weights to lay side by side in memory, where their pages allow it (see `paging.join`).
 
         Raises:
             CheckpointError: a tensor is missing or has another shape.
@@ -63,15 +80,23 @@ class WeightLoader:
         extents = {site.name: find_extent(checkpoint, site) for site in sites}
         total = sum(extent.n_bytes for extent in extents.values())
         done = 0
+        places = self._places_of([[extents.get(name) for name in names] for names in joined])
+        entries: dict[str, TensorEntry] = {}
         for site in sites:
             extent = extents[site.name]
             if site.managed:
-                put(site, self._register(site, checkpoint, extent, self._codec(codecs.get(site.name, "none"))))
+                codec = self._codec(codecs.get(site.name, "none"))
+                entry = self._register(site, checkpoint, extent, codec, places.get(site.name))
+                put(site, ManagedTensor(self._pager, entry))
+                entries[site.name] = entry
             else:
                 self._pager.ledger.add("small weights", math.prod(site.shape) * self._dtype.itemsize)
                 put(site, nn.Parameter(self._read(extent).to(self._dtype), requires_grad=False))
             done += extent.n_bytes
             self._report("loading", done, total)
+        for names in joined:
+            if all(name in entries for name in names):
+                join([entries[name] for name in names])
         unused = checkpoint.tensors.keys() - {
             segment_name(site.name, segment.name, index == 0)
             for site in sites
@@ -104,7 +129,27 @@ class WeightLoader:
             self._files[extent.path] = DirectFile(extent.path)
         return self._files[extent.path]
 
-    def _register(self, site: WeightSite, checkpoint: Checkpoint, extent: TensorExtent, codec: Codec) -> ManagedTensor:
+    def _places_of(self, groups: list[list[TensorExtent | None]]) -> dict[str, _Place]:
+        """Reserve address space for tensors that shall lie side by side; those whose pages do not end there stay out.
+
+        An encoded tensor ends in whole page frames, and starts in the file where one does, as packing writes them.
+        """
+        places = {}
+        for group in groups:
+            extents = [extent for extent in group if extent is not None]
+            fits = all(extent.n_bytes % FRAME_BYTES == 0 == extent.offset_bytes % FRAME_BYTES for extent in extents)
+            if len(extents) < len(group) or not fits:
+                continue
+            address = reserve(sum(extent.n_bytes for extent in extents) + _SLACK_BYTES)
+            for extent in extents:
+                slack = _SLACK_BYTES if extent is extents[-1] else 0
+                places[extent.name] = _Place(address, address, extent.n_bytes + slack)
+                address += extent.n_bytes
+        return places
+
+    def _register(
+        self, site: WeightSite, checkpoint: Checkpoint, extent: TensorExtent, codec: Codec, place: _Place | None
+    ) -> TensorEntry:
         stored_dtype = TORCH_DTYPES[extent.dtype]
         segments = codec.segments(site.shape, stored_dtype)
         first = segments[0]
@@ -117,14 +162,18 @@ class WeightLoader:
             resident[segment.name] = self._read(checkpoint.tensors[name])
         row_bytes = first.n_bytes // first.shape[0]
         rows = extent.page_bytes // row_bytes if extent.page_bytes else rows_per_page(first.shape, first.dtype.itemsize)
-        lead = extent.offset_bytes % FRAME_BYTES  # direct reads need file offset and address equal modulo a block
+        if place is None:
+            lead = extent.offset_bytes % FRAME_BYTES  # direct reads need file offset and address equal modulo a block
+            reserved_bytes = lead + first.n_bytes + _SLACK_BYTES
+            start = reserve(reserved_bytes)
+            place = _Place(start + lead, start, reserved_bytes)
         entry = TensorEntry(
             self._prefix + site.name,
             "weights",
             site.shape,
             self._dtype,
             codec,
-            reserve(lead + first.n_bytes + 2 * FRAME_BYTES) + lead,
+            place.address,
             first.dtype,
             (first.shape[0], first.shape[1]),
             resident,
@@ -132,16 +181,16 @@ class WeightLoader:
             page_bytes=rows * row_bytes,
             source=FileSource(self._file(extent), extent.offset_bytes, extent.checksums),
         )
-        self._release_address_space(entry, lead)
+        self._release_address_space(entry, place)
         self._pager.add(entry, resident=False)
-        return ManagedTensor(self._pager, entry)
+        return entry
 
-    def _release_address_space(self, entry: TensorEntry, lead: int) -> None:
-        address, n_bytes, frames = entry.address - lead, lead + entry.n_bytes + 2 * FRAME_BYTES, self._pager.frames
+    def _release_address_space(self, entry: TensorEntry, place: _Place) -> None:
+        frames = self._pager.frames
 
         def release() -> None:
-            frames.forget(address, n_bytes)
-            unreserve(address, n_bytes)
+            frames.forget(place.reserved, place.reserved_bytes)
+            unreserve(place.reserved, place.reserved_bytes)
 
         entry.on_released = release
 
@@ -188,13 +237,15 @@ class WeightLoader:
         first = segments[0]
         rows = rows_per_page(first.shape, first.dtype.itemsize)
         encoded = codec.encode(stored)
+        reserved_bytes = first.n_bytes + _SLACK_BYTES
+        address = reserve(reserved_bytes)
         entry = TensorEntry(
             self._prefix + site.name,
             "weights",
             site.shape,
             self._dtype,
             codec,
-            reserve(first.n_bytes + 2 * FRAME_BYTES),
+            address,
             first.dtype,
             (first.shape[0], first.shape[1]),
             {segment.name: encoded[segment.name] for segment in segments[1:]},
@@ -202,7 +253,7 @@ class WeightLoader:
             page_bytes=rows * (first.n_bytes // first.shape[0]),
         )
         self._pager.ledger.add("small weights", sum(segment.n_bytes for segment in segments[1:]))
-        self._release_address_space(entry, 0)
+        self._release_address_space(entry, _Place(address, address, reserved_bytes))
         self._pager.add(entry, resident=True)
         entry.encoded(0, entry.rows)[first.name].copy_(encoded[first.name])
         put(site, ManagedTensor(self._pager, entry))

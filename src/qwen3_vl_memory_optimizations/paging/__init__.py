@@ -2,8 +2,9 @@
 
 from .accounts import ProcessAccounts
 from .entry import PAGE_BYTES, FileSource, Page, PageState, TensorEntry, alias_memory
+from .joined import JoinedEntries, join
 from .ledger import PROCESS, TENSORS, Ledger
-from .managed_tensor import ManagedTensor
+from .managed_tensor import ManagedTensor, linear_joined
 from .pager import Pager
 from .residency import READ_AHEAD_BYTES
 from .stats import PagingStats
@@ -14,6 +15,7 @@ __all__ = [
     "READ_AHEAD_BYTES",
     "TENSORS",
     "FileSource",
+    "JoinedEntries",
     "Ledger",
     "ManagedTensor",
     "Page",
@@ -23,4 +25,6 @@ __all__ = [
     "ProcessAccounts",
     "TensorEntry",
     "alias_memory",
+    "join",
+    "linear_joined",
 ]

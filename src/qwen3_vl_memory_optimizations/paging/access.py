@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -63,8 +63,8 @@ class Access:
 
     def row_ranges(self, entry: TensorEntry) -> Iterator[tuple[int, int]]:
         """Yield ranges of rows, in order, each resident and pinned until the next is asked for."""
-        pages, computing = entry.pages, self._room.computing
-        first, n_pages, thread = 0, len(pages), threading.get_ident()
+        pages = entry.pages
+        first, n_pages = 0, len(pages)
         while first < n_pages:
             with self._lock:
                 if first == 0:
@@ -74,25 +74,69 @@ class Access:
                 while last < n_pages and pages[last].state is PageState.RESIDENT:
                     pages[last].pins += 1
                     last += 1
-                computing[thread] = computing.get(thread, 0) + 1
+                self._enter()
             try:
                 yield entry.row_range(first, last)
             finally:
                 with self._lock:
-                    computing[thread] -= 1
-                    if not computing[thread]:
-                        del computing[thread]
-                    self._changed.notify_all()
-                    for page in pages[first:last]:
-                        if page.unused:
-                            self._mover.touch(page)
-                        page.pins -= 1
-                        if not page.kept:
-                            self._mover.evict(page)
-                    if entry.freed:
-                        self._release(entry)
-                    self._residency.advance(entry, last)
+                    self._leave()
+                    self._used(entry, first, last)
             first = last
+
+    def _enter(self) -> None:
+        """Note that this thread computes on pinned pages."""
+        computing, thread = self._room.computing, threading.get_ident()
+        computing[thread] = computing.get(thread, 0) + 1
+
+    def _leave(self) -> None:
+        computing, thread = self._room.computing, threading.get_ident()
+        computing[thread] -= 1
+        if not computing[thread]:
+            del computing[thread]
+        self._changed.notify_all()
+
+    def _used(self, entry: TensorEntry, first: int, last: int) -> None:
+        """Unpin pages of a tensor that were computed on."""
+        for page in entry.pages[first:last]:
+            if page.unused:
+                self._mover.touch(page)
+            page.pins -= 1
+            if not page.kept:
+                self._mover.evict(page)
+        if entry.freed:
+            self._release(entry)
+        self._residency.advance(entry, last)
+
+    def hold(self, entries: Sequence[TensorEntry]) -> bool:
+        """Pin tensors that are in memory whole, as an access to each, while somebody computes on them.
+
+        Returns:
+            `False`, with nothing done, if a page of them is not there.
+        """
+        with self._lock:
+            for entry in entries:
+                if entry.missing or entry.freed:
+                    return False
+            if self._mover.closed:
+                return False
+            for entry in entries:
+                for page in entry.pages:
+                    page.pins += 1
+            self._enter()
+            try:
+                for entry in entries:
+                    self._begin(entry)
+            except BaseException:
+                self.let_go(entries)
+                raise
+        return True
+
+    def let_go(self, entries: Sequence[TensorEntry]) -> None:
+        """Undo one `hold`."""
+        with self._lock:
+            self._leave()
+            for entry in entries:
+                self._used(entry, 0, len(entry.pages))
 
     def pin(self, entry: TensorEntry) -> None:
         """Make a whole tensor resident and pin it.

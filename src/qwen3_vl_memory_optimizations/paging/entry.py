@@ -6,12 +6,16 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..compression import Codec
 from ..pools import FRAME_BYTES
 from ..storage import DirectFile
+
+if TYPE_CHECKING:
+    from .joined import JoinedEntries
 
 PAGE_BYTES = 4 * 2**20
 _REMEMBERED_RANGES = 64
@@ -137,6 +141,7 @@ class TensorEntry:
         self.missing = len(self.pages)
         self.freed = False
         self.on_released: Callable[[], None] | None = None
+        self.joined: JoinedEntries | None = None
         data = alias_memory(address, self.n_bytes).view(paged_dtype).view(rows, columns)
         self._segments = {codec.segments(shape, dtype)[0].name: data, **resident}  # the paged one first
         self._ranges: dict[tuple[int, int], dict[str, torch.Tensor]] = {(0, rows): self._segments}
@@ -175,6 +180,13 @@ class TensorEntry:
             if len(self._ranges) < _REMEMBERED_RANGES:
                 self._ranges[start, stop] = views
         return views
+
+    def share_segments(self, joined: JoinedEntries, resident: dict[str, torch.Tensor]) -> None:
+        """Become one of several tensors that are seen as one: its small segments are part of theirs."""
+        assert set(resident) == set(list(self._segments)[1:])
+        self.joined = joined
+        self._segments.update(resident)
+        self._ranges = {(0, self.rows): self._segments}
 
     def holds(self, address: int) -> bool:
         """Whether an address is in the paged segment."""

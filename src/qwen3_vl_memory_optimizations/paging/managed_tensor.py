@@ -8,7 +8,7 @@ and then a view keeps them pinned for as long as it lives.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -142,6 +142,16 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     if type(bias) is ManagedTensor:
         bias = _plain(bias)
     return weight.pager.linear(weight.entry, input, bias)
+
+
+def linear_joined(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return `x @ W.T` for the rows of several matrices `[n, columns]`, one after the other: `[..., n in all]`."""
+    first = weights[0]
+    if type(first) is ManagedTensor and type(x) is not ManagedTensor:
+        entries = [weight.entry for weight in weights if type(weight) is ManagedTensor and weight.pager is first.pager]
+        if len(entries) == len(weights) and all(entry.rows_per_page and entry.pages for entry in entries):
+            return first.pager.linear_joined(entries, x)
+    return torch.cat([F.linear(x, weight) for weight in weights], dim=-1)
 
 
 def _embedding(

@@ -18,7 +18,7 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -305,8 +305,13 @@ class Pager:
 
     def linear(self, entry: TensorEntry, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return `x @ W.T + bias`, computed on the encoded form, rows of W as they become resident."""
-        left = self._left_operand(x)
-        if len(entry.pages) > 1 and entry.codec.wants_whole(left) and self._fits_whole(entry):
+        left, held = self._left_operand(x), (entry,)
+        if self._access.hold(held):
+            try:
+                out = entry.codec.linear(left, entry.encoded(0, entry.rows), bias, self.scratch)
+            finally:
+                self._access.let_go(held)
+        elif len(entry.pages) > 1 and entry.codec.wants_whole(left) and self._fits_whole(entry):
             self.pin(entry)
             try:
                 out = entry.codec.linear(left, entry.encoded(0, entry.rows), bias, self.scratch)
@@ -315,6 +320,20 @@ class Pager:
         else:
             out = self._linear_in_ranges(entry, left, bias)
         return out if x.dim() == 2 else out.view(*x.shape[:-1], entry.rows)
+
+    def linear_joined(self, entries: Sequence[TensorEntry], x: torch.Tensor) -> torch.Tensor:
+        """Return `x @ W.T` for the rows of several tensors, one after the other: one product where they are joined.
+
+        (See `join`.) Where one of them is not in memory, each is computed by itself as its rows come.
+        """
+        joined = entries[0].joined
+        if joined is not None and joined.entries == tuple(entries) and self._access.hold(joined.entries):
+            try:
+                out = entries[0].codec.linear(self._left_operand(x), joined.encoded, None, self.scratch)
+            finally:
+                self._access.let_go(joined.entries)
+            return out if x.dim() == 2 else out.view(*x.shape[:-1], joined.rows)
+        return torch.cat([self.linear(entry, x, None) for entry in entries], dim=-1)
 
     def _left_operand(self, x: torch.Tensor) -> LinearInput:
         """Return what was derived from `x` for the product before, if that had the same input (q, k, v; gate, up)."""

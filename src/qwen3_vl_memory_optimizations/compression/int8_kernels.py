@@ -1,0 +1,154 @@
+"""The kernels that multiply activations by INT8 rows; which one is used is measured (see `KernelSelector`).
+
+Encoded rows have `data` int8 `[n, k]`, `scale` fp32 `[n]` and `row_sum` int32 `[n]`. Each kernel returns `[M, n]` in
+the dtype of the activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+
+from .base import Encoded, LinearInput, Scratch, linear_in_steps
+from .kernels import int8_product_saturates
+
+_PACKED_COLUMNS = 32
+_PACKED_ROWS = 4
+_MOST_PACKED_ROWS = 32
+_LEAST_SPLIT_ROWS = 5
+_FOLD = 2
+
+Kernel = Callable[[LinearInput, Encoded, Scratch], torch.Tensor]
+
+
+@lru_cache(maxsize=4096)
+def candidates(rows: int, n: int, k: int) -> tuple[str, ...]:
+    """Return the kernels that are right for any activations of so many rows, the one to prefer first."""
+    names = []
+    if rows <= _MOST_PACKED_ROWS and k % _PACKED_COLUMNS == 0 and n % _PACKED_ROWS == 0:
+        names.append("packed")
+        if rows == 1 and n % (_PACKED_ROWS * _FOLD) == 0:
+            names.append("folded")
+    if rows >= _LEAST_SPLIT_ROWS or not names:
+        names.append("decoded")
+    if rows >= _LEAST_SPLIT_ROWS:
+        names.append("split")
+    return tuple(names)
+
+
+def dequantize(encoded: Encoded, out: torch.Tensor) -> torch.Tensor:
+    """Write `data * scale` into `out` `[n, columns]`, in its dtype, and return it."""
+    return out.copy_(encoded["data"]).mul_(encoded["scale"].to(out.dtype)[:, None])
+
+
+def _decoded_product(x: LinearInput, encoded: Encoded, scratch: Scratch) -> torch.Tensor:
+    """Any number of rows: weights decoded to the dtype of the activations, some rows at a time."""
+    return linear_in_steps(x, encoded, None, dequantize, scratch)
+
+
+def _packed_product(x: LinearInput, encoded: Encoded, scratch: Scratch) -> torch.Tensor:
+    """Few rows: torch's weight-only kernel, which reads each weight byte once. Its only fast form takes bf16.
+
+    Shapes it does not divide (32 columns, 4 rows) crash it; the caller checks.
+    """
+    activations = x.derived("bf16", lambda x2d: x2d.to(torch.bfloat16))
+    assert isinstance(activations, torch.Tensor)
+    product = torch._weight_int8pack_mm(activations, encoded["data"], encoded["scale"].to(torch.bfloat16))
+    return product.to(x.x2d.dtype)
+
+
+def _folded_product(x: LinearInput, encoded: Encoded, scratch: Scratch) -> torch.Tensor:
+    """One row, by the same kernel, with the weight seen as `[n / 2, 2 k]` and the row as `[[x, 0], [0, x]]`.
+
+    The kernel reads four rows of the weight side by side. In rows twice as long the processor's prefetcher, which
+    starts anew with each, keeps up with the memory: 20 GB/s instead of 14 for k = 2048. The products with zeros cost
+    nothing while the memory is what limits. Scales differ inside a folded row, so they are applied afterwards.
+    """
+    data, scale = encoded["data"], encoded["scale"]
+    n, k = data.shape
+    folded = x.derived("folded", _fold)
+    assert isinstance(folded, torch.Tensor)
+    product = torch._weight_int8pack_mm(folded, data.view(n // _FOLD, _FOLD * k), _ones(n // _FOLD))
+    out = x.x2d.new_empty((1, n))
+    torch.mul(product.t(), scale.view(n // _FOLD, _FOLD), out=out.view(n // _FOLD, _FOLD))
+    return out
+
+
+def _fold(x2d: torch.Tensor) -> torch.Tensor:
+    row = x2d.to(torch.bfloat16)
+    return torch.cat((row, _zeros(_FOLD * row.shape[1]), row), dim=1).view(_FOLD, -1)
+
+
+@lru_cache(maxsize=64)
+def _zeros(n: int) -> torch.Tensor:
+    return torch.zeros((1, n), dtype=torch.bfloat16)
+
+
+@lru_cache(maxsize=64)
+def _ones(n: int) -> torch.Tensor:
+    return torch.ones(n, dtype=torch.bfloat16)
+
+
+def _split_product(x: LinearInput, encoded: Encoded, scratch: Scratch) -> torch.Tensor:
+    """Many rows: integer product with each activation written as two integers, `hi * base + lo`.
+
+    One 8-bit number a value would not do for rows with outliers, which real models have; two cost a second product and
+    leave a relative error of 2**-14 of the largest value of the row, so outliers need no special case. Where the
+    integer product saturates, digits are taken in [0, 127] and moved to [-128, -1]: oneDNN adds the 128 back, and
+    127 * 127 * 2 fits its 16-bit sums; the offset is taken out again through `row_sum`.
+    """
+    data, scale = encoded["data"], encoded["scale"]
+    digits: torch.Tensor
+    row_scale: torch.Tensor
+    if int8_product_saturates():
+        digits, row_scale = x.derived("digits7", _digits_of_seven_bits)  # type: ignore[misc]
+        base, offset = 128, 64 * 129
+    else:
+        digits, row_scale = x.derived("digits8", _digits_of_eight_bits)  # type: ignore[misc]
+        base, offset = 254, 0
+    product = torch._int_mm(digits, data.t())
+    m = x.rows
+    # In fp32, as int32 would overflow; operations on mixed dtypes take several times as long.
+    total = product[:m].float().mul_(base).add_(product[m:].float())
+    if offset:
+        total.add_(encoded["row_sum"].float(), alpha=offset)
+    return total.mul_(row_scale).mul_(scale).to(x.x2d.dtype)
+
+
+def _scaled(x2d: torch.Tensor, largest_integer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as rounded multiples, in fp32, of a scale `[M, 1]` that makes the largest value `largest_integer`."""
+    values = x2d.float()
+    largest = torch.maximum(values.amax(dim=1, keepdim=True), values.amin(dim=1, keepdim=True).neg_())
+    scale = torch.where(largest > 0, largest / largest_integer, torch.ones_like(largest))
+    return torch.div(values, scale).round_(), scale
+
+
+def _digits_of_eight_bits(x2d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Digits `[2M, K]` int8 with value = hi * 254 + lo, both in [-127, 127], and the scale `[M, 1]` of a row."""
+    value, scale = _scaled(x2d, 127 * 254)
+    m = value.shape[0]
+    digits = torch.empty((2 * m, value.shape[1]), dtype=torch.int8)
+    hi = torch.mul(value, 1 / 254).round_()
+    digits[:m], digits[m:] = hi, value.sub_(hi, alpha=254)
+    return digits, scale
+
+
+def _digits_of_seven_bits(x2d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Digits `[2M, K]` int8 in [-128, -1] with value + 64 * 129 = (hi + 128) * 128 + (lo + 128)."""
+    value, scale = _scaled(x2d, 63 * 128)
+    m = value.shape[0]
+    digits = torch.empty((2 * m, value.shape[1]), dtype=torch.int8)
+    hi = torch.mul(value.add_(64 * 129), 1 / 128).floor_()
+    value.sub_(hi, alpha=128).sub_(128)
+    digits[:m], digits[m:] = hi.sub_(128), value
+    return digits, scale
+
+
+KERNELS: dict[str, Kernel] = {
+    "packed": _packed_product,
+    "folded": _folded_product,
+    "decoded": _decoded_product,
+    "split": _split_product,
+}

@@ -1,0 +1,78 @@
+"""A fixed orthonormal rotation of the last dimension that spreads outliers (QuaRot, arXiv:2404.00456).
+
+`y = x @ w.T` is `(x @ R) @ (w @ R).T` for any orthonormal R. R is a Hadamard matrix with random signs, so what sat in
+one channel is spread over all of them: rotated activations and weights have no outlier channels, and 8 bits a value
+do where they would not before. It is the Kronecker product of two small factors, which costs 2 (32 + 64) operations
+a value for 2,048 columns, and its signs are fixed: encoded checkpoints depend on them.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from functools import lru_cache
+
+import torch
+
+_INNER = 64
+_LARGEST_BLOCK = 4096
+STEP_ELEMENTS = 1 << 18
+"""How many values to work on at a time, so that intermediate results stay in the processor's cache."""
+
+
+def rotate(matrix: torch.Tensor) -> torch.Tensor:
+    """Return `matrix @ R` for floating-point `[rows, columns]`, in fp32.
+
+    Columns are rotated in blocks of the largest power of two that divides their number (at most 4,096).
+    """
+    return _in_steps(matrix, inverse=False)
+
+
+def rotate_back(matrix: torch.Tensor) -> torch.Tensor:
+    """Return `matrix @ R.T` in fp32: what `rotate` was given, but for rounding."""
+    return _in_steps(matrix, inverse=True)
+
+
+def _in_steps(matrix: torch.Tensor, *, inverse: bool) -> torch.Tensor:
+    rows, columns = matrix.shape
+    step = max(1, STEP_ELEMENTS // columns)
+    if rows <= step:
+        return _rotate(matrix.float(), inverse)
+    out = torch.empty((rows, columns), dtype=torch.float32)
+    for start in range(0, rows, step):
+        out[start : start + step] = _rotate(matrix[start : start + step].float(), inverse)
+    return out
+
+
+def _rotate(matrix: torch.Tensor, inverse: bool) -> torch.Tensor:
+    outer, inner = _factors(matrix.shape[1])
+    if inverse:
+        outer, inner = outer.t(), inner.t()
+    a, b = outer.shape[0], inner.shape[0]
+    rotated = torch.mm(matrix.reshape(-1, b), inner)
+    if a > 1:
+        blocks = rotated.view(-1, a, b)
+        if len(blocks) == 1:
+            rotated = torch.mm(outer.t(), blocks[0])
+        else:
+            rotated = torch.bmm(outer.t().expand(len(blocks), a, a), blocks)
+    return rotated.view(matrix.shape)
+
+
+@lru_cache(maxsize=32)
+def _factors(columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the factors A and B of R = A (x) B, fp32 and square, for this number of columns."""
+    block = min(columns & -columns, _LARGEST_BLOCK)
+    inner = min(block, _INNER)
+    with torch.inference_mode(False):
+        return _signed_hadamard(block // inner), _signed_hadamard(inner)
+
+
+def _signed_hadamard(n: int) -> torch.Tensor:
+    """Return `diag(signs) @ H / sqrt(n)`, orthonormal, `[n, n]`; n is a power of two."""
+    hadamard = torch.ones((1, 1))
+    while hadamard.shape[0] < n:
+        hadamard = torch.cat((torch.cat((hadamard, hadamard), 1), torch.cat((hadamard, -hadamard), 1)), 0)
+    draw = random.Random(n)  # `random()` gives the same numbers in every version of Python
+    signs = torch.tensor([1.0 if draw.random() < 0.5 else -1.0 for _ in range(n)])
+    return signs[:, None] * hadamard / math.sqrt(n)

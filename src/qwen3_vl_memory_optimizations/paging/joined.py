@@ -1,0 +1,54 @@
+"""Weights that are multiplied by the same input, side by side in memory: one product instead of several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .entry import TensorEntry, alias_memory
+
+
+class JoinedEntries:
+    """Tensors whose rows follow each other in memory, seen as one; each stays a tensor of its own for paging.
+
+    Made by `join`.
+
+    Attributes:
+        entries: the tensors, in the order of their addresses.
+        rows: of all together.
+        encoded: the segments of all rows.
+    """
+
+    def __init__(self, entries: tuple[TensorEntry, ...], encoded: dict[str, torch.Tensor]) -> None:
+        self.entries = entries
+        self.encoded = encoded
+        self.rows = sum(entry.rows for entry in entries)
+
+
+def join(entries: Sequence[TensorEntry]) -> bool:
+    """Let `Pager.linear_joined` compute on these tensors as one, if they lie so and have the same codec.
+
+    Returns:
+        Whether they do; otherwise nothing was changed.
+    """
+    first = entries[0]
+    views = [entry.encoded(0, entry.rows) for entry in entries]
+    names = list(views[0])
+    paged = names[0]
+    end = first.address
+    for entry, view in zip(entries, views, strict=True):
+        alike = entry.codec is first.codec and entry.dtype == first.dtype
+        if not alike or view[paged].shape[1:] != views[0][paged].shape[1:] or entry.address != end:
+            return False
+        end += entry.n_bytes
+    data = alias_memory(first.address, end - first.address).view(views[0][paged].dtype)
+    encoded = {paged: data.view(-1, *views[0][paged].shape[1:])}
+    for name in names[1:]:
+        encoded[name] = torch.cat([view[name] for view in views])
+    joined, start = JoinedEntries(tuple(entries), encoded), 0
+    for entry in entries:
+        stop = start + entry.rows
+        entry.share_segments(joined, {name: encoded[name][start:stop] for name in names[1:]})
+        start = stop
+    return True
