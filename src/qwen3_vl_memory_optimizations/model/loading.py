@@ -8,21 +8,22 @@ import math
 from pathlib import Path
 
 import torch
-import xxhash
 from torch import nn
 
 from ..compression import Codec, KernelSelector, create_codec
-from ..errors import CheckpointError, CorruptDataError
+from ..errors import CheckpointError
 from ..paging import FileSource, ManagedTensor, Pager, TensorEntry
 from ..pools import FRAME_BYTES, reserve, unreserve
 from ..storage import Checkpoint, DirectFile, TensorExtent
-from .packing import CODECS_KEY, TORCH_DTYPES, Progress, find_extent, read_row_chunks, segment_name
+from .packing import CODECS_KEY, TORCH_DTYPES, Progress, find_extent, segment_name
 from .skeleton import WeightSite, materialize_buffers, rows_per_page, weight_sites
+from .small_tensors import read_small_tensors
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_BYTES = 16 << 20
-_PAGE_WHOLE_BYTES = 1 << 62
+_VISION = ".visual."
+_EMBEDDING = "embed_tokens.weight"
+_HEAD = "lm_head.weight"
 
 
 class WeightLoader:
@@ -45,11 +46,35 @@ class WeightLoader:
         self._kernels = KernelSelector()
         self._codecs: dict[str, Codec] = {}
         self._files: dict[Path, DirectFile] = {}
+        self._small: dict[str, torch.Tensor] = {}  # read already
+        self._begun: dict[str, ManagedTensor] = {}  # registered already
 
     def _codec(self, name: str) -> Codec:
         if name not in self._codecs:
             self._codecs[name] = create_codec(name, self._kernels)
         return self._codecs[name]
+
+    def begin(self, checkpoint: Checkpoint) -> list[str]:
+        """Register the large weights of a packed checkpoint before its model is built (`from_checkpoint` takes them).
+
+        Returns:
+            Those that every pass uses, in that order: the Pager may read them ahead.
+
+        Raises:
+            CheckpointError: the checkpoint is incomplete.
+            CorruptDataError: a checksum is another than recorded.
+            MemoryBudgetExceeded: what must stay resident does not fit.
+        """
+        codecs = json.loads(checkpoint.metadata.get(CODECS_KEY, "{}"))
+        small = (extent for name, extent in checkpoint.tensors.items() if name not in codecs)
+        self._small |= read_small_tensors(small, self._file)
+        for name, extent in checkpoint.tensors.items():
+            if name in codecs:
+                self._begun[name] = self._register(name, extent.shape, checkpoint, extent, self._codec(codecs[name]))
+        every_pass = [name for name in self._begun if _VISION not in name and not name.endswith(_EMBEDDING)]
+        # Of an embedding only single rows are read, but for one that is the head too: whole, and last.
+        head = [name for name in self._begun if name.endswith(_EMBEDDING) and _HEAD not in self._begun]
+        return [self._prefix + name for name in every_pass + head]
 
     def from_checkpoint(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         """Fill `model` (see `build_skeleton`): small tensors are read, large ones registered to be read on demand.
@@ -65,8 +90,12 @@ class WeightLoader:
         done = 0
         for site in sites:
             extent = extents[site.name]
-            if site.managed:
-                put(site, self._register(site, checkpoint, extent, self._codec(codecs.get(site.name, "none"))))
+            begun = self._begun.pop(site.name, None)
+            if begun is not None and site.managed and begun.shape == site.shape:
+                put(site, begun)
+            elif site.managed:
+                codec = self._codec(codecs.get(site.name, "none"))
+                put(site, self._register(site.name, site.shape, checkpoint, extent, codec))
             else:
                 self._pager.ledger.add("small weights", math.prod(site.shape) * self._dtype.itemsize)
                 put(site, nn.Parameter(self._read(extent).to(self._dtype), requires_grad=False))
@@ -79,38 +108,38 @@ class WeightLoader:
                 self._codec(codecs.get(site.name, "none")).segments(site.shape, self._dtype)
             )
         }
-        tied = [name for name in unused if name == "lm_head.weight"]
+        self._forget_unused()
+        tied = [name for name in unused if name == _HEAD]
         if len(unused) > len(tied):
             logger.warning("the checkpoint has %d tensors the model does not use: %s", len(unused), sorted(unused)[:5])
 
+    def _forget_unused(self) -> None:
+        """Let go of what was begun and has no place in the model."""
+        for tensor in self._begun.values():
+            self._pager.free(tensor.tensor_id)
+        self._begun.clear()
+        self._small.clear()
+
     def _read(self, extent: TensorExtent) -> torch.Tensor:
-        """Read a small tensor whole."""
-        dtype, shape = TORCH_DTYPES[extent.dtype], tuple(extent.shape)
-        chunks = read_row_chunks(self._file(extent), extent, dtype, shape, _PAGE_WHOLE_BYTES)
-        values = [chunk.clone() for chunk in chunks][0]
-        data = values.reshape(-1).view(torch.uint8).numpy().data
-        page_bytes = extent.page_bytes or max(extent.n_bytes, 1)
-        for index, expected in enumerate(extent.checksums or ()):
-            if xxhash.xxh3_64_intdigest(data[index * page_bytes : (index + 1) * page_bytes]) != expected:
-                raise CorruptDataError(
-                    f"{extent.path}: {extent.name}: page {index} has another checksum than recorded; the file is "
-                    "damaged; delete its directory to pack again",
-                    path=extent.path,
-                )
-        return values
+        """Return a small tensor, whole; those of a packed checkpoint were read together."""
+        if extent.name not in self._small:
+            self._small |= read_small_tensors([extent], self._file)
+        return self._small.pop(extent.name)
 
     def _file(self, extent: TensorExtent) -> DirectFile:
         if extent.path not in self._files:
             self._files[extent.path] = DirectFile(extent.path)
         return self._files[extent.path]
 
-    def _register(self, site: WeightSite, checkpoint: Checkpoint, extent: TensorExtent, codec: Codec) -> ManagedTensor:
+    def _register(
+        self, tensor_name: str, shape: tuple[int, ...], checkpoint: Checkpoint, extent: TensorExtent, codec: Codec
+    ) -> ManagedTensor:
         stored_dtype = TORCH_DTYPES[extent.dtype]
-        segments = codec.segments(site.shape, stored_dtype)
+        segments = codec.segments(shape, stored_dtype)
         first = segments[0]
         resident = {}
         for segment in segments[1:]:
-            name = segment_name(site.name, segment.name, False)
+            name = segment_name(tensor_name, segment.name, False)
             if name not in checkpoint.tensors:
                 raise CheckpointError(f"{extent.path}: the tensor {name!r} is missing; pack again", path=extent.path)
             self._pager.ledger.add("small weights", segment.n_bytes)
@@ -119,9 +148,9 @@ class WeightLoader:
         rows = extent.page_bytes // row_bytes if extent.page_bytes else rows_per_page(first.shape, first.dtype.itemsize)
         lead = extent.offset_bytes % FRAME_BYTES  # direct reads need file offset and address equal modulo a block
         entry = TensorEntry(
-            self._prefix + site.name,
+            self._prefix + tensor_name,
             "weights",
-            site.shape,
+            shape,
             self._dtype,
             codec,
             reserve(lead + first.n_bytes + 2 * FRAME_BYTES) + lead,
