@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--import-repeat", type=int, default=7)
     parser.add_argument("--json", type=Path, default=HERE / "results.json", help="where results are kept")
+    parser.add_argument("--add", action="store_true", help="keep what is there, and add to it")
     parser.add_argument("--report", action="store_true", help="write the tables again; measure nothing")
     arguments = parser.parse_args()
     if not arguments.report:
@@ -62,7 +63,10 @@ def measure_all(arguments: argparse.Namespace) -> None:
     reason = unavailable_reason()
     if reason is not None and any(limit != "none" for limit in arguments.limits):
         sys.exit(f"no memory control group here: {reason}; `--limits none` works")
-    content: dict = {"environment": environment(arguments), "runs": [], "imports": {name: [] for name in IMPORTS}}
+    content: dict = {"runs": [], "imports": {name: [] for name in IMPORTS}}
+    if arguments.add and arguments.json.exists():
+        content = json.loads(arguments.json.read_text())
+    content["environment"] = environment(arguments)
     start(arguments, "none", 0)  # packs, and writes what Python compiles
     for _ in range(arguments.repeat):
         for limit in arguments.limits:
@@ -70,7 +74,7 @@ def measure_all(arguments: argparse.Namespace) -> None:
                 run = {"limit": limit, "image_px": image_px, "date": now(), "cold": drop_page_cache()}
                 content["runs"].append(run | start(arguments, limit, image_px))
                 print(json.dumps(content["runs"][-1]), flush=True)
-    for repetition in range(arguments.import_repeat + 1):
+    for repetition in range(arguments.import_repeat + 1 if arguments.import_repeat else 0):
         for name, statement in IMPORTS.items():
             seconds = import_s(statement)
             if repetition:  # the first of each warms up
@@ -156,6 +160,8 @@ def report(content: dict) -> Iterator[str]:
     for run in runs:
         if "error" in run:
             yield f"\n{run['limit']}, {run['image_px']}: {run['error'].replace('<', '&lt;')}"
+    if not any(content["imports"].values()):
+        return
     yield ""
     yield "| import, warm | s | of transformers' model class |"
     yield "|---|---|---|"
