@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 import mmap
 import os
 import platform
@@ -12,6 +13,7 @@ from qwen3_vl_memory_optimizations.process import (
     GroupMemory,
     drop_cached_libraries,
     limiting_groups,
+    pause_collection,
     process_memory,
     release_library_pages,
     rss_bytes,
@@ -147,3 +149,18 @@ def test_holes_in_the_heap_are_given_back():
     before = rss_bytes()
     trim_heap()
     assert rss_bytes() < before - 20 * MIB
+
+
+def test_collection_is_paused_in_a_block_and_left_as_it_was():
+    assert gc.isenabled()
+    with pytest.raises(KeyError), pause_collection():
+        assert not gc.isenabled()
+        raise KeyError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with pause_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +20,24 @@ from .config import MemoryConfig, jsonable
 from .errors import CheckpointError, ConfigurationError, MemoryBudgetExceeded, format_bytes
 from .model.activations import FIXED_RESERVE_BYTES, estimate_activation_bytes, forward_size
 from .model.assisted import ASSISTANT, attach_draft, require_draft
-from .model.fused import fuse_layers, joined_names
+from .model.fused import fuse_layers
+from .model.import_files import ImportFiles
 from .model.loading import WeightLoader
-from .model.packing import Progress, pack_checkpoint
+from .model.packing import Progress, pack_checkpoint, packed_directory
 from .model.skeleton import build_skeleton, skeleton_of
 from .optimizer import MemoryOptimizer
 from .paging import PAGE_BYTES
-from .process import release_library_pages, rss_bytes, tame_allocator, trim_heap
+from .process import pause_collection, release_library_pages, rss_bytes, tame_allocator, trim_heap
 from .storage import Checkpoint
 
 _SETTINGS_KEY = "memory_optimization_config"
 _LEAST_FRAMES_BYTES = 6 * PAGE_BYTES
 _LIBRARIES_BYTES = 170 * 2**20
 """What importing transformers' model classes and a tokenizer adds to a process that has only torch (measured)."""
+_IMPORT_CACHE_BYTES = 128 * 2**20
+"""Files that this import reads, as a control group counts them until they are given back (measured)."""
+_WORTH_READING_BYTES = 256 * 2**20
+_IMPORTING = "libraries to import"
 
 
 def create_optimized_model(
@@ -65,34 +72,76 @@ def create_optimized_model(
         CheckpointError: the checkpoint cannot be used.
     """
     config = MemoryConfig.from_mapping(memory_config)
+    files = None if _is_imported() else ImportFiles(config.packed_dir.parent)
+    if files is not None:
+        files.read_ahead()
     if isinstance(model_config, str | os.PathLike):
-        model_config = local_directory(model_config)
+        model_config = Checkpoint.open(local_directory(model_config))
     carried = _carried_settings(model_config)
     if memory_config is None:
         config = MemoryConfig.from_mapping(carried)
     source = _source_of(model_config, config, dtype, "model_config", model_class)
-    draft = None
-    if assistant is not None:
-        draft = _source_of(assistant, config, source.dtype, "assistant")
-        require_draft(source.model, draft.model)
-    sources = [source] if draft is None else [source, draft]
-    for each in sources:
-        each.pack(config, progress)
-    _release_garbage(config)
-    optimizer = MemoryOptimizer(memory_config=config)
-    try:
-        for each, name in zip(sources, ("", ASSISTANT), strict=False):
-            each.load(WeightLoader(optimizer.pager, each.dtype, progress, model_name=name), config)
-        return _finish(source.model, None if draft is None else draft.model, optimizer, source.dtype)
-    except BaseException:
-        optimizer.close()
-        raise
+    draft = None if assistant is None else _source_of(assistant, config, source.dtype, "assistant")
+    with ExitStack() as undo:
+        # Importing transformers takes longer than reading the weights does: both are done at once.
+        ready = all(each is None or each.is_packed for each in (source, draft))
+        optimizer = _begin(source, config, progress, undo) if ready else None
+        with pause_collection():
+            source.build()
+            if draft is not None:
+                draft.build()
+                require_draft(source.model, draft.model)
+        for each in (source, draft):
+            if each is not None:
+                each.pack(config, progress)
+        if optimizer is None:
+            _release_garbage(config)
+            optimizer = undo.enter_context(MemoryOptimizer(memory_config=config))
+        for each, name in ((source, ""), (draft, ASSISTANT)):
+            if each is not None:
+                loader = each.loader or WeightLoader(
+                    optimizer.pager, each.dtype, progress, joins=config.fuses_modules(), model_name=name
+                )
+                each.load(loader, config)
+        if files is not None:
+            files.record()
+            if config.ram_budget is not None:
+                files.drop()
+        model = _finish(source, None if draft is None else draft.model, optimizer)
+        undo.pop_all()
+        return model
+
+
+def _begin(source: _Source, config: MemoryConfig, progress: Progress | None, undo: ExitStack) -> MemoryOptimizer | None:
+    """Start to read the weights of a packed checkpoint, if the budget has room for them beside what is to come.
+
+    Args:
+        undo: gets what closes the optimizer.
+    """
+    room = math.inf if config.ram_budget is None else config.ram_budget - rss_bytes()
+    importing = 0 if _is_imported() else _LIBRARIES_BYTES + _IMPORT_CACHE_BYTES
+    if room < importing + FIXED_RESERVE_BYTES + _WORTH_READING_BYTES:
+        return None
+    assert source.checkpoint is not None
+    optimizer = undo.enter_context(MemoryOptimizer(memory_config=config))
+    source.loader = WeightLoader(optimizer.pager, source.dtype, progress, joins=config.fuses_modules())
+    source.order = source.loader.begin(source.checkpoint)
+    if config.ram_budget is not None:
+        optimizer.pager.reserve(_IMPORTING, importing)
+        optimizer.reserve_activations(FIXED_RESERVE_BYTES)
+    optimizer.pager.read_ahead(source.order, gently=importing > 0)  # the import reads hundreds of files
+    return optimizer
+
+
+def _is_imported() -> bool:
+    """Whether the model classes of transformers are."""
+    return "transformers.modeling_utils" in sys.modules
 
 
 def _carried_settings(given: Any) -> Any:
     """Return `memory_optimization_config` of what was given for a model, in a form that can be saved with it."""
-    if isinstance(given, Path):
-        return Checkpoint.open(given).config.get(_SETTINGS_KEY)
+    if isinstance(given, Checkpoint):
+        return given.config.get(_SETTINGS_KEY)
     model_config = getattr(given, "config", given)
     settings = getattr(model_config, _SETTINGS_KEY, None)
     if isinstance(settings, Mapping | MemoryConfig):
@@ -123,8 +172,7 @@ def local_directory(name: str | os.PathLike[str]) -> Path:
 def _require_workable(config: MemoryConfig) -> None:
     """Refuse a budget that cannot hold the process itself, before anything is loaded."""
     tame_allocator()
-    loaded = "transformers.modeling_utils" in sys.modules
-    least = rss_bytes() + (0 if loaded else _LIBRARIES_BYTES) + FIXED_RESERVE_BYTES + _LEAST_FRAMES_BYTES
+    least = rss_bytes() + (0 if _is_imported() else _LIBRARIES_BYTES) + FIXED_RESERVE_BYTES + _LEAST_FRAMES_BYTES
     if config.ram_budget is not None and config.ram_budget < least:
         raise MemoryBudgetExceeded(
             f"ram_budget of {format_bytes(config.ram_budget)} cannot work: interpreter, torch, transformers and a "
@@ -147,16 +195,33 @@ class _Source:
     """A model of which nothing was loaded yet, and where its weights come from.
 
     Attributes:
-        model: a skeleton, or (neither `checkpoint` nor `draws`) a model in memory.
         dtype: of the computation.
+        model: a skeleton, once it is built, or (neither `checkpoint` nor `draws`) a model in memory.
         checkpoint: holds the weights.
+        model_class: what to build of the checkpoint, if not what it says.
         draws: weights are drawn at random.
+        loader: has begun to load.
+        order: of the weights that it has begun with.
     """
 
-    model: Any
     dtype: torch.dtype
+    model: Any = None
     checkpoint: Checkpoint | None = None
+    model_class: Any = None
     draws: bool = False
+    loader: WeightLoader | None = None
+    order: list[str] = field(default_factory=list)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weights can be loaded as they lie on the disk, with nothing to encode."""
+        return self.checkpoint is not None and self.checkpoint.packed
+
+    def build(self) -> None:
+        """Build the model of a checkpoint, without its weights."""
+        if self.checkpoint is not None:
+            directory, config = self.checkpoint.directory, self.checkpoint.config
+            self.model = build_skeleton(directory, config, self.dtype, self.model_class)
 
     def pack(self, config: MemoryConfig, progress: Progress | None) -> None:
         """Encode a checkpoint, where its weights are to be and are not."""
@@ -170,8 +235,7 @@ class _Source:
         if self.checkpoint is None:
             loader.from_memory(self.model, config.weight_codec(), initialize=self.draws)
         else:
-            joined = joined_names(self.model) if config.fuses_modules() else ()
-            loader.from_checkpoint(self.model, self.checkpoint, joined)
+            loader.from_checkpoint(self.model, self.checkpoint)
             _attach_generation_config(self.model, self.checkpoint.directory)
 
 
@@ -180,12 +244,12 @@ def _source_of(
 ) -> _Source:
     """Check what was given for a model, and that the budget can work."""
     if isinstance(given, str | os.PathLike):
-        checkpoint = Checkpoint.open(local_directory(given))
+        given = Checkpoint.open(local_directory(given))
+    if isinstance(given, Checkpoint):
         _require_workable(config)
-        stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "bfloat16")
+        stored = str(given.config.get("dtype") or given.config.get("torch_dtype") or "bfloat16")
         dtype = _compute_dtype(stored, dtype)
-        model = build_skeleton(checkpoint.directory, checkpoint.config, dtype, model_class)
-        return _Source(model, dtype, checkpoint)
+        return _Source(dtype, checkpoint=_packed_already(given, config), model_class=model_class)
     if isinstance(given, nn.Module):
         if hasattr(given, "_hf_hook") or any(hasattr(module, "_hf_hook") for module in given.modules()):
             raise ConfigurationError(
@@ -194,16 +258,25 @@ def _source_of(
         if hasattr(given, "memory_optimizer"):
             raise ConfigurationError("the model is optimized already")
         _require_workable(config)
-        return _Source(given, _compute_dtype(str(getattr(given, "dtype", "")).removeprefix("torch."), dtype))
+        return _Source(_compute_dtype(str(getattr(given, "dtype", "")).removeprefix("torch."), dtype), given)
     if hasattr(given, "model_type") and hasattr(given, "to_dict"):
         _require_workable(config)
         stored = str(getattr(given, "dtype", None) or "float32").removeprefix("torch.")
         dtype = _compute_dtype(stored, dtype)
-        return _Source(skeleton_of(given, dtype), dtype, draws=True)
+        return _Source(dtype, skeleton_of(given, dtype), draws=True)
     raise ConfigurationError(
         f"{argument}: expected a directory, a hub id, a transformers configuration or a loaded model, not "
         f"{type(given).__name__}"
     )
+
+
+def _packed_already(checkpoint: Checkpoint, config: MemoryConfig) -> Checkpoint:
+    """Return the packed form of a checkpoint, where it is wanted and is there, else the checkpoint."""
+    codec = config.weight_codec()
+    if codec == "none" or checkpoint.packed:
+        return checkpoint
+    directory = packed_directory(checkpoint, codec, config)
+    return Checkpoint.open(directory) if directory.is_dir() else checkpoint
 
 
 def _attach_generation_config(model: Any, directory: Path) -> None:
@@ -213,20 +286,24 @@ def _attach_generation_config(model: Any, directory: Path) -> None:
         model.generation_config = GenerationConfig.from_pretrained(directory)
 
 
-def _finish(model: Any, draft: Any, optimizer: MemoryOptimizer, compute_dtype: torch.dtype) -> Any:
+def _finish(source: _Source, draft: Any, optimizer: MemoryOptimizer) -> Any:
     """Attach the optimizer, and the hooks that reserve memory for each forward before it runs."""
+    model = source.model
     _release_garbage(optimizer.config)
     limited = optimizer.config.ram_budget is not None
     if limited:
         optimizer.reserve_activations(FIXED_RESERVE_BYTES)
+        optimizer.measure_process()
+        optimizer.pager.reserve(_IMPORTING, 0)
     for each in (model,) if draft is None else (model, draft):
         if optimizer.config.fuses_modules():
             fuse_layers(each)
         if limited:
-            _reserve_before_forwards(each, optimizer, compute_dtype.itemsize, lowers=each is model)
+            _reserve_before_forwards(each, optimizer, source.dtype.itemsize, lowers=each is model)
         each.eval()
         each.memory_optimizer = optimizer
     optimizer.pager.refit()
+    optimizer.pager.read_ahead(source.order)
     if draft is not None:
         attach_draft(model, draft)
     return model
@@ -256,7 +333,8 @@ def _reserve_before_forwards(model: Any, optimizer: MemoryOptimizer, itemsize: i
 
 def _release_garbage(config: MemoryConfig) -> None:
     """Give back what importing and loading left behind: with a budget for the process each megabyte is weights."""
-    gc.collect()
+    if config.ram_budget is not None:
+        gc.collect()
     trim_heap()
     if config.ram_budget is not None:
         release_library_pages()

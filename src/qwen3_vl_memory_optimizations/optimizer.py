@@ -181,6 +181,15 @@ class MemoryOptimizer:
         if self._accounts is not None:
             self._accounts.reserve_activations(n_bytes)
 
+    def measure_process(self) -> None:
+        """Account for what the process uses by now besides managed memory, libraries imported meanwhile included.
+
+        Raises:
+            MemoryBudgetExceeded: it does not fit beside what the weights need at least.
+        """
+        if self._accounts is not None:
+            self.baseline_bytes = self._accounts.measure()
+
     # --- figures ----------------------------------------------------------------------------------------------------
 
     def get_memory_efficiency_stats(self) -> dict[str, Any]:

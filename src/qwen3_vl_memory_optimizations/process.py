@@ -6,8 +6,10 @@ other machines can be described in tests.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
+import gc
 import os
 import platform
 import sys
@@ -136,6 +138,24 @@ def _upwards(
             )
         if directory == mount:
             break
+
+
+# --- starting ---
+
+
+@contextlib.contextmanager
+def pause_collection() -> Iterator[None]:
+    """Keep Python's collector from running in a block, such as an import: it would look through all modules in vain.
+
+    Importing torch and transformers makes half a million objects that stay; without collections it takes 0.4 s less.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 # --- giving back ---

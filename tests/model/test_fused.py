@@ -134,9 +134,9 @@ def test_unfused_layers_are_those_of_transformers(fused):
 
 
 def test_weights_of_one_input_lie_together(packed):
-    groups = joined_names(packed)
-    assert len(groups) == 2 * len(layers(packed))
     entries = packed.memory_optimizer.pager.entries
+    groups = joined_names(entries)
+    assert len(groups) == 2 * len(layers(packed))
     for names in groups:
         together = [entries[name] for name in names]
         assert all(entry.joined is not None and list(entry.joined.entries) == together for entry in together)

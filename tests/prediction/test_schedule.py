@@ -158,7 +158,32 @@ def test_equal_pages_are_kept_at_even_distances(n_pages, capacity):
     kept = [index for index, keep in enumerate(choose_kept([4] * n_pages, 4 * capacity)) if keep]
     assert len(kept) == capacity
     for first, next_one in zip(kept, kept[1:], strict=False):
-        assert next_one - first <= -(-n_pages // capacity) + 1
+        assert next_one - first <= 2.7 * n_pages / capacity + 1
+    runs = "".join("-" if index in kept else "m" for index in range(n_pages)).split("-")
+    assert max(map(len, runs)) <= 2.7 * n_pages / capacity
+
+
+@given(st.integers(2, 200), st.data())
+def test_more_memory_keeps_what_less_did(n_pages, data):
+    few, many = sorted(data.draw(st.lists(st.integers(0, n_pages), min_size=2, max_size=2)))
+    less, more = (choose_kept([4] * n_pages, 4 * capacity) for capacity in (few, many))
+    assert all(keep for keep, kept in zip(more, less, strict=True) if kept)
+
+
+def test_what_is_expected_first_is_foretold_before_anything_was_seen():
+    schedule = PassSchedule(VISION + LAYERS)
+    schedule.expect(LAYERS)
+    assert list(schedule.upcoming()) == LAYERS
+    assert schedule.cycles() == [LAYERS]
+    before = schedule.cycles()
+    play(schedule, LAYERS[:2])
+    assert list(schedule.upcoming())[:3] == LAYERS[2:] and schedule.cycles() == before
+    schedule.expect(VISION)  # too late: it knows better
+    assert list(schedule.upcoming())[:3] == LAYERS[2:]
+    another = PassSchedule(VISION + LAYERS)
+    another.expect(LAYERS)
+    play(another, VISION[:1])  # an image came
+    assert list(another.upcoming())[:4] == [*VISION[1:], *LAYERS[:2]]
 
 
 def lru_hits(trace, capacity):

@@ -131,3 +131,32 @@ def test_a_finished_job_is_not_kept_alive():
         gc.collect()
         assert watch() is None
         assert not ticket.queued
+
+
+def test_background_jobs_run_one_at_a_time_beside_others():
+    running, most, both = 0, 0, threading.Lock()
+    first_runs, release = threading.Event(), threading.Event()
+
+    def background():
+        nonlocal running, most
+        with both:
+            running += 1
+            most = max(most, running)
+        first_runs.set()
+        release.wait(5)
+        with both:
+            running -= 1
+
+    with IOQueue(4) as queue:
+        for _ in range(3):
+            queue.submit(background, BACKGROUND)
+        assert first_runs.wait(5)
+        done = threading.Event()
+        queue.submit(done.set, PREFETCH)
+        assert done.wait(5), "others do not wait for them"
+        waiting = queue.submit(done.clear, BACKGROUND)
+        assert queue.promote(waiting, PREFETCH)
+        while done.is_set():
+            time.sleep(0.001)
+        release.set()
+    assert most == 1 and running == 0

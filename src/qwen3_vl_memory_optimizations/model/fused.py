@@ -10,6 +10,7 @@ from it by rounding.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from types import MethodType
 from typing import Any
 
@@ -22,14 +23,17 @@ from ..paging import linear_joined
 _PARTS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
 
 
-def joined_names(model: nn.Module) -> list[tuple[str, ...]]:
-    """Return the names of weights that `fuse_layers` multiplies together: they should lie together in memory."""
-    return [
-        tuple(f"{prefix}.{part}.{name}.weight" for name in names)
-        for prefix, layer in model.named_modules()
-        if _can_fuse(layer)
-        for part, names in _PARTS
-    ]
+def joined_names(weights: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return those among the names of weights that `fuse_layers` multiplies together: they should lie together."""
+    known = dict.fromkeys(weights)
+    groups = []
+    for part, names in _PARTS:
+        first = f".{part}.{names[0]}.weight"
+        for weight in known:
+            if weight.endswith(first):
+                prefix = weight.removesuffix(first)
+                groups.append(tuple(f"{prefix}.{part}.{name}.weight" for name in names))
+    return [group for group in groups if all(name in known for name in group)]
 
 
 def fuse_layers(model: nn.Module) -> int:

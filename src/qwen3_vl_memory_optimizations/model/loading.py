@@ -5,26 +5,28 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import xxhash
 from torch import nn
 
 from ..compression import Codec, KernelSelector, create_codec
-from ..errors import CheckpointError, CorruptDataError
+from ..errors import CheckpointError
 from ..paging import FileSource, ManagedTensor, Pager, TensorEntry, join
 from ..pools import FRAME_BYTES, reserve, unreserve
 from ..storage import Checkpoint, DirectFile, TensorExtent
-from .packing import CODECS_KEY, TORCH_DTYPES, Progress, find_extent, read_row_chunks, segment_name
+from .fused import joined_names
+from .packing import CODECS_KEY, TORCH_DTYPES, Progress, find_extent, segment_name
 from .skeleton import WeightSite, materialize_buffers, rows_per_page, weight_sites
+from .small_tensors import read_small_tensors
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_BYTES = 16 << 20
-_PAGE_WHOLE_BYTES = 1 << 62
+_VISION = ".visual."
+_EMBEDDING = "embed_tokens.weight"
+_HEAD = "lm_head.weight"
 _SLACK_BYTES = 2 * FRAME_BYTES
 
 
@@ -44,32 +46,62 @@ class WeightLoader:
         pager: owns the managed weights.
         compute_dtype: of activations and of the weights as the model sees them.
         progress: called as small tensors are read.
+        joins: lay weights that are multiplied by the same input side by side (see `paging.join`), where they allow it.
         model_name: tells the weights of a second model in the same Pager from those of the first, which has none.
     """
 
     def __init__(
-        self, pager: Pager, compute_dtype: torch.dtype, progress: Progress | None = None, *, model_name: str = ""
+        self,
+        pager: Pager,
+        compute_dtype: torch.dtype,
+        progress: Progress | None = None,
+        *,
+        joins: bool = False,
+        model_name: str = "",
     ) -> None:
         self._pager = pager
         self._prefix = f"{model_name}/" if model_name else ""
         self._dtype = compute_dtype
+        self._joins = joins
         self._report = progress or (lambda description, done, total: None)
         self._kernels = KernelSelector()
         self._codecs: dict[str, Codec] = {}
         self._files: dict[Path, DirectFile] = {}
+        self._small: dict[str, torch.Tensor] = {}  # read already
+        self._begun: dict[str, ManagedTensor] = {}  # registered already
 
     def _codec(self, name: str) -> Codec:
         if name not in self._codecs:
             self._codecs[name] = create_codec(name, self._kernels)
         return self._codecs[name]
 
-    def from_checkpoint(self, model: nn.Module, checkpoint: Checkpoint, joined: Sequence[tuple[str, ...]] = ()) -> None:
-        """Fill `model` (see `build_skeleton`): small tensors are read, large ones registered to be read on demand.
+    def begin(self, checkpoint: Checkpoint) -> list[str]:
+        """Register the large weights of a packed checkpoint before its model is built (`from_checkpoint` takes them).
 
-        Args:
-            model: the skeleton.
-            checkpoint: holds the weights.
-            joined: names of weights to lay side by side in memory, where their pages allow it (see `paging.join`).
+        Returns:
+            Those that every pass uses, in that order: the Pager may read them ahead.
+
+        Raises:
+            CheckpointError: the checkpoint is incomplete.
+            CorruptDataError: a checksum is another than recorded.
+            MemoryBudgetExceeded: what must stay resident does not fit.
+        """
+        codecs = json.loads(checkpoint.metadata.get(CODECS_KEY, "{}"))
+        small = (extent for name, extent in checkpoint.tensors.items() if name not in codecs)
+        self._small |= read_small_tensors(small, self._file)
+        places = self._places_of({name: checkpoint.tensors[name] for name in codecs if name in checkpoint.tensors})
+        for name, extent in checkpoint.tensors.items():
+            if name in codecs:
+                codec = self._codec(codecs[name])
+                self._begun[name] = self._register(name, extent.shape, checkpoint, extent, codec, places.get(name))
+        self._join(places, self._begun)
+        every_pass = [name for name in self._begun if _VISION not in name and not name.endswith(_EMBEDDING)]
+        # Of an embedding only single rows are read, but for one that is the head too: whole, and last.
+        head = [name for name in self._begun if name.endswith(_EMBEDDING) and _HEAD not in self._begun]
+        return [self._prefix + name for name in every_pass + head]
+
+    def from_checkpoint(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+        """Fill `model` (see `build_skeleton`): small tensors are read, large ones registered to be read on demand.
 
         Raises:
             CheckpointError: a tensor is missing or has another shape.
@@ -80,23 +112,26 @@ class WeightLoader:
         extents = {site.name: find_extent(checkpoint, site) for site in sites}
         total = sum(extent.n_bytes for extent in extents.values())
         done = 0
-        places = self._places_of([[extents.get(name) for name in names] for names in joined])
-        entries: dict[str, TensorEntry] = {}
+        managed = {site.name: extents[site.name] for site in sites if site.managed and site.name not in self._begun}
+        places = self._places_of(managed)
+        registered: dict[str, ManagedTensor] = {}
         for site in sites:
             extent = extents[site.name]
-            if site.managed:
+            begun = self._begun.pop(site.name, None)
+            if begun is not None and site.managed and begun.shape == site.shape:
+                put(site, begun)
+            elif site.managed:
                 codec = self._codec(codecs.get(site.name, "none"))
-                entry = self._register(site, checkpoint, extent, codec, places.get(site.name))
-                put(site, ManagedTensor(self._pager, entry))
-                entries[site.name] = entry
+                registered[site.name] = self._register(
+                    site.name, site.shape, checkpoint, extent, codec, places.get(site.name)
+                )
+                put(site, registered[site.name])
             else:
                 self._pager.ledger.add("small weights", math.prod(site.shape) * self._dtype.itemsize)
                 put(site, nn.Parameter(self._read(extent).to(self._dtype), requires_grad=False))
             done += extent.n_bytes
             self._report("loading", done, total)
-        for names in joined:
-            if all(name in entries for name in names):
-                join([entries[name] for name in names])
+        self._join(places, registered)
         unused = checkpoint.tensors.keys() - {
             segment_name(site.name, segment.name, index == 0)
             for site in sites
@@ -104,58 +139,65 @@ class WeightLoader:
                 self._codec(codecs.get(site.name, "none")).segments(site.shape, self._dtype)
             )
         }
-        tied = [name for name in unused if name == "lm_head.weight"]
+        self._forget_unused()
+        tied = [name for name in unused if name == _HEAD]
         if len(unused) > len(tied):
             logger.warning("the checkpoint has %d tensors the model does not use: %s", len(unused), sorted(unused)[:5])
 
+    def _forget_unused(self) -> None:
+        """Let go of what was begun and has no place in the model."""
+        for tensor in self._begun.values():
+            self._pager.free(tensor.tensor_id)
+        self._begun.clear()
+        self._small.clear()
+
     def _read(self, extent: TensorExtent) -> torch.Tensor:
-        """Read a small tensor whole."""
-        dtype, shape = TORCH_DTYPES[extent.dtype], tuple(extent.shape)
-        chunks = read_row_chunks(self._file(extent), extent, dtype, shape, _PAGE_WHOLE_BYTES)
-        values = [chunk.clone() for chunk in chunks][0]
-        data = values.reshape(-1).view(torch.uint8).numpy().data
-        page_bytes = extent.page_bytes or max(extent.n_bytes, 1)
-        for index, expected in enumerate(extent.checksums or ()):
-            if xxhash.xxh3_64_intdigest(data[index * page_bytes : (index + 1) * page_bytes]) != expected:
-                raise CorruptDataError(
-                    f"{extent.path}: {extent.name}: page {index} has another checksum than recorded; the file is "
-                    "damaged; delete its directory to pack again",
-                    path=extent.path,
-                )
-        return values
+        """Return a small tensor, whole; those of a packed checkpoint were read together."""
+        if extent.name not in self._small:
+            self._small |= read_small_tensors([extent], self._file)
+        return self._small.pop(extent.name)
 
     def _file(self, extent: TensorExtent) -> DirectFile:
         if extent.path not in self._files:
             self._files[extent.path] = DirectFile(extent.path)
         return self._files[extent.path]
 
-    def _places_of(self, groups: list[list[TensorExtent | None]]) -> dict[str, _Place]:
-        """Reserve address space for tensors that shall lie side by side; those whose pages do not end there stay out.
+    def _places_of(self, extents: Mapping[str, TensorExtent]) -> dict[str, _Place]:
+        """Reserve address space for weights that are multiplied together, side by side; others stay out.
 
-        An encoded tensor ends in whole page frames, and starts in the file where one does, as packing writes them.
+        They have to end in whole page frames, and start in the file where one does, as packing writes them.
         """
-        places = {}
-        for group in groups:
-            extents = [extent for extent in group if extent is not None]
-            fits = all(extent.n_bytes % FRAME_BYTES == 0 == extent.offset_bytes % FRAME_BYTES for extent in extents)
-            if len(extents) < len(group) or not fits:
+        places: dict[str, _Place] = {}
+        for names in joined_names(extents) if self._joins else ():
+            group = [extents[name] for name in names]
+            if any(extent.n_bytes % FRAME_BYTES or extent.offset_bytes % FRAME_BYTES for extent in group):
                 continue
-            address = reserve(sum(extent.n_bytes for extent in extents) + _SLACK_BYTES)
-            for extent in extents:
-                slack = _SLACK_BYTES if extent is extents[-1] else 0
-                places[extent.name] = _Place(address, address, extent.n_bytes + slack)
+            address = reserve(sum(extent.n_bytes for extent in group) + _SLACK_BYTES)
+            for name, extent in zip(names, group, strict=True):
+                slack = _SLACK_BYTES if name == names[-1] else 0
+                places[name] = _Place(address, address, extent.n_bytes + slack)
                 address += extent.n_bytes
         return places
 
+    def _join(self, places: Mapping[str, _Place], tensors: Mapping[str, ManagedTensor]) -> None:
+        for names in joined_names(places):
+            join([tensors[name].entry for name in names])
+
     def _register(
-        self, site: WeightSite, checkpoint: Checkpoint, extent: TensorExtent, codec: Codec, place: _Place | None
-    ) -> TensorEntry:
+        self,
+        tensor_name: str,
+        shape: tuple[int, ...],
+        checkpoint: Checkpoint,
+        extent: TensorExtent,
+        codec: Codec,
+        place: _Place | None,
+    ) -> ManagedTensor:
         stored_dtype = TORCH_DTYPES[extent.dtype]
-        segments = codec.segments(site.shape, stored_dtype)
+        segments = codec.segments(shape, stored_dtype)
         first = segments[0]
         resident = {}
         for segment in segments[1:]:
-            name = segment_name(site.name, segment.name, False)
+            name = segment_name(tensor_name, segment.name, False)
             if name not in checkpoint.tensors:
                 raise CheckpointError(f"{extent.path}: the tensor {name!r} is missing; pack again", path=extent.path)
             self._pager.ledger.add("small weights", segment.n_bytes)
@@ -168,9 +210,9 @@ class WeightLoader:
             start = reserve(reserved_bytes)
             place = _Place(start + lead, start, reserved_bytes)
         entry = TensorEntry(
-            self._prefix + site.name,
+            self._prefix + tensor_name,
             "weights",
-            site.shape,
+            shape,
             self._dtype,
             codec,
             place.address,
@@ -183,7 +225,7 @@ class WeightLoader:
         )
         self._release_address_space(entry, place)
         self._pager.add(entry, resident=False)
-        return entry
+        return ManagedTensor(self._pager, entry)
 
     def _release_address_space(self, entry: TensorEntry, place: _Place) -> None:
         frames = self._pager.frames

@@ -51,6 +51,17 @@ class ProcessAccounts:
         self._pager.reserve("activations", n_bytes)
         self._before_growth(n_bytes)
 
+    def measure(self) -> int:
+        """Account for what the process uses by now, libraries that were imported included; return it.
+
+        Raises:
+            MemoryBudgetExceeded: it does not fit beside what the weights need at least.
+        """
+        unmanaged = self._unmanaged_bytes()
+        self._account("process", unmanaged)
+        self._account("system", self._system_bytes())
+        return unmanaged
+
     def _on_pass(self) -> None:
         """At the start of each pass: what the process uses besides managed memory may have grown or shrunk."""
         if self._unmanaged_bytes() > self._pager.ledger.held_bytes("process") + _SLACK_BYTES:
@@ -69,7 +80,7 @@ class ProcessAccounts:
     def _unmanaged_bytes(self) -> int:
         ledger = self._pager.ledger
         counted = sum(ledger.held_bytes(owner) for owner in ("small weights", "workspace"))
-        return max(0, rss_bytes() - self._pager.frames.committed_bytes - counted)
+        return max(0, rss_bytes() - self._pager.touched_bytes - counted)
 
     def _system_bytes(self) -> int:
         """What the kernel and others in the control group of the process take, as far as the budget is less for it."""

@@ -68,6 +68,7 @@ class Page:
         dirty: its source and its swap extent, if any, do not hold its contents.
         aliased: views were handed out; they may have written to it.
         unused: loaded, and not accessed since.
+        untouched_bytes: while it is read: memory that its frames have yet to take from the system.
     """
 
     entry: TensorEntry
@@ -85,6 +86,7 @@ class Page:
     unused: bool = False
     prefetched: bool = False
     verified: bool = False
+    untouched_bytes: int = 0
     swap_offset: int | None = None
     last_access: int = 0
     error: Exception | None = None

@@ -39,6 +39,7 @@ class PageMover:
         leaving_bytes: frames of pages that are being written; they are about to be free.
         ahead_bytes: frames of pages that are read ahead of their first use and leave after it.
         weights_resident_bytes: frames behind weights.
+        untouched_bytes: frames of reads under way that the system has not been asked for yet.
         write_error: why a page could not leave; it is for whoever needs the room.
         closed: nothing comes or leaves any more.
         on_growth: see `Pager.on_growth`.
@@ -59,6 +60,7 @@ class PageMover:
         self.leaving_bytes = 0
         self.ahead_bytes = 0
         self.weights_resident_bytes = 0
+        self.untouched_bytes = 0
         self.write_error: Exception | None = None
         self.closed = False
         self.on_growth: Callable[[int], None] | None = None
@@ -133,7 +135,9 @@ class PageMover:
 
     def load(self, page: Page, priority: int) -> None:
         """Start to read a page. Precondition: it is swapped, and there is room for it."""
+        page.untouched_bytes = max(0, self._frames.growth_bytes(page.n_bytes))
         self._frames.back(page.frames_start, page.n_bytes, owner=page.entry.kind)
+        self.untouched_bytes += page.untouched_bytes
         self._set_state(page, PageState.LOADING)
         self.moving += 1
         if not self._reading:
@@ -147,10 +151,10 @@ class PageMover:
             self.ahead_bytes += page.n_bytes
         page.ticket = self._queue.submit(lambda: self._read(page), priority)
 
-    def hurry(self, page: Page) -> None:
-        """Let a read that waits in the queue pass those that nobody waits for."""
+    def hurry(self, page: Page, priority: int = DEMAND) -> None:
+        """Let a read that waits in the queue pass those that are less urgent."""
         if page.ticket is not None:
-            self._queue.promote(page.ticket, DEMAND)  # type: ignore[arg-type]
+            self._queue.promote(page.ticket, priority)  # type: ignore[arg-type]
 
     def _read(self, page: Page) -> None:
         error: Exception | None = None
@@ -162,6 +166,7 @@ class PageMover:
         with self._changed:
             self.moving -= 1
             self._reading -= 1
+            self.untouched_bytes -= page.untouched_bytes
             if not self._reading:
                 self._stats.reading_s += self._timer() - self._reading_since_s
             page.ticket = None

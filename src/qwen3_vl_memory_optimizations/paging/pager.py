@@ -28,7 +28,7 @@ from ..compression import LinearInput, Scratch
 from ..errors import UnknownTensorError
 from ..pools import FRAME_BYTES, FramePool, units_of
 from ..prediction import PassSchedule
-from ..storage import SwapFile
+from ..storage import BACKGROUND, PREFETCH, SwapFile
 from .access import Access
 from .entry import PAGE_BYTES, PageState, TensorEntry
 from .finalizers import FinalizerQueue
@@ -228,6 +228,21 @@ class Pager:
         """Note an access that does not go through the Pager."""
         self._access.record(entry)
 
+    def read_ahead(self, tensor_ids: Sequence[str], *, gently: bool = False) -> None:
+        """Start to read weights for a first pass, before anybody asks for one; returns at once.
+
+        Args:
+            tensor_ids: weights of one model, in the order in which the pass will use them.
+            gently: one request at a time, while others read from the same disk. Calling again without hurries them.
+
+        Raises:
+            UnknownTensorError: no such tensor.
+        """
+        with self._lock:
+            for tensor_id in tensor_ids:
+                self.entry(tensor_id)
+            self._residency.start(tensor_ids, BACKGROUND if gently else PREFETCH)
+
     # --- budget -----------------------------------------------------------------------------------------------------
 
     def reserve(self, owner: str, n_bytes: int) -> None:
@@ -276,6 +291,12 @@ class Pager:
                 )
                 for entry in self.entries.values()
             ]
+
+    @property
+    def touched_bytes(self) -> int:
+        """Physical memory behind managed tensors: `frames.committed_bytes` less what reads have yet to fill."""
+        with self._lock:
+            return self.frames.committed_bytes - self._mover.untouched_bytes
 
     @property
     def swap_used_bytes(self) -> int:

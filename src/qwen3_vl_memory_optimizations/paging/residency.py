@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from ..errors import MemoryBudgetExceeded
 from ..pools import FramePool
@@ -56,11 +56,28 @@ class Residency:
         """Forget a weight."""
         self._order.remove(entry.tensor_id)
 
-    def record(self, entry: TensorEntry) -> None:
-        """Note that an access to a weight begins, and read ahead: its own pages first, then what comes next."""
+    def start(self, order: Sequence[str], priority: int) -> None:
+        """Read ahead for a first pass in this order: all that will stay, and the first of what will not."""
+        self._follow_order()
+        self.schedule.expect(order)
+        self._replan()
+        for page in (page for name in order for page in self._entries[name].pages):
+            if page.state is PageState.SWAPPED and page.error is None and self._has_place(page):
+                if not self._make_room_ahead(page):
+                    return
+                self._mover.load(page, priority)
+            else:
+                self._mover.hurry(page, priority)
+
+    def _follow_order(self) -> None:
+        """Begin to learn anew where weights were added."""
         if self._order_changed:
             self.schedule = PassSchedule(self._order, lambda name: model_of(str(name)))
             self._order_changed, self._plan_state = False, ()
+
+    def record(self, entry: TensorEntry) -> None:
+        """Note that an access to a weight begins, and read ahead: its own pages first, then what comes next."""
+        self._follow_order()
         began = self.schedule.record(entry.tensor_id)
         self._current, self._next_page = entry, 0
         if began and self.on_pass is not None:
@@ -135,11 +152,15 @@ class Residency:
         for page in self._expected_pages():
             if page.state is not PageState.SWAPPED or page.error is not None:
                 continue
-            if not page.kept and self._mover.ahead_bytes + page.n_bytes > self._read_ahead_bytes:
+            if not self._has_place(page):
                 return
             if not self._make_room_ahead(page):
                 return
             self._mover.load(page, PREFETCH)
+
+    def _has_place(self, page: Page) -> bool:
+        """Whether a page stays, or the read-ahead window has room for it."""
+        return page.kept or self._mover.ahead_bytes + page.n_bytes <= self._read_ahead_bytes
 
     def _expected_pages(self) -> Iterator[Page]:
         """Yield pages in the order of their next use: the rest of this tensor, then tensors that miss some."""

@@ -3,15 +3,22 @@
 On a cycle of N pages and memory for C, every policy by recency hits 0 %; the optimum (Belady) hits (C-1)/(N-1). Keeping
 a fixed subset and streaming the rest through a small window comes within the window of it, and a subset that is
 *evenly spaced* lets reads and computation overlap all along the pass instead of taking turns.
+
+Pages are taken in the order of the multiples of the golden ratio, of which any first few are evenly spread. A larger
+capacity so keeps what a smaller one did and adds to it: when the memory for weights changes by a little, little has to
+be read.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def choose_kept(sizes_bytes: Sequence[int], capacity_bytes: int) -> list[bool]:
-    """Choose an evenly spaced subset.
+    """Choose an evenly spaced subset; that of a smaller capacity is part of it, but for sizes that just do not fit.
 
     Args:
         sizes_bytes: the pages of a cycle, in order.
@@ -20,19 +27,10 @@ def choose_kept(sizes_bytes: Sequence[int], capacity_bytes: int) -> list[bool]:
     Returns:
         One flag a page; the kept ones hold at most `capacity_bytes`.
     """
-    total = sum(sizes_bytes)
-    capacity_bytes = max(0, capacity_bytes)
-    if total <= capacity_bytes:
-        return [True] * len(sizes_bytes)
-    share = capacity_bytes / total
-    kept, due, kept_bytes = [], 0.0, 0
-    for size in sizes_bytes:
-        due += size * share
-        keep = kept_bytes + size <= min(due + size / 2, capacity_bytes)
-        kept_bytes += size if keep else 0
-        kept.append(keep)
-    for index, size in enumerate(sizes_bytes):  # what rounding left over
-        if not kept[index] and kept_bytes + size <= capacity_bytes:
+    kept = [False] * len(sizes_bytes)
+    left = max(0, capacity_bytes)
+    for index in sorted(range(len(sizes_bytes)), key=lambda index: index * _GOLDEN % 1):
+        if sizes_bytes[index] <= left:
             kept[index] = True
-            kept_bytes += size
+            left -= sizes_bytes[index]
     return kept

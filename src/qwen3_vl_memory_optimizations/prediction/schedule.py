@@ -74,6 +74,13 @@ class PassSchedule:
         self._seen.add(item)
         return begins
 
+    def expect(self, order: Sequence[Hashable]) -> None:
+        """Foretell a pass in this order, before anything was seen. Its items are of one group."""
+        if not self._current and not self._orders and order:
+            self._group = self._group_of(order[0])
+            self._expect(list(order))
+            self.revision += 1
+
     def upcoming(self) -> Iterator[Hashable]:
         """Yield the items expected after the last access, nearest first, across one end of a pass."""
         yield from self._expected[self._position + 1 :]
@@ -88,7 +95,7 @@ class PassSchedule:
 
     def cycles(self) -> list[list[Hashable]]:
         """Return the known orders, the lately most frequent sort of pass first, then guesses for groups without one."""
-        guesses = {self._group: self._expected} if self._current else {}
+        guesses = {self._group: self._expected} if self._expected else {}
         for group, hint in self._hints.items():
             guesses.setdefault(group, hint)
         known = [self._orders[first] for first in self._ranking]
@@ -122,6 +129,8 @@ class PassSchedule:
         known = self._orders.get(item)
         if known is not None:
             return known
+        if self._previous is None and self._expected[:1] == [item]:
+            return self._expected  # as `expect` foretold
         # A sort of pass not seen yet: it is most likely the rest of a known order from here on.
         hint = self._hints.get(self._group, [])
         for order in ([self._orders[self._previous]] if self._previous is not None else []) + [hint]:

@@ -15,7 +15,7 @@ DEMAND = 0
 PREFETCH = 1
 """It will be needed soon."""
 BACKGROUND = 2
-"""It may take its time."""
+"""It may take its time; one at a time, so that what others read from the same disk does not have to queue."""
 
 
 class Ticket:
@@ -55,6 +55,7 @@ class IOQueue:
         self._sequence = 0
         self._pending = 0
         self._closed = False
+        self._background = False  # one is running
         self._changed = threading.Condition()
 
     @property
@@ -123,25 +124,30 @@ class IOQueue:
             thread.start()
 
     def _work(self) -> None:
-        while (job := self._next_job()) is not None:
+        while (taken := self._next_job()) is not None:
+            job, priority = taken
             try:
                 job()
             except BaseException:
                 logger.exception("an I/O job raised; jobs are expected to handle their own failures")
             # What the job refers to must not stay alive while this thread waits for the next one.
-            del job
+            del job, taken
             with self._changed:
                 self._pending -= 1
+                if priority == BACKGROUND:
+                    self._background = False
+                    self._changed.notify()
 
-    def _next_job(self) -> Callable[[], None] | None:
+    def _next_job(self) -> tuple[Callable[[], None], int] | None:
         with self._changed:
             while True:
-                while self._heap:
+                while self._heap and not (self._background and self._heap[0][0] == BACKGROUND):
                     priority, _, ticket = heapq.heappop(self._heap)
                     job = ticket._job
                     if job is not None and priority == ticket.priority:
                         ticket._job = None
-                        return job
-                if self._closed:
+                        self._background = self._background or priority == BACKGROUND
+                        return job, priority
+                if self._closed and not self._heap:
                     return None
                 self._changed.wait()

@@ -1,0 +1,206 @@
+"""Measure starting: from a fresh process, nothing cached, to the first token; and how long importing takes.
+
+Results go to one JSON file; then the tables in README.md are written from it, between its markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
+
+from benchmarks.control_group import control_group, drop_page_cache, run_in_group, unavailable_reason  # noqa: E402
+from benchmarks.peers.run import commit, now  # noqa: E402
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- results: begin (written by run.py) -->", "<!-- results: end -->"
+OVERHEAD_S = 4.0
+READING_FACTOR = 1.5
+IMPORTS = {
+    "torch": "import torch",
+    "transformers' model class": "from transformers import Qwen3VLForConditionalGeneration",
+    "create_optimized_model": "from qwen3_vl_memory_optimizations import create_optimized_model",
+    "OptimizedVisionLanguageModel": "from qwen3_vl_memory_optimizations import OptimizedVisionLanguageModel",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="checkpoint directory; packed already, or it is packed first")
+    parser.add_argument("--cache-dir", default=None, help="where packed checkpoints lie")
+    parser.add_argument("--limits", nargs="+", default=["none", "1.6"], metavar="GB", help="`none` or GB")
+    parser.add_argument("--images-px", nargs="+", type=int, default=[0, 448], help="side of the image; 0: text only")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--import-repeat", type=int, default=7)
+    parser.add_argument("--json", type=Path, default=HERE / "results.json", help="where results are kept")
+    parser.add_argument("--add", action="store_true", help="keep what is there, and add to it")
+    parser.add_argument("--report", action="store_true", help="write the tables again; measure nothing")
+    arguments = parser.parse_args()
+    if not arguments.report:
+        measure_all(arguments)
+    content = json.loads(arguments.json.read_text())
+    lines = "\n".join(report(content))
+    print(lines)
+    if arguments.json == parser.get_default("json"):
+        readme = HERE / "README.md"
+        text = readme.read_text()
+        readme.write_text(f"{text.split(BEGIN)[0]}{BEGIN}\n{lines}\n\n{END}{text.split(END)[1]}")
+
+
+def measure_all(arguments: argparse.Namespace) -> None:
+    """Do all runs, in turns, so that a machine whose speed drifts meets all alike; then the imports."""
+    reason = unavailable_reason()
+    if reason is not None and any(limit != "none" for limit in arguments.limits):
+        sys.exit(f"no memory control group here: {reason}; `--limits none` works")
+    content: dict = {"runs": [], "imports": {name: [] for name in IMPORTS}}
+    if arguments.add and arguments.json.exists():
+        content = json.loads(arguments.json.read_text())
+    content["environment"] = environment(arguments)
+    start(arguments, "none", 0)  # packs, and writes what Python compiles
+    for _ in range(arguments.repeat):
+        for limit in arguments.limits:
+            for image_px in arguments.images_px:
+                run = {"limit": limit, "image_px": image_px, "date": now(), "cold": drop_page_cache()}
+                content["runs"].append(run | start(arguments, limit, image_px))
+                print(json.dumps(content["runs"][-1]), flush=True)
+    for repetition in range(arguments.import_repeat + 1 if arguments.import_repeat else 0):
+        for name, statement in IMPORTS.items():
+            seconds = import_s(statement)
+            if repetition:  # the first of each warms up
+                content["imports"][name].append(round(seconds, 3))
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def child_environment() -> dict[str, str]:
+    """Return the environment of a fresh process, which may keep what it compiles, as installed packages do."""
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    return kept | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
+
+
+def start(arguments: argparse.Namespace, limit: str, image_px: int) -> dict:
+    """Run one start and return its figures with the group's, or how it failed."""
+    command = [sys.executable, str(HERE / "measure.py"), arguments.model, "--image-px", str(image_px)]
+    if arguments.cache_dir:
+        command += ["--cache-dir", arguments.cache_dir]
+    child = child_environment()
+    figures: dict = {}
+    if limit == "none":
+        child["BENCHMARK_START_S"] = repr(time.monotonic())
+        done = subprocess.run(command, env=child, capture_output=True, text=True)
+    else:
+        limit_bytes = round(float(limit) * 1e9)
+        with control_group(limit_bytes) as group:
+            child["BENCHMARK_START_S"] = repr(time.monotonic())
+            done = run_in_group([*command, "--ram-budget", str(limit_bytes)], group, env=child)
+            figures = {"group_peak_bytes": group.peak_bytes(), "kills": group.kills()}
+    if done.returncode:
+        tail = done.stderr.strip().splitlines()[-1:] or ["no output"]
+        return figures | {"error": f"exit status {done.returncode}: {tail[0][:500]}"}
+    return figures | json.loads(done.stdout.splitlines()[-1])
+
+
+def import_s(statement: str) -> float:
+    """Return how long an import takes in a fresh interpreter, from the start of the process to its end."""
+    code = f"{statement}\nimport time\nprint(time.monotonic())"
+    start_s = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], env=child_environment(), capture_output=True, text=True)
+    done.check_returncode()
+    return float(done.stdout.splitlines()[-1]) - start_s
+
+
+def environment(arguments: argparse.Namespace) -> dict:
+    """Return what all runs share."""
+    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    return {
+        "model": Path(arguments.model).name,
+        "cpu": cpu.split(":", 1)[1].strip(),
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": platform.release().split("-")[0],
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        "commit": commit(),
+    }
+
+
+def report(content: dict) -> Iterator[str]:
+    """Give the lines of the report."""
+    here, runs = content["environment"], content["runs"]
+    dates = sorted(run["date"] for run in runs)
+    versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
+    yield ""
+    yield f"Machine: {here['cpu']}, {here['cores']} cores, Linux {here['kernel']}, Python {here['python']}, {versions}."
+    span = f"{len(runs)} runs, from {dates[0]} to {dates[-1]}, at {here['commit']}"
+    yield f"Model: {here['model']}, INT8, packed. {span}."
+    if warm := sum(not run["cold"] for run in runs):
+        yield f"The page cache could not be dropped before {warm} of the runs."
+    yield ""
+    yield (
+        "| limit | prompt | to the first token, s | bound, s | of the bound | interpreter | import | load "
+        "| first token | of it waiting | the same again | needed, GB | SSD, GB/s | peak of the group, GB |"
+    )
+    yield "|" + "---|" * 14
+    for limit in dict.fromkeys(run["limit"] for run in runs):
+        for image_px in dict.fromkeys(run["image_px"] for run in runs):
+            group = [r for r in runs if (r["limit"], r["image_px"]) == (limit, image_px) and "error" not in r]
+            if group:
+                prompt = f"image of {image_px}x{image_px}, 32 tokens" if image_px else "32 tokens"
+                yield f"| {limit if limit == 'none' else limit + ' GB'} | {prompt} | {_row(group)} |"
+    for run in runs:
+        if "error" in run:
+            yield f"\n{run['limit']}, {run['image_px']}: {run['error'].replace('<', '&lt;')}"
+    if not any(content["imports"].values()):
+        return
+    yield ""
+    yield "| import, warm | s | of transformers' model class |"
+    yield "|---|---|---|"
+    base = statistics.median(content["imports"]["transformers' model class"])
+    for name, seconds in content["imports"].items():
+        middle = statistics.median(seconds)
+        yield f"| `{IMPORTS[name]}` | {middle:.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | {middle / base:.2f} |"
+
+
+def bound_s(run: dict) -> float:
+    """Return how long a start may take."""
+    return READING_FACTOR * run["needed_bytes"] / run["ssd_bytes_per_s"] + OVERHEAD_S
+
+
+def _row(runs: list[dict]) -> str:
+    """Return medians of the runs, the time with its least and greatest."""
+    times = [run["first_token_s"] for run in runs]
+    stages = [
+        f"{statistics.median(run['stages_s'][name] for run in runs):.2f}"
+        for name in ("interpreter", "import", "load", "first token")
+    ]
+    peaks = [run["group_peak_bytes"] for run in runs if "group_peak_bytes" in run]
+
+    def middle(key: str, scale: float = 1) -> str:
+        return f"{statistics.median(run[key] for run in runs) / scale:.2f}"
+
+    cells = [
+        f"**{statistics.median(times):.2f}** ({min(times):.2f} to {max(times):.2f})",
+        f"{statistics.median(bound_s(run) for run in runs):.2f}",
+        f"{statistics.median(run['first_token_s'] / bound_s(run) for run in runs):.2f}",
+        *stages,
+        middle("stall_s"),
+        middle("second_answer_s"),
+        middle("needed_bytes", 1e9),
+        middle("ssd_bytes_per_s", 1e9),
+        f"{statistics.median(peaks) / 1e9:.2f}" if peaks else "-",
+    ]
+    return " | ".join(cells)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Measure several prompts at once within a budget: each batch cold, in a control group of its limit.
+
+Results go to one JSON file after each run; then the table in README.md is written from it, between its markers (with
+another `--json`, it is printed).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
+
+from benchmarks.control_group import control_group, drop_page_cache, run_in_group, unavailable_reason  # noqa: E402
+from benchmarks.peers.run import commit, now  # noqa: E402
+
+HERE = Path(__file__).parent
+BEGIN, END = "<!-- results: begin (written by run.py) -->", "<!-- results: end -->"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="checkpoint directory")
+    parser.add_argument("--limits", nargs="+", default=["1.6", "1.2"], metavar="GB", help="`none` or GB")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--json", type=Path, default=HERE / "results.json", help="where results are kept")
+    parser.add_argument("--add", action="store_true", help="keep the runs that are there, and add to them")
+    parser.add_argument("--report", action="store_true", help="write the table again; measure nothing")
+    arguments, passed_on = parser.parse_known_args()
+    if not arguments.report:
+        measure_all(arguments, passed_on)
+    lines = "\n".join(report(json.loads(arguments.json.read_text())))
+    print(lines)
+    if arguments.json == parser.get_default("json"):
+        readme = HERE / "README.md"
+        text = readme.read_text()
+        readme.write_text(f"{text.split(BEGIN)[0]}{BEGIN}\n{lines}\n\n{END}{text.split(END)[1]}")
+
+
+def measure_all(arguments: argparse.Namespace, options: list[str]) -> None:
+    """Do all runs; the batches take turns, so that a machine whose speed drifts meets all alike."""
+    reason = unavailable_reason()
+    if reason is not None and any(limit != "none" for limit in arguments.limits):
+        sys.exit(f"no memory control group here: {reason}; `--limits none` works")
+    content: dict = {"runs": []}
+    if arguments.add and arguments.json.exists():
+        content = json.loads(arguments.json.read_text())
+    content["environment"] = environment(arguments, options)
+    for _ in range(arguments.repeat):
+        for limit in arguments.limits:
+            for batch in arguments.batches:
+                run = {"limit": limit, "batch": batch, "date": now(), "cold": drop_page_cache()}
+                run |= measure(arguments.model, batch, limit, options)
+                content["runs"].append(run)
+                arguments.json.parent.mkdir(parents=True, exist_ok=True)
+                arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+                print(json.dumps(run), flush=True)
+
+
+def measure(model: str, batch: int, limit: str, options: list[str]) -> dict:
+    """Run one measurement and return its figures with the group's, or how it failed."""
+    command = [sys.executable, str(HERE / "measure.py"), model, "--batch", str(batch), *options]
+    child = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    figures: dict = {}
+    if limit == "none":
+        done = subprocess.run(command, env=child, capture_output=True, text=True)
+    else:
+        limit_bytes = round(float(limit) * 1e9)
+        with control_group(limit_bytes) as group:
+            done = run_in_group([*command, "--ram-budget", str(limit_bytes)], group, env=child)
+            figures = {"group_peak_bytes": group.peak_bytes(), "kills": group.kills()}
+    if done.returncode:
+        tail = done.stderr.strip().splitlines()[-1:] or ["no output"]
+        return figures | {"error": f"exit status {done.returncode}: {tail[0][:500]}"}
+    return figures | json.loads(done.stdout.splitlines()[-1])
+
+
+def environment(arguments: argparse.Namespace, options: list[str]) -> dict:
+    """Return what all runs share."""
+    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    return {
+        "model": Path(arguments.model).name,
+        "options": [option for option in options if "/" not in option and option != "--cache-dir"],
+        "cpu": cpu.split(":", 1)[1].strip(),
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": platform.release().split("-")[0],
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+        "commit": commit(),
+    }
+
+
+def report(content: dict) -> Iterator[str]:
+    """Give the lines of the report."""
+    here, runs = content["environment"], content["runs"]
+    dates = sorted(run["date"] for run in runs)
+    versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
+    yield ""
+    yield f"Machine: {here['cpu']}, {here['cores']} cores, Linux {here['kernel']}, {versions}."
+    options = f"; options: {' '.join(here['options'])}" if here["options"] else ""
+    span = f"{len(runs)} runs, from {dates[0]} to {dates[-1]}, at {here['commit']}"
+    yield f"Model: {here['model']}, INT8{options}. {span}."
+    if warm := sum(not run["cold"] for run in runs):
+        yield f"The page cache could not be dropped before {warm} of the runs."
+    yield ""
+    yield (
+        "| limit | prompts | token/s in all | of one prompt | a step, s | read a step, GB | weights of a step, GB "
+        "| memory for weights, GB | read beyond what is missing, GB | reading | prefill, s |"
+    )
+    yield "|" + "---|" * 11
+    for limit in dict.fromkeys(run["limit"] for run in runs):
+        alone = None
+        for batch in sorted({run["batch"] for run in runs}):
+            group = [r for r in runs if (r["limit"], r["batch"]) == (limit, batch) and "error" not in r]
+            if group:
+                rate = statistics.median(run["token_per_s"] for run in group)
+                alone = rate if batch == 1 else alone
+                share = f"{rate / alone:.1f}x" if alone else "-"
+                yield f"| {limit if limit == 'none' else limit + ' GB'} | {batch} | {_row(group, share)} |"
+    for run in runs:
+        if "error" in run:
+            yield f"\n{run['limit']}, {run['batch']} prompts: {run['error'].replace('<', '&lt;')}"
+
+
+def _row(runs: list[dict], share: str) -> str:
+    """Return medians of the runs, the rate with its least and greatest."""
+    rates = [run["token_per_s"] for run in runs]
+
+    def middle(key: str, scale: float = 1, digits: int = 3) -> str:
+        return f"{statistics.median(run[key] for run in runs) / scale:.{digits}f}"
+
+    beyond = [r["read_bytes_per_step"] - max(0, r["used_bytes_per_step"] - r["frames_bytes"]) for r in runs]
+    cells = [
+        f"**{statistics.median(rates):.2f}** ({min(rates):.2f} to {max(rates):.2f})",
+        share,
+        middle("step_s", digits=2),
+        middle("read_bytes_per_step", 1e9),
+        middle("used_bytes_per_step", 1e9),
+        middle("frames_bytes", 1e9),
+        f"{statistics.median(beyond) / 1e9:.3f}",
+        f"{100 * statistics.median(run['reading_share'] for run in runs):.0f} %",
+        middle("prefill_s", digits=1),
+    ]
+    return " | ".join(cells)
+
+
+if __name__ == "__main__":
+    main()
