@@ -27,6 +27,14 @@ from qwen3_vl_memory_optimizations.compression import codec_names  # noqa: E402
 HERE = Path(__file__).parent
 TINY = ROOT / "src" / "qwen3_vl_memory_optimizations" / "assets" / "tiny-qwen3vl"
 BEGIN, END = "<!-- results: begin (written by run.py) -->", "<!-- results: end -->"
+SUMMARY_BEGIN = "<!-- accuracy: begin (written by benchmarks/accuracy/run.py) -->"
+SUMMARY_END = "<!-- accuracy: end -->"
+SUMMARIES = {
+    "README.md": "| codec | bytes, of 16 bit | perplexity of SmolLM2 | accuracy of the tiny model |",
+    "README.pt-BR.md": "| codec | bytes, de 16 bits | perplexidade do SmolLM2 | acurácia do modelo minúsculo |",
+}
+"""Files with a short table, and its heading."""
+
 PLOT = "accuracy-against-bytes.png"
 
 TINY_NAME = "tiny Qwen3-VL"
@@ -56,9 +64,15 @@ def main() -> None:
         print("\n".join(report(content)))
         return
     draw(content["runs"], HERE / PLOT)
-    readme = HERE / "README.md"
-    text = readme.read_text()
-    readme.write_text("\n".join([text.split(BEGIN)[0] + BEGIN, *report(content), END]) + text.split(END)[1])
+    write_between(HERE / "README.md", BEGIN, END, report(content))
+    for name, heading in SUMMARIES.items():
+        write_between(ROOT / name, SUMMARY_BEGIN, SUMMARY_END, summary(content["runs"], heading))
+
+
+def write_between(path: Path, begin: str, end: str, lines: Iterator[str]) -> None:
+    """Replace what stands between two markers of a file."""
+    text = path.read_text()
+    path.write_text("\n".join([text.split(begin)[0] + begin, *lines, end]) + text.split(end)[1])
 
 
 def measure_all(arguments: argparse.Namespace) -> None:
@@ -177,6 +191,20 @@ def row(run: dict, task: str) -> str:
         ", ".join(f"{count} {codec}" for codec, count in result["weights_stored_as"].items()),
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def summary(runs: list[dict], heading: str) -> Iterator[str]:
+    """Give the lines of the short table: every codec that was measured on a language model, the largest first."""
+    yield heading
+    yield "|---" * 4 + "|"
+    tasks = {(run["model"], run["codec"]): run["result"] for run in runs if "result" in run}
+    results = [(codec, result) for (model, codec), result in tasks.items() if model == MODEL_NAME]
+    for codec, result in sorted(results, key=lambda pair: -pair[1]["weight_bytes"]):
+        text = result["tasks"]["text"]
+        images = tasks[TINY_NAME, codec]["tasks"]["images"] if (TINY_NAME, codec) in tasks else None
+        perplexity = f"{number(text['optimized']['perplexity'])} ({number(text['baseline']['perplexity'])})"
+        accuracy = f"{images['optimized']['accuracy']:.3f} ({images['baseline']['accuracy']:.3f})" if images else "-"
+        yield f"| {codec} | {result['share_of_16_bit']:.3f} | {perplexity} | {accuracy} |"
 
 
 def number(value: float | None) -> str:
