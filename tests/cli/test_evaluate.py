@@ -2,8 +2,18 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from qwen3_vl_memory_optimizations.compression import codec_names
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Products so small are computed by one thread: several would mostly wait for each other."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
 
 
 def test_every_codec_is_compared_with_plain_transformers(run, tiny):

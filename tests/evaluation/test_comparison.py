@@ -24,6 +24,15 @@ from ..model import tiny
 VOCABULARY = 97
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Products so small are computed by one thread: several would mostly wait for each other."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
 @pytest.fixture(scope="module")
 def llama():
     torch.manual_seed(0)
