@@ -31,7 +31,9 @@ PUBLIC = [
     "TensorFreedError",
     "UnknownTensorError",
     "__version__",
+    "calculate_metrics",
     "create_optimized_model",
+    "evaluate_accuracy_impact",
 ]
 
 
@@ -79,7 +81,17 @@ def test_every_error_stands_in_the_documented_tree_under_its_base():
 
 
 def test_every_error_of_the_package_is_defined_in_the_tree():
-    for module in ("config", "optimizer", "compression", "storage", "pools", "paging", "factory", "integration"):
+    for module in (
+        "config",
+        "optimizer",
+        "compression",
+        "storage",
+        "pools",
+        "paging",
+        "factory",
+        "integration",
+        "evaluation",
+    ):
         for name, value in vars(importlib.import_module(f"qwen3_vl_memory_optimizations.{module}")).items():
             if inspect.isclass(value) and issubclass(value, errors.MemoryOptimizationError):
                 assert value.__module__ == errors.__name__, (module, name)

@@ -24,6 +24,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .config import MemoryConfig
+    from .evaluation import calculate_metrics, evaluate_accuracy_impact
     from .factory import create_optimized_model
     from .integration import OptimizedTextDecoder, OptimizedVisionEncoder, OptimizedVisionLanguageModel
     from .optimizer import MemoryOptimizer
@@ -39,7 +40,9 @@ _LAZY = {
     "OptimizedTextDecoder": ".integration",
     "OptimizedVisionEncoder": ".integration",
     "OptimizedVisionLanguageModel": ".integration",
+    "calculate_metrics": ".evaluation",
     "create_optimized_model": ".factory",
+    "evaluate_accuracy_impact": ".evaluation",
 }
 
 __all__ = [
@@ -63,7 +66,9 @@ __all__ = [
     "TensorFreedError",
     "UnknownTensorError",
     "__version__",
+    "calculate_metrics",
     "create_optimized_model",
+    "evaluate_accuracy_impact",
 ]
 
 

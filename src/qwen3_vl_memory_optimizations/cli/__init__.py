@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
-from . import demo, doctor, generate, pack
+from . import demo, doctor, evaluate, generate, pack
 from ._output import CommandGroup
 
 __all__ = ["app", "main"]
@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (demo.demo, generate.generate, pack.pack, doctor.doctor):
+for command in (demo.demo, generate.generate, pack.pack, evaluate.evaluate, doctor.doctor):
     app.command()(command)
 
 

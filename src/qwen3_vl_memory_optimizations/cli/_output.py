@@ -113,8 +113,8 @@ def print_json(value: Any) -> None:
 
 
 @contextlib.contextmanager
-def progress_bar(*, quiet: bool = False) -> Iterator[Progress]:
-    """Give a callback (description, bytes done, bytes in all) that shows a bar with rate and remaining time.
+def progress_bar(*, quiet: bool = False, in_bytes: bool = True) -> Iterator[Progress]:
+    """Give a callback (description, done, in all) that shows a bar with remaining time, and the rate of bytes.
 
     The bar lives on stderr and vanishes at the end. Without a terminal, or `quiet`, nothing is shown.
     """
@@ -124,11 +124,11 @@ def progress_bar(*, quiet: bool = False) -> Iterator[Progress]:
         return
     from rich import progress as bars
 
+    amounts = (bars.DownloadColumn(), bars.TransferSpeedColumn()) if in_bytes else (bars.TaskProgressColumn(),)
     columns = (
         bars.TextColumn("{task.description}"),
         bars.BarColumn(bar_width=None),
-        bars.DownloadColumn(),
-        bars.TransferSpeedColumn(),
+        *amounts,
         bars.TimeRemainingColumn(),
     )
     with bars.Progress(*columns, console=screen, transient=True, expand=True) as bar:

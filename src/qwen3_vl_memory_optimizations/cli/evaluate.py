@@ -1,0 +1,182 @@
+"""`qwen3vl-mem evaluate`: what each codec costs in accuracy and saves in bytes."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ._output import (
+    CacheDirOption,
+    DebugOption,
+    JsonOption,
+    TensorBudgetOption,
+    console,
+    print_json,
+    progress_bar,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..evaluation import CodecResult, Task
+
+_DEFAULT_IMAGES = 14
+_DEFAULT_TOKENS = 4096
+_WORST_LAYERS = 3
+_ALONE = ("perplexity", "accuracy", "f1")
+_COMPARED = ("top1_agreement", "kl_divergence", "layer_relative_error")
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A checkpoint directory, or a model id of the hub.")],
+    codec: Annotated[
+        list[str] | None,
+        typer.Option("--codec", help="What to evaluate; may be given several times. (default: every codec there is)"),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", metavar="FILE", help="A text to predict. (default for a language model: a novel)"),
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=2, help="How much of the text.")] = _DEFAULT_TOKENS,
+    images: Annotated[
+        int | None,
+        typer.Option(
+            "--images",
+            min=1,
+            help=f"Questions about so many images; above {_DEFAULT_IMAGES} of the test images of easy-VQA, "
+            f"up to 1000. (default for a vision model: {_DEFAULT_IMAGES})",
+        ),
+    ] = None,
+    tensor_budget: TensorBudgetOption = None,
+    cache_dir: CacheDirOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compare codecs with the model as it is: accuracy, perplexity, errors of layers, bytes.
+
+    Without a budget the model is loaded whole beside each codec; with --tensor-budget both are read within it.
+
+    Example: qwen3vl-mem evaluate ~/models/Qwen3-VL-2B-Instruct --codec int8 --text novel.txt --tensor-budget 1GB
+    """
+    from ..config import MemoryConfig
+
+    config = MemoryConfig.from_mapping({"tensor_budget": tensor_budget, "cache_dir": cache_dir})
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from ..evaluation.checkpoint import evaluate_codecs
+    from ..factory import local_directory
+
+    directory = local_directory(model)
+    disable_progress_bar()  # one bar is enough
+    tasks = _tasks(directory, text, tokens, images)
+    with progress_bar(quiet=as_json, in_bytes=False) as progress:
+        results = list(evaluate_codecs(directory, codec or [], tasks, config=config, progress=progress))
+    if as_json:
+        print_json(report(results))
+    else:
+        _show(results)
+
+
+def report(results: list[CodecResult]) -> dict[str, Any]:
+    """Return results in a form that can be written as JSON; a figure that is not finite is null."""
+    rows = []
+    for result in results:
+        tasks = {}
+        for name, impact in result.impacts.items():
+            figures: dict[str, Any] = {"positions": impact.n_positions, "difference": _finite(impact)}
+            figures |= {"baseline": _finite(impact.baseline), "optimized": _finite(impact.optimized)}
+            tasks[name] = figures | {"layer_relative_errors": _finite(impact.layers)}
+        rows.append(
+            {
+                "codec": result.codec,
+                "weight_bytes": result.weight_bytes,
+                "share_of_16_bit": result.share_of_half,
+                "weights_stored_as": result.stored_as,
+                "seconds": result.seconds,
+                "tasks": tasks,
+            }
+        )
+    return {"baseline": results[0].baseline, "weight_bytes_16_bit": results[0].half_bytes, "codecs": rows}
+
+
+def _tasks(directory: Path, text: Path | None, tokens: int, images: int | None) -> list[Task]:
+    """Return what can be asked of this checkpoint.
+
+    Raises:
+        ConfigurationError: images for a model that sees none.
+        InputError: the text cannot be read.
+    """
+    from ..errors import ConfigurationError, InputError
+    from ..evaluation.checkpoint import Task
+    from ..evaluation.data import SHIPPED_TEXT, QuestionBatches, load_tokenizer, questions, text_windows
+    from ..storage import Checkpoint
+
+    sees = "vision_config" in Checkpoint.open(directory).config
+    if images is not None and not sees:
+        raise ConfigurationError(f"--images: {directory} is a language model; give it a --text")
+    tasks = []
+    if images is not None or (sees and text is None):
+        from ..model.processing import load_processor
+
+        chosen = questions(images or _DEFAULT_IMAGES)
+        tasks.append(Task("images", QuestionBatches(load_processor(directory), chosen)))
+    if text is not None or not sees:
+        path = text or SHIPPED_TEXT
+        try:
+            content = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: the text cannot be read ({error})") from error
+        tasks.append(Task("text", text_windows(load_tokenizer(directory), content, max_tokens=tokens)))
+    return tasks
+
+
+def _show(results: list[CodecResult]) -> None:
+    from ..errors import format_bytes
+
+    screen = console()
+    screen.print(f"Compared with {results[0].baseline}.\n", style="dim", highlight=False)
+    for task, first in results[0].impacts.items():
+        title = f"{task}: {first.n_positions:,} predictions"
+        table = _table(title, "perplexity", "accuracy", "macro F1", "same top-1", "KL", "layer error")
+        table.add_row("as it is", *(figure(first.baseline[key]) for key in _ALONE))
+        for result in results:
+            impact = result.impacts[task]
+            shown = [impact.optimized[key] for key in _ALONE] + [impact.get(key, math.nan) for key in _COMPARED]
+            table.add_row(result.codec, *map(figure, shown))
+        screen.print(table, highlight=False)
+        screen.print()
+    table = _table("weights", "bytes", "of 16 bit", "stored as")
+    for result in results:
+        kinds = ", ".join(f"{count} {codec}" for codec, count in result.stored_as.items())
+        table.add_row(result.codec, format_bytes(result.weight_bytes), f"{result.share_of_half:.3f}", kinds)
+    screen.print(table, highlight=False)
+    for result in results:
+        errors = ((error, name) for impact in result.impacts.values() for name, error in impact.layers.items() if error)
+        worst = sorted(errors, reverse=True)[:_WORST_LAYERS]
+        if worst:
+            named = ", ".join(f"{name} {figure(error)}" for error, name in worst)
+            screen.print(f"\n{result.codec}: largest layer errors: {named}", style="dim", highlight=False)
+
+
+def _table(title: str, *headings: str) -> Table:
+    """Return a table whose first column is the codec."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None)
+    table.add_column("codec", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def figure(value: float) -> str:
+    """Return a figure for people, with four digits that mean something; one that is not there is a dash."""
+    return "-" if math.isnan(value) else f"{value:.4g}"
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    return {key: value if math.isfinite(value) else None for key, value in values.items()}

@@ -1,0 +1,76 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from qwen3_vl_memory_optimizations.compression import codec_names
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Products so small are computed by one thread: several would mostly wait for each other."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+def test_every_codec_is_compared_with_plain_transformers(run, tiny):
+    result = run("evaluate", tiny, "--images", "6", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["baseline"] == "plain transformers"
+    rows = {row["codec"]: row for row in report["codecs"]}
+    assert tuple(rows) == codec_names()
+    unchanged, quantized = (rows[codec]["tasks"]["images"] for codec in ("none", "int8"))
+    assert unchanged["positions"] == 6
+    assert unchanged["difference"]["perplexity"] == unchanged["difference"]["layer_relative_error"] == 0
+    assert unchanged["baseline"] == unchanged["optimized"] == quantized["baseline"]
+    assert 0 < quantized["difference"]["layer_relative_error"] < 0.05
+    assert quantized["difference"]["top1_agreement"] == 1
+    assert len(quantized["layer_relative_errors"]) == 4 + 3 + 4
+    assert rows["none"]["share_of_16_bit"] == 2  # the shipped checkpoint is fp32
+    assert rows["int8"]["share_of_16_bit"] == rows["int8"]["weight_bytes"] / report["weight_bytes_16_bit"] < 0.6
+    assert list(rows["int8"]["weights_stored_as"]) == ["int8"]
+
+
+def test_within_a_budget_the_table_fits_80_columns(run, tiny, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("what is the color of the shape? is there a red circle?")
+    result = run("evaluate", tiny, "--codec", "int8", "--images", "2", "--text", text, "--tensor-budget", "2MB")
+    assert result.exit_code == 0, result.stderr
+    assert max(len(line.rstrip()) for line in result.stdout.splitlines()) <= 80
+    assert "codec none, within the same budget" in result.stdout
+    assert "images: 2 predictions" in result.stdout
+    assert "text: " in result.stdout
+    assert "54 int8" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--codec", "zip"), "no codec is named 'zip'; there are "),
+        (("--text", "no-such-file.txt"), "no-such-file.txt: the text cannot be read"),
+        (("--images", "1001"), "easy-VQA"),
+    ],
+)
+def test_what_cannot_be_is_told_in_one_line(run, tiny, options, message):
+    result = run("evaluate", tiny, *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_language_model_is_shown_no_images(run, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "model")
+    config = json.loads((tiny / "config.json").read_text())
+    del config["vision_config"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    result = run("evaluate", tmp_path / "model", "--images", "3")
+    assert result.exit_code == 2
+    assert "is a language model" in result.stderr
+
+
+def test_help_has_an_example(run):
+    assert "qwen3vl-mem evaluate" in run("evaluate", "--help").stdout
