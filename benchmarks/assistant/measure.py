@@ -30,6 +30,8 @@ _QUESTIONS = {
     "copied": f"Repeat this text twice, word for word, and say nothing else: {_PASSAGE}",
     "free": "Write a story about a gardener who finds a clock that runs backwards.",
 }
+# A small model does not copy because it is told to, but it goes on copying once it has begun.
+_BEGUN = {"copied": f"{_PASSAGE}\n\nThe keeper of the lighthouse counted", "free": ""}
 
 
 def main() -> None:
@@ -43,7 +45,7 @@ def main() -> None:
     parser.add_argument("--cache-dir", default=None)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--lookup-tokens", type=int, default=8)
-    parser.add_argument("--repeat", type=int, default=1, help="decode each text so often; the middle one counts")
+    parser.add_argument("--turns", type=int, default=1, help="decode each text so often; the middle one counts")
     parser.add_argument("--draft-tokens", type=int, default=None, help="most tokens drafted a pass")
     arguments = parser.parse_args()
 
@@ -68,7 +70,7 @@ def main() -> None:
     for text in TEXTS:
         prompt, figures["prompt"] = make_prompt(Path(arguments.model), model.config, text)
         decode(model, prompt, WARM_UP_TOKENS, options)  # the schedule is learnt, kernels are chosen
-        runs = [decode(model, prompt, arguments.tokens, options) for _ in range(arguments.repeat)]
+        runs = [decode(model, prompt, arguments.tokens, options) for _ in range(arguments.turns)]
         figures[text] = sorted(runs, key=lambda run: run["token_per_s"] or 0)[len(runs) // 2]
     if arguments.help_with == "none":
         figures["costs"] = {str(rows): cost_of_pass(model, prompt, rows) for rows in ROWS}
@@ -137,7 +139,7 @@ def cost_of_pass(model: Any, prompt: list[int], rows: int) -> dict[str, float]:
             model(input_ids=new, past_key_values=cache, use_cache=True, position_ids=positions)
             seconds.append(time.perf_counter() - start)
             read.append(model.memory_optimizer.pager.stats.bytes_read - before)
-            cache.crop(length)
+            cache.crop(-rows)
     warm = sorted(seconds[_PASSES // 3 :])
     return {"pass_s": round(warm[len(warm) // 2], 5), "read_bytes": sorted(read)[len(read) // 2]}
 
@@ -148,7 +150,7 @@ def make_prompt(directory: Path, config: Any, text: str) -> tuple[list[int], str
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(directory)
-        chat = f"<|im_start|>user\n{_QUESTIONS[text]}<|im_end|>\n<|im_start|>assistant\n"
+        chat = f"<|im_start|>user\n{_QUESTIONS[text]}<|im_end|>\n<|im_start|>assistant\n{_BEGUN[text]}"
         return list(tokenizer(chat, add_special_tokens=False)["input_ids"]), "text"
     vocabulary = config.get_text_config().vocab_size
     source = random.Random(text)

@@ -74,13 +74,19 @@ def measure_all(arguments: argparse.Namespace) -> None:
                 run = {"limit": limit, "image_px": image_px, "date": now(), "cold": drop_page_cache()}
                 content["runs"].append(run | start(arguments, limit, image_px))
                 print(json.dumps(content["runs"][-1]), flush=True)
+                keep(content, arguments.json)
     for repetition in range(arguments.import_repeat + 1 if arguments.import_repeat else 0):
         for name, statement in IMPORTS.items():
             seconds = import_s(statement)
             if repetition:  # the first of each warms up
                 content["imports"][name].append(round(seconds, 3))
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    keep(content, arguments.json)
+
+
+def keep(content: dict, path: Path) -> None:
+    """Write what was measured so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def child_environment() -> dict[str, str]:

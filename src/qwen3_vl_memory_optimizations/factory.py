@@ -95,6 +95,8 @@ def create_optimized_model(
             if each is not None:
                 each.pack(config, progress)
         if optimizer is None:
+            if config.ram_budget is not None:
+                gc.collect()  # what packing left; imports leave nothing to collect
             _release_garbage(config)
             optimizer = undo.enter_context(MemoryOptimizer(memory_config=config))
         for each, name in ((source, ""), (draft, ASSISTANT)):
@@ -333,8 +335,6 @@ def _reserve_before_forwards(model: Any, optimizer: MemoryOptimizer, itemsize: i
 
 def _release_garbage(config: MemoryConfig) -> None:
     """Give back what importing and loading left behind: with a budget for the process each megabyte is weights."""
-    if config.ram_budget is not None:
-        gc.collect()
     trim_heap()
     if config.ram_budget is not None:
         release_library_pages()
