@@ -17,7 +17,6 @@ from typing import Any, get_args, get_type_hints
 
 from .errors import ConfigurationError
 
-CODEC_CHOICES = ("auto", "int8", "fp16", "svd", "sparse", "none")
 SWAP_ALGORITHMS = ("lru", "clock", "predictive")
 IMAGE_POLICIES = ("downsize", "refuse")
 
@@ -44,7 +43,7 @@ _SIZES = (
     "tensor_budget",
     "gpu_budget",
 )
-_CHOICES = {"codec": CODEC_CHOICES, "swap_algorithm": SWAP_ALGORITHMS, "image_policy": IMAGE_POLICIES}
+_CHOICES = {"swap_algorithm": SWAP_ALGORITHMS, "image_policy": IMAGE_POLICIES}
 
 
 def parse_size(value: object, *, key: str = "size") -> int:
@@ -84,7 +83,8 @@ class MemoryConfig:
         tensor_budget: the most the managed tensors and their workspace may use; for embedding in a larger application.
         gpu_budget: the most device memory; without a GPU it has no effect.
         cache_dir: where packed checkpoints lie; default `$QWEN3VL_MEM_CACHE`, else `~/.cache/qwen3vl-mem`.
-        codec: how large weights are stored: `auto` lets the library choose, `none` keeps them as they are.
+        codec: how large weights are stored: `auto` lets the library choose, `none` keeps them as they are; else the
+            name of a codec that is registered when the weights are loaded or packed.
         enable_memory_pooling: page frames and blocks are reused instead of returned to the system at once.
         enable_compression: with `False`, `codec="auto"` means `"none"`.
         enable_int8_quantization: with `False`, `codec="auto"` does not choose INT8.
@@ -187,6 +187,10 @@ def _checked(key: str, value: Any) -> Any:
         if key in _INTERVALS and value <= 0:
             raise ConfigurationError(f"{key}: {value!r} s is not above zero")
         return float(value)
+    if hint is str and not isinstance(value, str):
+        raise ConfigurationError(f"{key}: expected a name, got {value!r}")
+    if key == "codec":
+        return value  # which names there are, the registry of codecs knows
     if key in _CHOICES:
         if value not in _CHOICES[key]:
             raise ConfigurationError(f"{key}: {value!r} is not one of {', '.join(_CHOICES[key])}")

@@ -49,7 +49,12 @@ RamBudgetOption = Annotated[
 TensorBudgetOption = Annotated[
     str | None, typer.Option("--tensor-budget", metavar="SIZE", help="The most the weights in memory may use.")
 ]
-CodecOption = Annotated[str, typer.Option("--codec", help="How weights are stored: auto, int8, or none (as they are).")]
+CodecOption = Annotated[
+    str,
+    typer.Option(
+        "--codec", help="How weights are stored: auto, none (as they are), or the name of a codec such as int8 or int4."
+    ),
+]
 CacheDirOption = Annotated[
     Path | None,
     typer.Option(

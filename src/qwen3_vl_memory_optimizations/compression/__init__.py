@@ -1,6 +1,7 @@
 """Codecs: tensor <-> encoded rows, and products computed on the encoded form. Pure: no file, no pool, no policy."""
 
 from .base import ROW_MULTIPLE, Codec, LinearInput, Scratch, Segment, columns_of
+from .int4 import INT4Codec
 from .int8 import INT8Codec
 from .kernels import KernelSelector
 from .raw import RawCodec
@@ -9,6 +10,7 @@ from .registry import codec_names, create_codec, register_codec
 __all__ = [
     "ROW_MULTIPLE",
     "Codec",
+    "INT4Codec",
     "INT8Codec",
     "KernelSelector",
     "LinearInput",

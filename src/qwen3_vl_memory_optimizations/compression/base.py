@@ -111,10 +111,17 @@ class Codec(ABC):
     Class attributes:
         name: the key in the registry and in packed checkpoints.
         lossless: whether `decode(encode(w))` is `w`, bit by bit.
+        fallback: the codec for weights that this one does not take.
     """
 
     name: ClassVar[str]
     lossless: ClassVar[bool]
+    fallback: ClassVar[str] = "none"
+
+    @property
+    def stored_name(self) -> str:
+        """The name in packed checkpoints: another one where the encoded form has variants."""
+        return self.name
 
     @abstractmethod
     def supports(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
@@ -123,6 +130,14 @@ class Codec(ABC):
     @abstractmethod
     def segments(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Segment, ...]:
         """Return the segments of the encoded form of a tensor of this shape and dtype; the first is the paged one."""
+
+    def row_block(self, shape: tuple[int, ...]) -> int:
+        """How many rows of a tensor of this shape are encoded together.
+
+        Rows that are encoded, decoded or multiplied start at a multiple of it, and end at one or with the tensor. Only
+        where it is 1 single rows can be looked up.
+        """
+        return 1
 
     @abstractmethod
     def encode(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -167,6 +182,12 @@ def linear_in_steps(
         decoded = decode(part, scratch.get("decoded", (stop - start, columns), x.x2d.dtype))
         out[:, start:stop] = F.linear(x.x2d, decoded, None if bias is None else bias[start:stop])
     return out
+
+
+def bf16_at_least(values: torch.Tensor) -> torch.Tensor:
+    """Return the smallest bf16 values that are not below `values` (fp32, not negative), as fp32."""
+    bits = values.view(torch.int32)
+    return torch.where((bits & 0xFFFF) == 0, bits, (bits & -0x10000) + 0x10000).view(torch.float32)
 
 
 def columns_of(shape: tuple[int, ...]) -> int:

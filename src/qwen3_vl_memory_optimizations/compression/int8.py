@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ..errors import CodecError
-from .base import Codec, Encoded, LinearInput, Scratch, Segment, columns_of, linear_in_steps
+from .base import Codec, Encoded, LinearInput, Scratch, Segment, bf16_at_least, columns_of, linear_in_steps
 from .kernels import KernelSelector, int8_product_saturates, row_class
 
 _LEVELS = 127
@@ -64,7 +64,7 @@ class INT8Codec(Codec):
             largest = values.abs().amax(dim=1)
             if not bool(torch.isfinite(largest).all()):
                 raise CodecError("INT8 cannot represent NaN or infinite weights; keep this tensor with codec 'none'")
-            factor = _bf16_at_least(largest / _LEVELS)
+            factor = bf16_at_least(largest / _LEVELS)
             scale[part] = torch.where(factor > 0, factor, torch.ones_like(factor))
             data[part] = values.div_(scale[part, None]).round_().clamp_(-_LEVELS, _LEVELS)
             row_sum[part] = data[part].sum(dim=1, dtype=torch.int32)
@@ -93,12 +93,6 @@ class INT8Codec(Codec):
             key = (self.name, row_class(x.rows), n.bit_length(), k, x.x2d.dtype, *candidates)
             product = self.kernels.run(key, candidates, work=n)
         return product if bias is None else product.add_(bias)
-
-
-def _bf16_at_least(values: torch.Tensor) -> torch.Tensor:
-    """Return the smallest bf16 values that are not below `values` (fp32, not negative), as fp32."""
-    bits = values.view(torch.int32)
-    return torch.where((bits & 0xFFFF) == 0, bits, (bits & -0x10000) + 0x10000).view(torch.float32)
 
 
 def _packed_product(x: LinearInput, encoded: Encoded) -> torch.Tensor:

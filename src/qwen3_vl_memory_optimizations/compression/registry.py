@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
+from functools import partial
 
 from ..errors import ConfigurationError
 from .base import Codec
+from .int4 import LAYOUTS, INT4Codec
 from .int8 import INT8Codec
 from .kernels import KernelSelector
 from .raw import RawCodec
 
 _FACTORIES: dict[str, Callable[[KernelSelector], Codec]] = {}
+_VARIANTS: set[str] = set()
 
 
-def register_codec(name: str, factory: Callable[[KernelSelector], Codec]) -> None:
+def register_codec(name: str, factory: Callable[[KernelSelector], Codec], *, variant: bool = False) -> None:
     """Make a codec known under `name`.
+
+    Args:
+        name: what settings and packed checkpoints call it.
+        factory: called with the shared choice of kernels.
+        variant: only packed checkpoints name it (see `Codec.stored_name`); `codec_names` leaves it out.
 
     Raises:
         ConfigurationError: the name is taken.
@@ -22,23 +31,30 @@ def register_codec(name: str, factory: Callable[[KernelSelector], Codec]) -> Non
     if name in _FACTORIES:
         raise ConfigurationError(f"a codec named {name!r} is already registered")
     _FACTORIES[name] = factory
+    if variant:
+        _VARIANTS.add(name)
 
 
 def create_codec(name: str, kernels: KernelSelector | None = None) -> Codec:
     """Return a codec by its name.
 
     Raises:
-        ConfigurationError: no such codec; the error lists the known ones.
+        ConfigurationError: no such codec; the error lists the known ones and says which is nearest.
     """
     if name not in _FACTORIES:
-        raise ConfigurationError(f"no codec is named {name!r}; there are {', '.join(codec_names())}")
+        names = codec_names()
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+        raise ConfigurationError(f"codec: {name!r} is not one of auto, {', '.join(names)}; did you mean {near!r}?")
     return _FACTORIES[name](kernels or KernelSelector())
 
 
 def codec_names() -> tuple[str, ...]:
     """Return the registered names, sorted."""
-    return tuple(sorted(_FACTORIES))
+    return tuple(sorted(_FACTORIES.keys() - _VARIANTS))
 
 
 register_codec(RawCodec.name, lambda kernels: RawCodec())
 register_codec(INT8Codec.name, INT8Codec)
+register_codec(INT4Codec.name, INT4Codec)
+for _layout in LAYOUTS:
+    register_codec(f"{INT4Codec.name}_{_layout}", partial(INT4Codec, layout=_layout), variant=True)

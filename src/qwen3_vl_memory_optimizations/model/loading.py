@@ -11,13 +11,13 @@ import torch
 import xxhash
 from torch import nn
 
-from ..compression import Codec, KernelSelector, create_codec
+from ..compression import Codec, KernelSelector, Segment, create_codec
 from ..errors import CheckpointError, CorruptDataError
 from ..paging import FileSource, ManagedTensor, Pager, TensorEntry
 from ..pools import FRAME_BYTES, reserve, unreserve
 from ..storage import Checkpoint, DirectFile, TensorExtent
 from .packing import CODECS_KEY, TORCH_DTYPES, Progress, find_extent, read_row_chunks, segment_name
-from .skeleton import WeightSite, materialize_buffers, rows_per_page, weight_sites
+from .skeleton import WeightSite, codec_for, materialize_buffers, rows_per_page, weight_sites
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class WeightLoader:
             self._pager.ledger.add("small weights", segment.n_bytes)
             resident[segment.name] = self._read(checkpoint.tensors[name])
         row_bytes = first.n_bytes // first.shape[0]
-        rows = extent.page_bytes // row_bytes if extent.page_bytes else rows_per_page(first.shape, first.dtype.itemsize)
+        rows = extent.page_bytes // row_bytes if extent.page_bytes else self._page_rows(first, codec, site)
         lead = extent.offset_bytes % FRAME_BYTES  # direct reads need file offset and address equal modulo a block
         entry = TensorEntry(
             self._prefix + site.name,
@@ -135,6 +135,10 @@ class WeightLoader:
         self._release_address_space(entry, lead)
         self._pager.add(entry, resident=False)
         return ManagedTensor(self._pager, entry)
+
+    @staticmethod
+    def _page_rows(first: Segment, codec: Codec, site: WeightSite) -> int:
+        return rows_per_page(first.shape, first.dtype.itemsize, codec.row_block(site.shape))
 
     def _release_address_space(self, entry: TensorEntry, lead: int) -> None:
         address, n_bytes, frames = entry.address - lead, lead + entry.n_bytes + 2 * FRAME_BYTES, self._pager.frames
@@ -179,14 +183,14 @@ class WeightLoader:
         module, attribute = site.holders[0]
         values = module._parameters[attribute]
         assert values is not None
-        codec = self._codec(codec_name)
-        if not (site.managed and codec.supports(site.shape, values.dtype)):
+        if not site.managed:
             put(site, nn.Parameter(values.detach().to(self._dtype), requires_grad=False))
             return
+        codec = codec_for(site, values.dtype, self._codec(codec_name), self._codec)
         stored = values.detach().to(self._dtype) if codec.lossless else values.detach()
         segments = codec.segments(site.shape, stored.dtype)
         first = segments[0]
-        rows = rows_per_page(first.shape, first.dtype.itemsize)
+        rows = self._page_rows(first, codec, site)
         encoded = codec.encode(stored)
         entry = TensorEntry(
             self._prefix + site.name,
