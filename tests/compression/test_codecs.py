@@ -52,7 +52,7 @@ def assert_snr(exact, found, floor_db, what=""):
 
 
 def decoded(codec, encoded, dtype, columns=None):
-    rows, width = encoded["data"].shape
+    rows, width = next(iter(encoded.values())).shape
     return codec.decode(encoded, torch.full((rows, columns or width), 7.0, dtype=dtype))
 
 
@@ -73,11 +73,16 @@ class CodecContract:
     def codec(self):
         return create_codec(self.name)
 
+    def values(self, *shape):
+        """Values that suit the codec."""
+        return torch.randn(shape)
+
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_round_trip(self, codec, dtype):
         for shape in self.shapes:
-            values = torch.randn(shape).to(dtype)
+            values = self.values(*shape).to(dtype)
             assert codec.supports(shape, dtype)
+            codec = codec.fit(lambda values=values: values)
             encoded = codec.encode(values)
             found = decoded(codec, encoded, dtype, math.prod(shape[1:]))
             if codec.lossless:
@@ -88,29 +93,35 @@ class CodecContract:
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_segments_describe_what_encode_makes(self, codec, dtype):
         for shape in self.shapes:
-            encoded = codec.encode(torch.randn(shape).to(dtype))
+            values = self.values(*shape).to(dtype)
+            codec = codec.fit(lambda values=values: values)
+            encoded = codec.encode(values)
             segments = codec.segments(shape, dtype)
             assert list(encoded) == [segment.name for segment in segments]
             for segment in segments:
                 found = encoded[segment.name]
                 assert (found.dtype, tuple(found.shape)) == (segment.dtype, segment.shape), shape
                 assert found.nbytes == segment.n_bytes
-                assert segment.shape[0] == shape[0]
+                assert segment.shared or segment.shape[0] == shape[0]
+            assert not segments[0].shared
 
     def test_blocks_of_rows_are_encoded_independently(self, codec):
         """Encoded in pieces, a weight has the bytes it has encoded at once; a piece may be the end of the weight."""
         block = codec.row_block((1, 64))
         n_rows = 3 * block + self.rows
-        values = torch.randn(n_rows, 64)
+        values = self.values(n_rows, 64)
+        codec = codec.fit(lambda: values)
         whole = codec.encode(values)
+        shared = {segment.name for segment in codec.segments((n_rows, 64), values.dtype) if segment.shared}
         assert n_rows > codec.row_block((n_rows, 64)) == block
         for part in (slice(block, 3 * block), slice(2 * block, n_rows)):
             for name, segment in codec.encode(values[part]).items():
-                assert torch.equal(whole[name][part], segment), name
+                assert torch.equal(whole[name] if name in shared else whole[name][part], segment), name
 
     def test_zero_rows_stay_zero(self, codec):
-        values = torch.randn(self.rows, 64)
+        values = self.values(self.rows, 64)
         values[3] = 0
+        codec = codec.fit(lambda: values)
         encoded = codec.encode(values)
         assert torch.equal(decoded(codec, encoded, torch.float32, 64)[3], torch.zeros(64))
         assert torch.equal(product(codec, torch.randn(6, 64), encoded)[:, 3], torch.zeros(6))
@@ -118,7 +129,9 @@ class CodecContract:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("n_rows", [1, 3, 6, 40])
     def test_linear_is_the_product_with_the_decoded_rows(self, codec, n_rows, dtype):
-        encoded = codec.encode(torch.randn(self.rows, 128).to(dtype))
+        values = self.values(self.rows, 128).to(dtype)
+        codec = codec.fit(lambda: values)
+        encoded = codec.encode(values)
         x, bias = torch.randn(n_rows, 128).to(dtype), torch.randn(self.rows).to(dtype)
         weights = decoded(codec, encoded, torch.float64, 128)
         found = product(codec, x, encoded, bias)
@@ -127,12 +140,16 @@ class CodecContract:
         assert_snr(exact, found, self.product_floor_db, f"{self.name} {n_rows} rows {dtype}")
 
     def test_linear_takes_batches_as_rows(self, codec):
-        encoded = codec.encode(torch.randn(self.rows, 64))
+        values = self.values(self.rows, 64)
+        codec = codec.fit(lambda: values)
+        encoded = codec.encode(values)
         x = torch.randn(2, 3, 64)
         assert_snr(product(codec, x.reshape(6, 64), encoded), product(codec, x, encoded), 45)
 
     def test_a_product_leaves_its_operands_as_they_were(self, codec):
-        encoded = codec.encode(torch.randn(self.rows, 64))
+        values = self.values(self.rows, 64)
+        codec = codec.fit(lambda: values)
+        encoded = codec.encode(values)
         x, bias = torch.randn(6, 64), torch.randn(self.rows)
         before = [tensor.clone() for tensor in (x, bias, *encoded.values())]
         product(codec, x, encoded, bias)
@@ -420,7 +437,7 @@ def test_scratch_asks_before_it_grows_and_keeps_its_memory_when_refused():
 
 
 def test_registry_names_what_it_knows_and_refuses_a_name_twice():
-    with pytest.raises(ConfigurationError, match="int4, int8, none; did you mean"):
+    with pytest.raises(ConfigurationError, match="int4, int8, none, sparse, svd; did you mean"):
         create_codec("zip")
     with pytest.raises(ConfigurationError, match="already"):
         register_codec("int8", INT8Codec)

@@ -8,10 +8,13 @@ from functools import partial
 
 from ..errors import ConfigurationError
 from .base import Codec
+from .fp16 import FP16Codec
 from .int4 import LAYOUTS, INT4Codec
 from .int8 import INT8Codec
 from .kernels import KernelSelector
 from .raw import RawCodec
+from .sparse import SparseCodec
+from .svd import SVDCodec
 
 _FACTORIES: dict[str, Callable[[KernelSelector], Codec]] = {}
 _VARIANTS: set[str] = set()
@@ -36,16 +39,18 @@ def register_codec(name: str, factory: Callable[[KernelSelector], Codec], *, var
 
 
 def create_codec(name: str, kernels: KernelSelector | None = None) -> Codec:
-    """Return a codec by its name.
+    """Return a codec by its name, or by the `stored_name` of a tensor.
 
     Raises:
         ConfigurationError: no such codec; the error lists the known ones and says which is nearest.
     """
+    name, _, parameters = name.partition(":")
     if name not in _FACTORIES:
         names = codec_names()
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
         raise ConfigurationError(f"codec: {name!r} is not one of auto, {', '.join(names)}; did you mean {near!r}?")
-    return _FACTORIES[name](kernels or KernelSelector())
+    codec = _FACTORIES[name](kernels or KernelSelector())
+    return codec.restored(parameters) if parameters else codec
 
 
 def codec_names() -> tuple[str, ...]:
@@ -55,6 +60,9 @@ def codec_names() -> tuple[str, ...]:
 
 register_codec(RawCodec.name, lambda kernels: RawCodec())
 register_codec(INT8Codec.name, INT8Codec)
+register_codec(FP16Codec.name, lambda kernels: FP16Codec())
+register_codec(SVDCodec.name, lambda kernels: SVDCodec())
+register_codec(SparseCodec.name, SparseCodec)
 register_codec(INT4Codec.name, INT4Codec)
 for _layout in LAYOUTS:
     register_codec(f"{INT4Codec.name}_{_layout}", partial(INT4Codec, layout=_layout), variant=True)

@@ -186,7 +186,7 @@ class WeightLoader:
         if not site.managed:
             put(site, nn.Parameter(values.detach().to(self._dtype), requires_grad=False))
             return
-        codec = codec_for(site, values.dtype, self._codec(codec_name), self._codec)
+        codec = codec_for(site, values.dtype, self._codec(codec_name), self._codec, values.detach)
         stored = values.detach().to(self._dtype) if codec.lossless else values.detach()
         segments = codec.segments(site.shape, stored.dtype)
         first = segments[0]

@@ -118,9 +118,18 @@ def _plan(source: Checkpoint, sites: list[WeightSite], codec: Codec) -> dict[str
     plan: dict[str, tuple[TensorExtent, Codec]] = {}
     for site in sorted(sites, key=lambda site: not site.managed):
         extent = find_extent(source, site)
-        dtype = TORCH_DTYPES[extent.dtype]
-        plan[site.name] = (extent, codec_for(site, dtype, codec, create_codec) if site.managed else raw)
+        plan[site.name] = (extent, _codec(site, extent, codec) if site.managed else raw)
     return plan
+
+
+def _codec(site: WeightSite, extent: TensorExtent, codec: Codec) -> Codec:
+    dtype, shape = TORCH_DTYPES[extent.dtype], tuple(extent.shape)
+
+    def values() -> torch.Tensor:
+        with DirectFile(extent.path) as file:
+            return torch.cat([chunk.clone() for chunk in read_row_chunks(file, extent, dtype, shape, _CHUNK_BYTES)])
+
+    return codec_for(site, dtype, codec, create_codec, values)
 
 
 def find_extent(source: Checkpoint, site: WeightSite) -> TensorExtent:
@@ -180,7 +189,8 @@ def _write(source: Checkpoint, plan: dict[str, tuple[TensorExtent, Codec]], fina
                     writer.append(names[0], chunks)
                 for part, segment in zip(names[1:], segments[1:], strict=True):
                     if part not in complete:
-                        writer.append(part, [_bytes(torch.cat(small[segment.name]))])
+                        values = small[segment.name]
+                        writer.append(part, [_bytes(values[0] if segment.shared else torch.cat(values))])
             done += extent.n_bytes
             report("packing", done, total)
         writer.finish(side_files(source.directory))

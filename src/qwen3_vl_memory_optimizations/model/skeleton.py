@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ import torch
 from torch import nn
 
 from ..compression import ROW_MULTIPLE, Codec, columns_of
-from ..errors import CheckpointError
+from ..errors import CheckpointError, CodecError
 from ..paging import PAGE_BYTES
 from ..pools import FRAME_BYTES, UNIT_BYTES
+
+logger = logging.getLogger(__name__)
 
 MANAGED_LEAST_BYTES = 16 * 1024
 
@@ -139,7 +142,13 @@ def weight_sites(model: nn.Module, stored_itemsize: int = 2) -> list[WeightSite]
     return sites
 
 
-def codec_for(site: WeightSite, dtype: torch.dtype, codec: Codec, create: Callable[[str], Codec]) -> Codec:
+def codec_for(
+    site: WeightSite,
+    dtype: torch.dtype,
+    codec: Codec,
+    create: Callable[[str], Codec],
+    values: Callable[[], torch.Tensor],
+) -> Codec:
     """Return the codec for a weight: `codec`, or the first in the line of its fallbacks that takes the weight.
 
     Rows of the vocabulary are looked up one by one, and its matrices are the most sensitive: they go to a codec that
@@ -150,10 +159,15 @@ def codec_for(site: WeightSite, dtype: torch.dtype, codec: Codec, create: Callab
         dtype: that it is stored in.
         codec: the wanted one.
         create: makes a codec by its name.
+        values: gives the weight, for codecs that must look at it.
     """
-    while not codec.supports(site.shape, dtype) or (site.vocabulary and codec.row_block(site.shape) > 1):
+    while True:
+        if codec.supports(site.shape, dtype) and not (site.vocabulary and codec.row_block(site.shape) > 1):
+            try:
+                return codec.fit(values)
+            except CodecError as error:
+                logger.info("%s: %s; stored with %r", site.name, error, codec.fallback)
         codec = create(codec.fallback)
-    return codec
 
 
 def rows_per_page(shape: tuple[int, ...], itemsize: int, row_block: int = 1) -> int:
