@@ -87,7 +87,7 @@ class INT4Codec(Codec):
         data = torch.empty((n, self._row_bytes(columns)), dtype=torch.uint8)
         for block in self._blocks(data, columns):
             values = matrix[block.start : block.stop].to(torch.float32).view(-1, columns // self.group, self.group)
-            least, most = values.aminmax(dim=2)
+            least, most = values.amin(dim=2), values.amax(dim=2)  # aminmax takes ten times as long
             scale = bf16_at_least((most - least) / _LEVELS)
             zero = (least + scale * _MIDDLE).bfloat16().float()
             scale = torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from ..errors import CodecError
@@ -113,7 +114,7 @@ class SparseCodec(Codec):
         n, columns = matrix.shape
         data = torch.zeros(self.segments((n, columns), self.dtype)[0].shape, dtype=torch.uint8)
         kept = self._kept(matrix)
-        counts = kept.sum(dim=1)
+        counts = kept.sum(dim=1, dtype=torch.int32)
         if int(counts.max()) > self.width:
             raise CodecError(f"a row has {int(counts.max())} values that are not zero, {self.width} have a place")
         filled = torch.arange(self.width) < counts[:, None]
@@ -126,9 +127,8 @@ class SparseCodec(Codec):
             places[filled] = kept.nonzero()[:, 1].to(torch.int16)
             data[:, self._values_bytes :] = places.view(torch.uint8).view(n, -1)
         else:
-            bits = torch.zeros((n, -(-columns // 8) * 8), dtype=torch.uint8)
-            bits[:, :columns] = kept
-            data[:, self._values_bytes :] = (bits.view(n, -1, 8) << torch.arange(8, dtype=torch.uint8)).sum(dim=2)
+            bits = np.packbits(kept.numpy(), axis=1, bitorder="little")
+            data[:, self._values_bytes :] = torch.from_numpy(bits)
         return {"data": data}
 
     def decode(self, encoded: Encoded, out: torch.Tensor) -> torch.Tensor:
@@ -137,15 +137,18 @@ class SparseCodec(Codec):
         out.zero_()
         if self.form == "csr":
             return out.scatter_(1, places.view(torch.int16).long(), values.to(out.dtype))
-        n, columns = out.shape
-        mask = _bits_of_bytes().index_select(0, places.reshape(-1).int()).view(n, -1)[:, :columns]
-        filled = torch.arange(self.width) < mask.sum(dim=1)[:, None]
-        return out.masked_scatter_(mask, values.to(out.dtype)[filled])
+        bits = np.unpackbits(places.numpy(), axis=1, count=out.shape[1], bitorder="little")
+        mask = torch.from_numpy(bits.view(np.bool_))
+        filled = torch.arange(self.width) < mask.sum(dim=1, dtype=torch.int32)[:, None]
+        return out.masked_scatter_(mask, values.to(out.dtype).masked_select(filled))
 
     def _parts(self, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the values `[n, width]` and the bytes of their places."""
-        values = data[:, : self._values_bytes].contiguous().view(self.dtype)
-        return values, data[:, self._values_bytes :].contiguous()
+        # Copies: in a row of any number of bytes values need not be aligned, and `contiguous` may hand out views.
+        values = torch.empty((len(data), self.width), dtype=self.dtype)
+        values.view(torch.uint8).copy_(data[:, : self._values_bytes])
+        places = data[:, self._values_bytes :]
+        return values, torch.empty(places.shape, dtype=torch.uint8).copy_(places)
 
     def linear(self, x: LinearInput, encoded: Encoded, bias: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
         """By decoding, or by torch's own CSR kernel where that is possible and measures faster."""
@@ -181,9 +184,3 @@ def _expect_csr() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1))
-
-
-@lru_cache(maxsize=1)
-def _bits_of_bytes() -> torch.Tensor:
-    """Table bool `[256, 8]`: the bits of each byte, the lowest first."""
-    return (torch.arange(256)[:, None] >> torch.arange(8)) % 2 == 1
