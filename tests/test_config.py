@@ -69,7 +69,6 @@ def test_impossible_sizes_are_refused_by_name(value):
         ("swap_pressure_threshold", 1.01),
         ("tier_migration_interval", 0),
         ("gc_collection_interval", float("inf")),
-        ("codec", "zip"),
         ("codec", None),
         ("swap_algorithm", ["lru"]),
         ("image_policy", "crop"),

@@ -23,6 +23,14 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .compression import (
+        CompressionMethodSelector,
+        FP16QuantizationCompressor,
+        INT8QuantizationCompressor,
+        MemoryCompressionManager,
+        SparseCompressionCompressor,
+        SVDDecompositionCompressor,
+    )
     from .config import MemoryConfig
     from .evaluation import calculate_metrics, evaluate_accuracy_impact
     from .factory import create_optimized_model
@@ -34,12 +42,18 @@ if TYPE_CHECKING:
 # torch takes seconds to import; the command line and `--help` do without it.
 _LAZY = {
     "AdvancedMemoryPool": ".pools",
+    "CompressionMethodSelector": ".compression",
+    "FP16QuantizationCompressor": ".compression",
+    "INT8QuantizationCompressor": ".compression",
     "ManagedTensor": ".paging",
+    "MemoryCompressionManager": ".compression",
     "MemoryConfig": ".config",
     "MemoryOptimizer": ".optimizer",
     "OptimizedTextDecoder": ".integration",
     "OptimizedVisionEncoder": ".integration",
     "OptimizedVisionLanguageModel": ".integration",
+    "SVDDecompositionCompressor": ".compression",
+    "SparseCompressionCompressor": ".compression",
     "calculate_metrics": ".evaluation",
     "create_optimized_model": ".factory",
     "evaluate_accuracy_impact": ".evaluation",
@@ -49,19 +63,25 @@ __all__ = [
     "AdvancedMemoryPool",
     "CheckpointError",
     "CodecError",
+    "CompressionMethodSelector",
     "ConfigurationError",
     "CorruptDataError",
+    "FP16QuantizationCompressor",
+    "INT8QuantizationCompressor",
     "InputError",
     "InsufficientDiskSpaceError",
     "ManagedTensor",
     "MemoryBudgetExceeded",
+    "MemoryCompressionManager",
     "MemoryConfig",
     "MemoryOptimizationError",
     "MemoryOptimizer",
     "OptimizedTextDecoder",
     "OptimizedVisionEncoder",
     "OptimizedVisionLanguageModel",
+    "SVDDecompositionCompressor",
     "ShortIOError",
+    "SparseCompressionCompressor",
     "StorageError",
     "TensorFreedError",
     "UnknownTensorError",

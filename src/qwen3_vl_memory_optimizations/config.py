@@ -17,7 +17,6 @@ from typing import Any, get_args, get_type_hints
 
 from .errors import ConfigurationError
 
-CODEC_CHOICES = ("auto", "int8_rotated", "int8", "fp16", "svd", "sparse", "none")
 SWAP_ALGORITHMS = ("lru", "clock", "predictive")
 IMAGE_POLICIES = ("downsize", "refuse")
 
@@ -45,7 +44,6 @@ _SIZES = (
     "gpu_budget",
 )
 _CHOICES = {
-    "codec": CODEC_CHOICES,
     "swap_algorithm": SWAP_ALGORITHMS,
     "image_policy": IMAGE_POLICIES,
     "fused_modules": ("auto", "on", "off"),
@@ -89,7 +87,8 @@ class MemoryConfig:
         tensor_budget: the most the managed tensors and their workspace may use; for embedding in a larger application.
         gpu_budget: the most device memory; without a GPU it has no effect.
         cache_dir: where packed checkpoints lie; default `$QWEN3VL_MEM_CACHE`, else `~/.cache/qwen3vl-mem`.
-        codec: how large weights are stored: `auto` lets the library choose, `none` keeps them as they are.
+        codec: how large weights are stored: `auto` lets the library choose, `none` keeps them as they are; else the
+            name of a codec that is registered when the weights are loaded or packed.
         fused_modules: decoder layers with fewer and larger operations (`model.fused`): `auto` is `on` where weights are
             encoded with loss; with `off`, results of codec `none` are those of transformers bit by bit.
         enable_memory_pooling: page frames and blocks are reused instead of returned to the system at once.
@@ -199,6 +198,10 @@ def _checked(key: str, value: Any) -> Any:
         if key in _INTERVALS and value <= 0:
             raise ConfigurationError(f"{key}: {value!r} s is not above zero")
         return float(value)
+    if hint is str and not isinstance(value, str):
+        raise ConfigurationError(f"{key}: expected a name, got {value!r}")
+    if key == "codec":
+        return value  # which names there are, the registry of codecs knows
     if key in _CHOICES:
         if value not in _CHOICES[key]:
             raise ConfigurationError(f"{key}: {value!r} is not one of {', '.join(_CHOICES[key])}")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .compression import create_codec
 from .compression.kernels import fastest_dtype
 from .config import MemoryConfig, jsonable
 from .errors import CheckpointError, ConfigurationError, MemoryBudgetExceeded, format_bytes
@@ -172,7 +173,8 @@ def local_directory(name: str | os.PathLike[str]) -> Path:
 
 
 def _require_workable(config: MemoryConfig) -> None:
-    """Refuse a budget that cannot hold the process itself, before anything is loaded."""
+    """Refuse an unknown codec, and a budget that cannot hold the process itself, before anything is loaded."""
+    create_codec(config.weight_codec())
     tame_allocator()
     least = rss_bytes() + (0 if _is_imported() else _LIBRARIES_BYTES) + FIXED_RESERVE_BYTES + _LEAST_FRAMES_BYTES
     if config.ram_budget is not None and config.ram_budget < least:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .compression import RawCodec
+from .compression import RawCodec, create_codec
 from .config import MemoryConfig
 from .errors import ConfigurationError, MemoryBudgetExceeded, format_bytes
 from .hardware import HardwareProfile
@@ -50,6 +50,7 @@ class MemoryOptimizer:
         memory_config: Mapping[str, Any] | MemoryConfig | None = None,
     ) -> None:
         self.config = MemoryConfig.from_mapping(memory_config)
+        create_codec(self.config.weight_codec())  # refuses a name that is not known
         self.hardware = HardwareProfile.from_mapping(hardware_config or {})
         self.baseline_bytes = rss_bytes()
         ledger = Ledger(self.config.ram_budget, self.config.tensor_budget)

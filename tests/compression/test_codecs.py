@@ -21,11 +21,10 @@ from qwen3_vl_memory_optimizations.compression import (
     Scratch,
     codec_names,
     create_codec,
-    int8,
     int8_kernels,
     register_codec,
 )
-from qwen3_vl_memory_optimizations.compression.base import linear_in_steps
+from qwen3_vl_memory_optimizations.compression.base import bf16_at_least, linear_in_steps
 from qwen3_vl_memory_optimizations.compression.int8_kernels import dequantize
 from qwen3_vl_memory_optimizations.compression.kernels import int8_product_saturates, row_class
 from qwen3_vl_memory_optimizations.compression.rotation import rotate, rotate_back
@@ -55,8 +54,9 @@ def assert_snr(exact, found, floor_db, what=""):
     assert found_db >= floor_db, f"{what}: {found_db:.1f} dB, at least {floor_db} dB wanted"
 
 
-def decoded(codec, encoded, dtype):
-    return codec.decode(encoded, torch.full(encoded["data"].shape, 7.0, dtype=dtype))
+def decoded(codec, encoded, dtype, columns=None):
+    rows, width = next(iter(encoded.values())).shape
+    return codec.decode(encoded, torch.full((rows, columns or width), 7.0, dtype=dtype))
 
 
 def product(codec, x, encoded, bias=None, slot_bytes=16 * 2**20):
@@ -69,66 +69,91 @@ class CodecContract:
     name: str
     floor_db = math.inf
     product_floor_db: float
+    shapes = SHAPES
+    rows = 36
 
     @pytest.fixture
     def codec(self):
         return create_codec(self.name)
 
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("shape", SHAPES)
-    def test_round_trip(self, codec, shape, dtype):
-        values = torch.randn(shape).to(dtype)
-        assert codec.supports(shape, dtype)
-        encoded = codec.encode(values)
-        found = decoded(codec, encoded, dtype)
-        if codec.lossless:
-            assert torch.equal(found.view(shape), values)
-        else:
-            assert_snr(values.view(shape[0], -1), found, self.floor_db, f"{self.name} {shape} {dtype}")
+    def values(self, *shape):
+        """Values that suit the codec."""
+        return torch.randn(shape)
 
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("shape", SHAPES)
-    def test_segments_describe_what_encode_makes(self, codec, shape, dtype):
-        encoded = codec.encode(torch.randn(shape).to(dtype))
-        segments = codec.segments(shape, dtype)
-        assert list(encoded) == [segment.name for segment in segments]
-        for segment in segments:
-            assert (encoded[segment.name].dtype, tuple(encoded[segment.name].shape)) == (segment.dtype, segment.shape)
-            assert encoded[segment.name].nbytes == segment.n_bytes
-            assert segment.shape[0] == shape[0]
+    def test_round_trip(self, codec, dtype):
+        for shape in self.shapes:
+            values = self.values(*shape).to(dtype)
+            assert codec.supports(shape, dtype)
+            codec = codec.fit(lambda values=values: values)
+            encoded = codec.encode(values)
+            found = decoded(codec, encoded, dtype, math.prod(shape[1:]))
+            if codec.lossless:
+                assert torch.equal(found.view(shape), values)
+            else:
+                assert_snr(values.view(shape[0], -1), found, self.floor_db, f"{self.name} {shape} {dtype}")
 
-    def test_rows_are_encoded_independently(self, codec):
-        values = torch.randn(40, 64)
-        whole, part = codec.encode(values), codec.encode(values[12:20])
-        for name, segment in whole.items():
-            assert torch.equal(segment[12:20], part[name]), name
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_segments_describe_what_encode_makes(self, codec, dtype):
+        for shape in self.shapes:
+            values = self.values(*shape).to(dtype)
+            codec = codec.fit(lambda values=values: values)
+            encoded = codec.encode(values)
+            segments = codec.segments(shape, dtype)
+            assert list(encoded) == [segment.name for segment in segments]
+            for segment in segments:
+                found = encoded[segment.name]
+                assert (found.dtype, tuple(found.shape)) == (segment.dtype, segment.shape), shape
+                assert found.nbytes == segment.n_bytes
+                assert segment.shared or segment.shape[0] == shape[0]
+            assert not segments[0].shared
+
+    def test_blocks_of_rows_are_encoded_independently(self, codec):
+        """Encoded in pieces, a weight has the bytes it has encoded at once; a piece may be the end of the weight."""
+        block = codec.row_block((1, 64))
+        n_rows = 3 * block + self.rows
+        values = self.values(n_rows, 64)
+        codec = codec.fit(lambda: values)
+        whole = codec.encode(values)
+        shared = {segment.name for segment in codec.segments((n_rows, 64), values.dtype) if segment.shared}
+        assert n_rows > codec.row_block((n_rows, 64)) == block
+        for part in (slice(block, 3 * block), slice(2 * block, n_rows)):
+            for name, segment in codec.encode(values[part]).items():
+                assert torch.equal(whole[name] if name in shared else whole[name][part], segment), name
 
     def test_zero_rows_stay_zero(self, codec):
-        values = torch.randn(8, 64)
+        values = self.values(self.rows, 64)
         values[3] = 0
+        codec = codec.fit(lambda: values)
         encoded = codec.encode(values)
-        assert torch.equal(decoded(codec, encoded, torch.float32)[3], torch.zeros(64))
+        assert torch.equal(decoded(codec, encoded, torch.float32, 64)[3], torch.zeros(64))
         assert torch.equal(product(codec, torch.randn(6, 64), encoded)[:, 3], torch.zeros(6))
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("n_rows", [1, 3, 6, 40])
     def test_linear_is_the_product_with_the_decoded_rows(self, codec, n_rows, dtype):
-        encoded = codec.encode(torch.randn(36, 128).to(dtype))
-        x, bias = torch.randn(n_rows, 128).to(dtype), torch.randn(36).to(dtype)
-        weights = decoded(codec, encoded, torch.float64)
+        values = self.values(self.rows, 128).to(dtype)
+        codec = codec.fit(lambda: values)
+        encoded = codec.encode(values)
+        x, bias = torch.randn(n_rows, 128).to(dtype), torch.randn(self.rows).to(dtype)
+        weights = decoded(codec, encoded, torch.float64, 128)
         found = product(codec, x, encoded, bias)
-        assert found.dtype == dtype and found.shape == (n_rows, 36)
+        assert found.dtype == dtype and found.shape == (n_rows, self.rows)
         exact = F.linear(x.double(), weights, bias.double())
         assert_snr(exact, found, self.product_floor_db, f"{self.name} {n_rows} rows {dtype}")
 
     def test_linear_takes_batches_as_rows(self, codec):
-        encoded = codec.encode(torch.randn(8, 32))
-        x = torch.randn(2, 3, 32)
-        assert_snr(product(codec, x.reshape(6, 32), encoded), product(codec, x, encoded), 45)
+        values = self.values(self.rows, 64)
+        codec = codec.fit(lambda: values)
+        encoded = codec.encode(values)
+        x = torch.randn(2, 3, 64)
+        assert_snr(product(codec, x.reshape(6, 64), encoded), product(codec, x, encoded), 45)
 
     def test_a_product_leaves_its_operands_as_they_were(self, codec):
-        encoded = codec.encode(torch.randn(8, 64))
-        x, bias = torch.randn(6, 64), torch.randn(8)
+        values = self.values(self.rows, 64)
+        codec = codec.fit(lambda: values)
+        encoded = codec.encode(values)
+        x, bias = torch.randn(6, 64), torch.randn(self.rows)
         before = [tensor.clone() for tensor in (x, bias, *encoded.values())]
         product(codec, x, encoded, bias)
         assert all(torch.equal(a, b) for a, b in zip(before, (x, bias, *encoded.values()), strict=True))
@@ -295,7 +320,7 @@ def test_the_rotation_never_changes():
 @given(st.floats(min_value=0, max_value=2.0**126, width=32))
 def test_a_scale_is_the_smallest_bf16_value_not_below(value):
     exact = torch.tensor([value], dtype=torch.float32)
-    scale = int8._bf16_at_least(exact)
+    scale = bf16_at_least(exact)
     assert torch.equal(scale.bfloat16().float(), scale)
     assert scale >= exact
     below = (scale.view(torch.int32) - 0x10000).view(torch.float32)
@@ -495,7 +520,7 @@ def test_scratch_asks_before_it_grows_and_keeps_its_memory_when_refused():
 
 
 def test_registry_names_what_it_knows_and_refuses_a_name_twice():
-    with pytest.raises(ConfigurationError, match="int8, int8_rotated, none"):
+    with pytest.raises(ConfigurationError, match="int4, int8, int8_rotated, none, sparse, svd; did you mean"):
         create_codec("zip")
     with pytest.raises(ConfigurationError, match="already"):
         register_codec("int8", INT8Codec)

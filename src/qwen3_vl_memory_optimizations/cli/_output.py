@@ -50,7 +50,11 @@ TensorBudgetOption = Annotated[
     str | None, typer.Option("--tensor-budget", metavar="SIZE", help="The most the weights in memory may use.")
 ]
 CodecOption = Annotated[
-    str, typer.Option("--codec", help="How weights are stored: auto, int8_rotated, int8, or none (as they are).")
+    str,
+    typer.Option(
+        "--codec",
+        help="How weights are stored: auto, none (as they are), or a codec such as int8_rotated, int8 or int4.",
+    ),
 ]
 CacheDirOption = Annotated[
     Path | None,

@@ -1,24 +1,56 @@
 """Codecs: tensor <-> encoded rows, and products computed on the encoded form. Pure: no file, no pool, no policy."""
 
 from .base import ROW_MULTIPLE, Codec, LinearInput, Scratch, Segment, columns_of
+from .fp16 import FP16Codec
+from .int4 import INT4Codec
 from .int8 import INT8Codec
 from .kernels import KernelSelector
+from .manager import (
+    CompressedTensor,
+    FP16QuantizationCompressor,
+    INT8QuantizationCompressor,
+    MemoryCompressionManager,
+    SparseCompressionCompressor,
+    SVDDecompositionCompressor,
+    TensorCompressor,
+)
 from .raw import RawCodec
 from .registry import codec_names, create_codec, register_codec
 from .rotated import RotatedINT8Codec
+from .selection import TOLERANCES, Candidate, CompressionMethodSelector, Selection
+from .sparse import SparseCodec
+from .speeds import CodecSpeeds, measure_codec_speeds
+from .svd import SVDCodec
 
 __all__ = [
-    "ROW_MULTIPLE",
+    "Candidate",
     "Codec",
+    "CodecSpeeds",
+    "CompressedTensor",
+    "CompressionMethodSelector",
+    "FP16Codec",
+    "FP16QuantizationCompressor",
+    "INT4Codec",
     "INT8Codec",
+    "INT8QuantizationCompressor",
     "KernelSelector",
     "LinearInput",
+    "MemoryCompressionManager",
+    "ROW_MULTIPLE",
     "RawCodec",
     "RotatedINT8Codec",
+    "SVDCodec",
+    "SVDDecompositionCompressor",
     "Scratch",
     "Segment",
+    "Selection",
+    "SparseCodec",
+    "SparseCompressionCompressor",
+    "TOLERANCES",
+    "TensorCompressor",
     "codec_names",
     "columns_of",
     "create_codec",
+    "measure_codec_speeds",
     "register_codec",
 ]

@@ -16,6 +16,8 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 
+from ..errors import CodecError
+
 ROW_MULTIPLE = 16
 """Weights are cut between rows at multiples of this: torch's fp32 products sum in another order in a narrower rest.
 (With several rows of activations some libraries do so in any cut: see `Codec.wants_whole`.)"""
@@ -26,11 +28,12 @@ Encoded = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One part of an encoded form: `shape[0]` is the number of rows of the tensor."""
+    """One part of an encoded form: `shape[0]` is the number of rows of the tensor, unless all rows share the part."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    shared: bool = False
 
     @property
     def n_bytes(self) -> int:
@@ -111,10 +114,34 @@ class Codec(ABC):
     Class attributes:
         name: the key in the registry and in packed checkpoints.
         lossless: whether `decode(encode(w))` is `w`, bit by bit.
+        fallback: the codec for weights that this one does not take.
     """
 
     name: ClassVar[str]
     lossless: ClassVar[bool]
+    fallback: ClassVar[str] = "none"
+
+    @property
+    def stored_name(self) -> str:
+        """The name in packed checkpoints: another one where the encoded form has variants."""
+        return self.name
+
+    def fit(self, values: Callable[[], torch.Tensor]) -> Codec:
+        """Return the codec for one tensor, where its encoded form depends on more than the shape (rank, sparsity).
+
+        `stored_name` then holds, after a colon, what `restored` needs.
+
+        Args:
+            values: gives the whole tensor; only codecs that must look call it.
+
+        Raises:
+            CodecError: the tensor does not suit this codec.
+        """
+        return self
+
+    def restored(self, parameters: str) -> Codec:
+        """Return the codec of a tensor that was encoded by a fitted one, from what its `stored_name` says."""
+        raise CodecError(f"the codec {self.name!r} takes no parameters, {parameters!r} were given")
 
     @abstractmethod
     def supports(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
@@ -123,6 +150,14 @@ class Codec(ABC):
     @abstractmethod
     def segments(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Segment, ...]:
         """Return the segments of the encoded form of a tensor of this shape and dtype; the first is the paged one."""
+
+    def row_block(self, shape: tuple[int, ...]) -> int:
+        """How many rows of a tensor of this shape are encoded together.
+
+        Rows that are encoded, decoded or multiplied start at a multiple of it, and end at one or with the tensor. Only
+        where it is 1 single rows can be looked up.
+        """
+        return 1
 
     @abstractmethod
     def encode(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -155,7 +190,7 @@ def linear_in_steps(
     slots: int = 1,
 ) -> torch.Tensor:
     """Return `x @ rows.T + bias`, decoding as many rows at a time as `slots` of scratch memory take."""
-    rows, columns = next(iter(encoded.values())).shape
+    rows, columns = len(next(iter(encoded.values()))), x.x2d.shape[1]
     fitting = slots * scratch.slot_bytes // (columns * x.x2d.element_size())
     step = max(ROW_MULTIPLE, fitting // ROW_MULTIPLE * ROW_MULTIPLE)
     if rows <= step:
@@ -167,6 +202,12 @@ def linear_in_steps(
         decoded = decode(part, scratch.get("decoded", (stop - start, columns), x.x2d.dtype))
         out[:, start:stop] = F.linear(x.x2d, decoded, None if bias is None else bias[start:stop])
     return out
+
+
+def bf16_at_least(values: torch.Tensor) -> torch.Tensor:
+    """Return the smallest bf16 values that are not below `values` (fp32, not negative), as fp32."""
+    bits = values.view(torch.int32)
+    return torch.where((bits & 0xFFFF) == 0, bits, (bits & -0x10000) + 0x10000).view(torch.float32)
 
 
 def columns_of(shape: tuple[int, ...]) -> int:

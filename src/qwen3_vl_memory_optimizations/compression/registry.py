@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
+from functools import partial
 
 from ..errors import ConfigurationError
 from .base import Codec
+from .fp16 import FP16Codec
+from .int4 import LAYOUTS, INT4Codec
 from .int8 import INT8Codec
 from .kernels import KernelSelector
 from .raw import RawCodec
 from .rotated import RotatedINT8Codec
+from .sparse import SparseCodec
+from .svd import SVDCodec
 
 _FACTORIES: dict[str, Callable[[KernelSelector], Codec]] = {}
+_VARIANTS: set[str] = set()
 
 
-def register_codec(name: str, factory: Callable[[KernelSelector], Codec]) -> None:
+def register_codec(name: str, factory: Callable[[KernelSelector], Codec], *, variant: bool = False) -> None:
     """Make a codec known under `name`.
+
+    Args:
+        name: what settings and packed checkpoints call it.
+        factory: called with the shared choice of kernels.
+        variant: only packed checkpoints name it (see `Codec.stored_name`); `codec_names` leaves it out.
 
     Raises:
         ConfigurationError: the name is taken.
@@ -23,24 +35,36 @@ def register_codec(name: str, factory: Callable[[KernelSelector], Codec]) -> Non
     if name in _FACTORIES:
         raise ConfigurationError(f"a codec named {name!r} is already registered")
     _FACTORIES[name] = factory
+    if variant:
+        _VARIANTS.add(name)
 
 
 def create_codec(name: str, kernels: KernelSelector | None = None) -> Codec:
-    """Return a codec by its name.
+    """Return a codec by its name, or by the `stored_name` of a tensor.
 
     Raises:
-        ConfigurationError: no such codec; the error lists the known ones.
+        ConfigurationError: no such codec; the error lists the known ones and says which is nearest.
     """
+    name, _, parameters = name.partition(":")
     if name not in _FACTORIES:
-        raise ConfigurationError(f"no codec is named {name!r}; there are {', '.join(codec_names())}")
-    return _FACTORIES[name](kernels or KernelSelector())
+        names = codec_names()
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+        raise ConfigurationError(f"codec: {name!r} is not one of auto, {', '.join(names)}; did you mean {near!r}?")
+    codec = _FACTORIES[name](kernels or KernelSelector())
+    return codec.restored(parameters) if parameters else codec
 
 
 def codec_names() -> tuple[str, ...]:
     """Return the registered names, sorted."""
-    return tuple(sorted(_FACTORIES))
+    return tuple(sorted(_FACTORIES.keys() - _VARIANTS))
 
 
 register_codec(RawCodec.name, lambda kernels: RawCodec())
 register_codec(INT8Codec.name, INT8Codec)
 register_codec(RotatedINT8Codec.name, RotatedINT8Codec)
+register_codec(FP16Codec.name, lambda kernels: FP16Codec())
+register_codec(SVDCodec.name, lambda kernels: SVDCodec())
+register_codec(SparseCodec.name, SparseCodec)
+register_codec(INT4Codec.name, INT4Codec)
+for _layout in LAYOUTS:
+    register_codec(f"{INT4Codec.name}_{_layout}", partial(INT4Codec, layout=_layout), variant=True)

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..compression import Codec, KernelSelector, create_codec
+from ..compression import Codec, KernelSelector, Segment, create_codec
 from ..errors import CheckpointError
 from ..paging import FileSource, ManagedTensor, Pager, TensorEntry, join
 from ..pools import FRAME_BYTES, reserve, unreserve
 from ..storage import Checkpoint, DirectFile, TensorExtent
 from .fused import joined_names
-from .packing import CODECS_KEY, TORCH_DTYPES, Progress, find_extent, segment_name
-from .skeleton import WeightSite, materialize_buffers, rows_per_page, weight_sites
+from .packing import CODECS_KEY, SHAPES_KEY, TORCH_DTYPES, Progress, find_extent, segment_name
+from .skeleton import WeightSite, codec_for, materialize_buffers, rows_per_page, weight_sites
 from .small_tensors import read_small_tensors
 
 logger = logging.getLogger(__name__)
@@ -87,13 +87,14 @@ class WeightLoader:
             MemoryBudgetExceeded: what must stay resident does not fit.
         """
         codecs = json.loads(checkpoint.metadata.get(CODECS_KEY, "{}"))
+        shapes = json.loads(checkpoint.metadata.get(SHAPES_KEY, "{}"))
         small = (extent for name, extent in checkpoint.tensors.items() if name not in codecs)
         self._small |= read_small_tensors(small, self._file)
         places = self._places_of({name: checkpoint.tensors[name] for name in codecs if name in checkpoint.tensors})
         for name, extent in checkpoint.tensors.items():
             if name in codecs:
-                codec = self._codec(codecs[name])
-                self._begun[name] = self._register(name, extent.shape, checkpoint, extent, codec, places.get(name))
+                codec, shape = self._codec(codecs[name]), tuple(shapes.get(name, extent.shape))
+                self._begun[name] = self._register(name, shape, checkpoint, extent, codec, places.get(name))
         self._join(places, self._begun)
         every_pass = [name for name in self._begun if _VISION not in name and not name.endswith(_EMBEDDING)]
         # Of an embedding only single rows are read, but for one that is the head too: whole, and last.
@@ -203,7 +204,7 @@ class WeightLoader:
             self._pager.ledger.add("small weights", segment.n_bytes)
             resident[segment.name] = self._read(checkpoint.tensors[name])
         row_bytes = first.n_bytes // first.shape[0]
-        rows = extent.page_bytes // row_bytes if extent.page_bytes else rows_per_page(first.shape, first.dtype.itemsize)
+        rows = extent.page_bytes // row_bytes if extent.page_bytes else self._page_rows(first, codec, shape)
         if place is None:
             lead = extent.offset_bytes % FRAME_BYTES  # direct reads need file offset and address equal modulo a block
             reserved_bytes = lead + first.n_bytes + _SLACK_BYTES
@@ -226,6 +227,10 @@ class WeightLoader:
         self._release_address_space(entry, place)
         self._pager.add(entry, resident=False)
         return ManagedTensor(self._pager, entry)
+
+    @staticmethod
+    def _page_rows(first: Segment, codec: Codec, shape: tuple[int, ...]) -> int:
+        return rows_per_page(first.shape, first.dtype.itemsize, codec.row_block(shape))
 
     def _release_address_space(self, entry: TensorEntry, place: _Place) -> None:
         frames = self._pager.frames
@@ -270,14 +275,14 @@ class WeightLoader:
         module, attribute = site.holders[0]
         values = module._parameters[attribute]
         assert values is not None
-        codec = self._codec(codec_name)
-        if not (site.managed and codec.supports(site.shape, values.dtype)):
+        if not site.managed:
             put(site, nn.Parameter(values.detach().to(self._dtype), requires_grad=False))
             return
+        codec = codec_for(site, values.dtype, self._codec(codec_name), self._codec, values.detach)
         stored = values.detach().to(self._dtype) if codec.lossless else values.detach()
         segments = codec.segments(site.shape, stored.dtype)
         first = segments[0]
-        rows = rows_per_page(first.shape, first.dtype.itemsize)
+        rows = self._page_rows(first, codec, site.shape)
         encoded = codec.encode(stored)
         reserved_bytes = first.n_bytes + _SLACK_BYTES
         address = reserve(reserved_bytes)

@@ -24,12 +24,14 @@ from ..storage import (
     TensorExtent,
     pack_lock,
 )
-from .skeleton import WeightSite, build_skeleton, rows_per_page, weight_sites
+from .skeleton import WeightSite, build_skeleton, codec_for, rows_per_page, weight_sites
 
 Progress = Callable[[str, int, int], None]
 """Called with a description, the bytes done and the bytes in all."""
 
 CODECS_KEY = "qwen3vl_mem.codecs"
+SHAPES_KEY = "qwen3vl_mem.shapes"
+"""Metadata of packed checkpoints: tensor name -> codec; and -> shape, where that of the first segment is another."""
 _CHUNK_BYTES = 16 << 20
 _SIDE_FILE_MOST_BYTES = 64 << 20
 _WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx)(\.index\.json)?$")
@@ -56,7 +58,7 @@ def segment_name(tensor_name: str, segment: str, is_first: bool) -> str:
 def packed_directory(source: Checkpoint, codec: str, config: MemoryConfig) -> Path:
     """Return where the packed form of a checkpoint lies, or will."""
     stem = source.directory.resolve().name or "model"
-    return config.packed_dir / f"{stem}-{source.fingerprint()[:12]}-{codec}"
+    return config.packed_dir / f"{stem}-{source.fingerprint()[:12]}-{create_codec(codec).stored_name}"
 
 
 def pack_checkpoint(
@@ -118,9 +120,18 @@ def _plan(source: Checkpoint, sites: list[WeightSite], codec: Codec) -> dict[str
     plan: dict[str, tuple[TensorExtent, Codec]] = {}
     for site in sorted(sites, key=lambda site: not site.managed):
         extent = find_extent(source, site)
-        dtype = TORCH_DTYPES[extent.dtype]
-        plan[site.name] = (extent, codec if site.managed and codec.supports(site.shape, dtype) else raw)
+        plan[site.name] = (extent, _codec(site, extent, codec) if site.managed else raw)
     return plan
+
+
+def _codec(site: WeightSite, extent: TensorExtent, codec: Codec) -> Codec:
+    dtype, shape = TORCH_DTYPES[extent.dtype], tuple(extent.shape)
+
+    def values() -> torch.Tensor:
+        with DirectFile(extent.path) as file:
+            return torch.cat([chunk.clone() for chunk in read_row_chunks(file, extent, dtype, shape, _CHUNK_BYTES)])
+
+    return codec_for(site, dtype, codec, create_codec, values)
 
 
 def find_extent(source: Checkpoint, site: WeightSite) -> TensorExtent:
@@ -151,8 +162,8 @@ def _write(source: Checkpoint, plan: dict[str, tuple[TensorExtent, Codec]], fina
             paged = index == 0 and len(extent.shape) >= 2
             page_bytes = 0
             if paged:
-                page_bytes = rows_per_page(segment.shape, segment.dtype.itemsize) * columns_of(segment.shape)
-                page_bytes *= segment.dtype.itemsize
+                rows = rows_per_page(segment.shape, segment.dtype.itemsize, codec.row_block(tuple(extent.shape)))
+                page_bytes = rows * columns_of(segment.shape) * segment.dtype.itemsize
             dtype = _SAFETENSORS_DTYPES[segment.dtype]
             shape = segment.shape if codec.name != "none" else tuple(extent.shape)
             entries.append(
@@ -160,9 +171,16 @@ def _write(source: Checkpoint, plan: dict[str, tuple[TensorExtent, Codec]], fina
             )
     metadata = {
         "format": "pt",
-        CODECS_KEY: json.dumps({name: codec.name for name, (_, codec) in plan.items() if codec.name != "none"}),
+        CODECS_KEY: json.dumps({name: codec.stored_name for name, (_, codec) in plan.items() if codec.name != "none"}),
         "qwen3vl_mem.source": source.fingerprint(),
     }
+    shapes = {
+        name: extent.shape
+        for name, (extent, codec) in plan.items()
+        if codec.segments(tuple(extent.shape), TORCH_DTYPES[extent.dtype])[0].shape != tuple(extent.shape)
+    }
+    if shapes:
+        metadata[SHAPES_KEY] = json.dumps({name: list(shape) for name, shape in shapes.items()})
     total = sum(extent.n_bytes for extent, _ in plan.values())
     done = 0
     with PackedWriter(final_dir, PackedLayout(entries), metadata) as writer:
@@ -180,7 +198,8 @@ def _write(source: Checkpoint, plan: dict[str, tuple[TensorExtent, Codec]], fina
                     writer.append(names[0], chunks)
                 for part, segment in zip(names[1:], segments[1:], strict=True):
                     if part not in complete:
-                        writer.append(part, [_bytes(torch.cat(small[segment.name]))])
+                        values = small[segment.name]
+                        writer.append(part, [_bytes(values[0] if segment.shared else torch.cat(values))])
             done += extent.n_bytes
             report("packing", done, total)
         writer.finish(side_files(source.directory))
@@ -193,7 +212,7 @@ def _encoded_chunks(
     dtype = TORCH_DTYPES[extent.dtype]
     shape = tuple(extent.shape)
     with DirectFile(extent.path) as file:
-        for rows in read_row_chunks(file, extent, dtype, shape, _CHUNK_BYTES):
+        for rows in read_row_chunks(file, extent, dtype, shape, _CHUNK_BYTES, codec.row_block(shape)):
             encoded = codec.encode(rows)
             yield _bytes(encoded.pop(first))
             for name, values in encoded.items():
@@ -201,15 +220,20 @@ def _encoded_chunks(
 
 
 def read_row_chunks(
-    file: DirectFile, extent: TensorExtent, dtype: torch.dtype, shape: tuple[int, ...], chunk_bytes: int
+    file: DirectFile,
+    extent: TensorExtent,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    chunk_bytes: int,
+    row_block: int = 1,
 ) -> Iterator[torch.Tensor]:
-    """Yield a tensor some rows at a time; each chunk is valid until the next is asked for."""
+    """Yield a tensor some rows at a time, whole blocks of them; each chunk is valid until the next is asked for."""
     if extent.n_bytes == 0:
         yield torch.empty(shape, dtype=dtype)
         return
     rows = shape[0] if shape else 1
     row_bytes = extent.n_bytes // rows
-    step = max(1, chunk_bytes // row_bytes)
+    step = max(1, chunk_bytes // row_bytes // row_block) * row_block
     with AlignedBuffer(min(step, rows) * row_bytes + 2 * 4096) as buffer:
         for start in range(0, rows, step):
             count = min(step, rows - start)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compression import ROW_MULTIPLE, columns_of
-from ..errors import CheckpointError
+from ..compression import ROW_MULTIPLE, Codec, columns_of
+from ..errors import CheckpointError, CodecError
 from ..paging import PAGE_BYTES
 from ..pools import FRAME_BYTES, UNIT_BYTES
+
+logger = logging.getLogger(__name__)
 
 MANAGED_LEAST_BYTES = 16 * 1024
 
@@ -26,12 +30,14 @@ class WeightSite:
         name: its first name in the state dict, under which checkpoints store it.
         holders: (module, attribute) pairs.
         managed: a large matrix of a linear or embedding layer; the others stay ordinary tensors.
+        vocabulary: an embedding, which is looked up row by row, or the head.
     """
 
     name: str
     holders: tuple[tuple[nn.Module, str], ...]
     shape: tuple[int, ...]
     managed: bool
+    vocabulary: bool = False
 
 
 def build_skeleton(
@@ -124,18 +130,48 @@ def weight_sites(model: nn.Module, stored_itemsize: int = 2) -> list[WeightSite]
             parameters[key] = parameter
             holders.setdefault(key, []).append((module, attribute))
     sites = []
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
     for key, name in names.items():
         shape = tuple(parameters[key].shape)
         large = math.prod(shape) * stored_itemsize >= MANAGED_LEAST_BYTES
         managed = large and all(
             attribute == "weight" and isinstance(module, nn.Linear | nn.Embedding) for module, attribute in holders[key]
         )
-        sites.append(WeightSite(name, tuple(holders[key]), shape, managed))
+        vocabulary = any(module is head or isinstance(module, nn.Embedding) for module, _ in holders[key])
+        sites.append(WeightSite(name, tuple(holders[key]), shape, managed, vocabulary))
     return sites
 
 
-def rows_per_page(shape: tuple[int, ...], itemsize: int) -> int:
-    """Return how many rows of a matrix make a page of about `PAGE_BYTES`.
+def codec_for(
+    site: WeightSite,
+    dtype: torch.dtype,
+    codec: Codec,
+    create: Callable[[str], Codec],
+    values: Callable[[], torch.Tensor],
+) -> Codec:
+    """Return the codec for a weight: `codec`, or the first in the line of its fallbacks that takes the weight.
+
+    Rows of the vocabulary are looked up one by one, and its matrices are the most sensitive: they go to a codec that
+    encodes single rows, which leaves out those of very few bits.
+
+    Args:
+        site: a managed weight.
+        dtype: that it is stored in.
+        codec: the wanted one.
+        create: makes a codec by its name.
+        values: gives the weight, for codecs that must look at it.
+    """
+    while True:
+        if codec.supports(site.shape, dtype) and not (site.vocabulary and codec.row_block(site.shape) > 1):
+            try:
+                return codec.fit(values)
+            except CodecError as error:
+                logger.info("%s: %s; stored with %r", site.name, error, codec.fallback)
+        codec = create(codec.fallback)
+
+
+def rows_per_page(shape: tuple[int, ...], itemsize: int, row_block: int = 1) -> int:
+    """Return how many rows of a matrix, a multiple of `row_block`, make a page of about `PAGE_BYTES`.
 
     Pages of whole units of frames are cheapest to move; where rows do not divide so, whole frames, else any.
     """
@@ -143,7 +179,7 @@ def rows_per_page(shape: tuple[int, ...], itemsize: int) -> int:
     n_pages = max(1, -(-shape[0] * row_bytes // PAGE_BYTES))
     rows = -(-shape[0] // n_pages)
     for granularity in (UNIT_BYTES, FRAME_BYTES, 1):
-        multiple = math.lcm(granularity // math.gcd(granularity, row_bytes), ROW_MULTIPLE)
+        multiple = math.lcm(granularity // math.gcd(granularity, row_bytes), ROW_MULTIPLE, row_block)
         if multiple * row_bytes <= PAGE_BYTES // 2 or granularity == 1:
             break
     return -(-rows // multiple) * multiple

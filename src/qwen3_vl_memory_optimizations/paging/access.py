@@ -207,7 +207,10 @@ class Access:
                         self._stats.row_bytes_read += stored.nbytes
                         break
                 stored = self._read_row(entry, row, data.dtype)
-        return {data_name: picked, **{name: segment[rows] for name, segment in views.items() if name != data_name}}
+        others = {name: segment for name, segment in views.items() if name != data_name}
+        return {data_name: picked} | {
+            name: segment if name in entry.shared else segment[rows] for name, segment in others.items()
+        }
 
     def _read_row(self, entry: TensorEntry, row: int, dtype: torch.dtype) -> torch.Tensor:
         """Read a row from the source; the lock is free meanwhile."""

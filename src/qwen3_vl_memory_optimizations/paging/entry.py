@@ -113,7 +113,7 @@ class TensorEntry:
         codec: how `segments` encode it.
         address: of the paged segment, in reserved address space.
         paged: dtype and shape of the paged segment.
-        resident: the other segments, by name.
+        resident: the other segments, by name; those in the attribute `shared` belong to all rows.
         rows_per_page: rows a page (weights), or `None`: pages of `page_bytes` whatever the rows.
     """
 
@@ -145,7 +145,9 @@ class TensorEntry:
         self.on_released: Callable[[], None] | None = None
         self.joined: JoinedEntries | None = None
         data = alias_memory(address, self.n_bytes).view(paged_dtype).view(rows, columns)
-        self._segments = {codec.segments(shape, dtype)[0].name: data, **resident}  # the paged one first
+        segments = codec.segments(shape, dtype)
+        self._segments = {segments[0].name: data, **resident}  # the paged one first
+        self.shared = frozenset(segment.name for segment in segments if segment.shared)
         self._ranges: dict[tuple[int, int], dict[str, torch.Tensor]] = {(0, rows): self._segments}
 
     def _cut(self, step: int) -> list[Page]:
@@ -178,7 +180,10 @@ class TensorEntry:
         """Return the segments of a range of rows, as views that are made once."""
         views = self._ranges.get((start, stop))
         if views is None:
-            views = {name: segment[start:stop] for name, segment in self._segments.items()}
+            views = {
+                name: segment if name in self.shared else segment[start:stop]
+                for name, segment in self._segments.items()
+            }
             if len(self._ranges) < _REMEMBERED_RANGES:
                 self._ranges[start, stop] = views
         return views

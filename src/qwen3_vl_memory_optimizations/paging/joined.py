@@ -38,7 +38,9 @@ def join(entries: Sequence[TensorEntry]) -> bool:
     paged = names[0]
     end = first.address
     for entry, view in zip(entries, views, strict=True):
-        alike = entry.codec is first.codec and entry.dtype == first.dtype
+        alike = entry.codec is first.codec and entry.dtype == first.dtype and not entry.shared
+        if entry.codec.row_block(entry.shape) > 1:  # the form of a row depends on which tensor it is of
+            return False
         if not alike or view[paged].shape[1:] != views[0][paged].shape[1:] or entry.address != end:
             return False
         end += entry.n_bytes

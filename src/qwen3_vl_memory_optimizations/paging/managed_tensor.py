@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils import _pytree
 
-from ..compression import RawCodec
+from ..compression import RawCodec, columns_of
 from .entry import PageState, TensorEntry
 from .pager import Pager
 
@@ -168,6 +168,8 @@ def _embedding(
     entry = weight.entry
     if entry.rows_per_page is None or input.dtype not in (torch.int32, torch.int64):
         return NotImplemented
+    if entry.codec.row_block(entry.shape) > 1:  # no single rows to look up
+        return NotImplemented
     rows, positions = torch.unique(input, return_inverse=True)
     if rows.numel() and not (0 <= int(rows[0]) and int(rows[-1]) < entry.shape[0]):
         raise IndexError(f"embedding index outside [0, {entry.shape[0]}): {int(rows[0])} to {int(rows[-1])}")
@@ -186,7 +188,7 @@ def _plain(managed: ManagedTensor) -> torch.Tensor:
         weakref.finalize(buffer, pager.unpin_later, entry)
         return raw.view(entry.dtype).view(entry.shape)
     try:
-        decoded = torch.empty((entry.rows, entry.n_bytes // entry.rows // data.element_size()), dtype=entry.dtype)
+        decoded = torch.empty((entry.rows, columns_of(entry.shape)), dtype=entry.dtype)
         return entry.codec.decode(entry.encoded(0, entry.rows), decoded).view(entry.shape)
     finally:
         pager.unpin(entry)

@@ -1,0 +1,60 @@
+"""FP16: a cast to 16 bits. Half of fp32, and nothing gained where the tensor has 16 bits already."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .base import Codec, Encoded, LinearInput, Scratch, Segment, columns_of, linear_in_steps
+
+_TOP_EXPONENT = 15
+
+
+class FP16Codec(Codec):
+    """16 bits a value: bf16 tensors stay bf16 and fp16 ones fp16, unchanged; all others become fp16.
+
+    The rule for the range, which fp16 lacks: each row of another dtype is divided by the power of two that brings its
+    largest finite value into [2**14, 2**15). So nothing overflows, each value within a factor of 2**-28 of the largest
+    of its row keeps 11 significant bits, and smaller ones are off by at most 2**-40 of the largest. NaN and infinite
+    values are kept.
+    """
+
+    name = "fp16"
+    lossless = False
+
+    def supports(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        """Floating-point tensors of two dimensions or more."""
+        return dtype.is_floating_point and len(shape) >= 2 and 0 not in shape
+
+    def segments(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Segment, ...]:
+        """`data` bf16 or fp16 `[rows, columns]` and `scale` fp32 `[rows]`, a power of two."""
+        stored = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+        return (Segment("data", stored, (shape[0], columns_of(shape))), Segment("scale", torch.float32, (shape[0],)))
+
+    def encode(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Cast rows `[n, ...]` of any floating dtype."""
+        matrix = rows.reshape(rows.shape[0], -1)
+        if matrix.dtype in (torch.bfloat16, torch.float16):
+            return {"data": matrix, "scale": torch.ones(len(matrix))}
+        largest = torch.where(matrix.isfinite(), matrix, torch.zeros_like(matrix)).abs().amax(dim=1)
+        # The exponent is held where its power of two and the inverse of that are normal numbers.
+        exponent = (torch.frexp(largest).exponent - _TOP_EXPONENT).clamp(-125, 125)
+        one = torch.ones(len(matrix), dtype=matrix.dtype)
+        exponent = torch.where(largest > 0, exponent, torch.zeros_like(exponent))
+        scale = torch.ldexp(one, exponent)
+        return {"data": matrix.mul(torch.ldexp(one, -exponent)[:, None]).half(), "scale": scale.float()}
+
+    def decode(self, encoded: Encoded, out: torch.Tensor) -> torch.Tensor:
+        """`data * scale` in the dtype of `out`."""
+        data = encoded["data"]
+        if data.dtype == torch.bfloat16:
+            return out.copy_(data)
+        if out.dtype == torch.float16:  # a scale may be outside its range, and the product inside
+            return out.copy_(data.float().mul_(encoded["scale"][:, None]))
+        return out.copy_(data).mul_(encoded["scale"][:, None].to(out.dtype))
+
+    def linear(self, x: LinearInput, encoded: Encoded, bias: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
+        """One product in the dtype of `x`: on the rows themselves where they are bf16 as `x` is, else decoded."""
+        if encoded["data"].dtype == x.x2d.dtype == torch.bfloat16:
+            return F.linear(x.x2d, encoded["data"], bias)
+        return linear_in_steps(x, encoded, bias, self.decode, scratch)

@@ -1,0 +1,174 @@
+"""How fast codecs are on this machine: measured once, as straight lines over the size, and then only looked up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from .base import Codec, LinearInput, Scratch
+from .kernels import KernelSelector, fastest_dtype
+from .registry import create_codec
+
+MEASURED_CODECS = ("none", "int8", "fp16", "svd", "sparse")
+OPERATIONS = ("encode", "decode", "linear")
+_SIZES = (256, 1024)
+_LEAST_RUNS, _MOST_RUNS, _ENOUGH_S, _LONGEST_S = 3, 200, 0.05, 0.5
+_SVD_RANK = 16
+_SPARSITY = 0.9
+_SSD_BYTES_PER_S = 1.0e9
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Seconds as a function of work: `fixed_s + per_unit_s * work`."""
+
+    fixed_s: float
+    per_unit_s: float
+
+    def seconds(self, work: float) -> float:
+        """Return the time that this much work takes."""
+        return self.fixed_s + self.per_unit_s * work
+
+
+@dataclass(frozen=True)
+class CodecSpeeds:
+    """What each operation of each codec takes here.
+
+    Attributes:
+        lines: codec name -> operation (`encode`, `decode`, `linear` with one row) -> time over `work_of`.
+        ssd_bytes_per_s: of the disk that holds what does not fit.
+        dtype: of the values and activations that were measured, as torch names it.
+        machine: what the figures belong to (see `machine_name`).
+    """
+
+    lines: Mapping[str, Mapping[str, Line]]
+    ssd_bytes_per_s: float
+    dtype: str
+    machine: str
+
+    def seconds(self, codec: str, operation: str, work: float) -> float:
+        """Return the time of an operation."""
+        return self.lines[codec][operation].seconds(work)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures as they can be written as JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> CodecSpeeds:
+        """Return the figures that `to_dict` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError: it gave something else.
+        """
+        lines = {
+            codec: {operation: Line(**operations[operation]) for operation in OPERATIONS}
+            for codec, operations in stored["lines"].items()
+        }
+        if not set(MEASURED_CODECS) <= lines.keys():
+            raise ValueError(f"figures of {sorted(set(MEASURED_CODECS) - lines.keys())} are missing")
+        return cls(lines, float(stored["ssd_bytes_per_s"]), str(stored["dtype"]), str(stored["machine"]))
+
+
+def machine_name() -> str:
+    """Return what speeds depend on: instruction set, threads and the version of torch."""
+    return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def work_of(codec: Codec, operation: str, rows: int, columns: int) -> float:
+    """Return the work of an operation, in units that its time grows with.
+
+    That is elements of the matrix, except for the factors of an SVD: their elements for a product, multiplications for
+    decoding, and for encoding those that finding them takes.
+    """
+    rank = getattr(codec, "rank", None)
+    if codec.name != "svd" or rank is None:
+        return rows * columns
+    return {
+        "linear": rank * (rows + columns),
+        "decode": rank * rows * columns,
+        "encode": rows * columns * min(rows, columns),
+    }[operation]
+
+
+def measure_codec_speeds(
+    ssd_bytes_per_s: float = _SSD_BYTES_PER_S,
+    *,
+    dtype: torch.dtype | None = None,
+    timer: Callable[[], float] = time.perf_counter,
+) -> CodecSpeeds:
+    """Measure each operation of each codec on two sizes: about two seconds.
+
+    Args:
+        ssd_bytes_per_s: of the disk that holds what does not fit.
+        dtype: of values and activations; default: the one to compute in here.
+        timer: a monotonic clock in seconds.
+    """
+    dtype = dtype or fastest_dtype()
+    generator = torch.Generator().manual_seed(0)
+    lines: dict[str, dict[str, Line]] = {}
+    with torch.inference_mode():
+        for name in MEASURED_CODECS:
+            points: dict[str, list[tuple[float, float]]] = {operation: [] for operation in OPERATIONS}
+            for size in _SIZES:
+                matrix = _suited(name, size, generator).to(dtype)
+                codec, seconds = timed(create_codec(name, KernelSelector()), matrix, timer)
+                for operation, taken in seconds.items():
+                    points[operation].append((work_of(codec, operation, size, size), taken))
+            lines[name] = {operation: _line(*points[operation]) for operation in OPERATIONS}
+    return CodecSpeeds(lines, ssd_bytes_per_s, str(dtype).removeprefix("torch."), machine_name())
+
+
+def timed(codec: Codec, matrix: torch.Tensor, timer: Callable[[], float]) -> tuple[Codec, dict[str, float]]:
+    """Return the codec fitted to a matrix and the seconds of each operation on it, finding the fit included.
+
+    Raises:
+        CodecError: the codec does not suit the matrix.
+    """
+    fitted = codec.fit(lambda: matrix)
+    encoded = fitted.encode(matrix)
+    out, scratch = torch.empty_like(matrix), Scratch()
+    x = torch.ones(1, matrix.shape[1], dtype=matrix.dtype)
+    operations: dict[str, Callable[[], object]] = {
+        "encode": lambda: codec.fit(lambda: matrix).encode(matrix),
+        "decode": lambda: fitted.decode(encoded, out),
+        "linear": lambda: fitted.linear(LinearInput(x), encoded, None, scratch),
+    }
+    for _ in range(50):  # until the kernels of a codec are chosen
+        operations["linear"]()
+    return fitted, {name: _best_seconds(run, timer) for name, run in operations.items()}
+
+
+def _best_seconds(run: Callable[[], object], timer: Callable[[], float]) -> float:
+    """Return the least of several runs: the shorter they are, the more, since others disturb a short one more."""
+    best, spent, runs = float("inf"), 0.0, 0
+    while runs < _LEAST_RUNS or (runs < _MOST_RUNS and spent < _ENOUGH_S):
+        start = timer()
+        run()
+        seconds = timer() - start
+        best, spent, runs = min(best, seconds), spent + seconds, runs + 1
+        if spent > _LONGEST_S:
+            break
+    return best
+
+
+def _suited(name: str, size: int, generator: torch.Generator) -> torch.Tensor:
+    """Return values that a codec takes."""
+    if name == "svd":
+        left = torch.randn(size, _SVD_RANK, generator=generator)
+        return left @ torch.randn(_SVD_RANK, size, generator=generator)
+    values = torch.randn(size, size, generator=generator)
+    if name == "sparse":
+        values[torch.rand(size, size, generator=generator) < _SPARSITY] = 0
+    return values
+
+
+def _line(small: tuple[float, float], large: tuple[float, float]) -> Line:
+    """Return the line through two points (work, seconds) that neither falls nor starts below zero."""
+    (less, least_s), (more, most_s) = small, large
+    fixed_s = max(0.0, (min(least_s, most_s) * more - most_s * less) / (more - less))
+    return Line(fixed_s, (most_s - fixed_s) / more)
