@@ -46,7 +46,7 @@ def test_it_picks_what_trying_every_method_finds_best(selector, dtype):
         }
 
     agreed, chosen_in_all = 0, set()
-    n_cases = 30
+    n_cases = 15
     for number in range(n_cases):
         _, access, matrix = draw(number, dtype, most_rows=384)
         chosen = selector.explain(matrix, kind="weights", access=access).chosen
@@ -59,7 +59,7 @@ def test_it_picks_what_trying_every_method_finds_best(selector, dtype):
 
 
 def matrix_of(sort, dtype=torch.bfloat16):
-    return draw(SORTS.index(sort), dtype)[2]
+    return draw(SORTS.index(sort), dtype, most_rows=384)[2]
 
 
 @pytest.mark.parametrize(

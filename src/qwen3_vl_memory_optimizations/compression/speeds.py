@@ -101,7 +101,7 @@ def measure_codec_speeds(
     dtype: torch.dtype | None = None,
     timer: Callable[[], float] = time.perf_counter,
 ) -> CodecSpeeds:
-    """Measure each operation of each codec on two sizes: about two seconds.
+    """Measure each operation of each codec on two sizes: a few seconds.
 
     Args:
         ssd_bytes_per_s: of the disk that holds what does not fit.
