@@ -99,4 +99,5 @@ def test_a_process_killed_while_generating_leaves_nothing_behind(tmp_path):
     time.sleep(0.3)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    # Which files importing transformers reads is kept on purpose.
+    assert [p for p in tmp_path.rglob("*") if p.is_file() and not p.name.startswith("imports-")] == []

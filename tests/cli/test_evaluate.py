@@ -50,7 +50,7 @@ def test_within_a_budget_the_table_fits_80_columns(run, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--codec", "zip"), "no codec is named 'zip'; there are "),
+        (("--codec", "zip"), "'zip' is not one of auto, "),
         (("--text", "no-such-file.txt"), "no-such-file.txt: the text cannot be read"),
         (("--images", "1001"), "easy-VQA"),
     ],

@@ -20,6 +20,8 @@ _MOST_CREST = 16.0
 """Largest ratio of a row's largest value to its root mean square for 8 bits: an error of 16 / 127 / sqrt(12), 3.6 %.
 Rotated activations of models have ratios of 3 to 6 (an error of about 1 %)."""
 _LEAST_SURE_ROWS = 5
+_LEAST_COLUMNS = 512
+"""In narrower matrices it is the call that takes time, not the product: they may as well be exact."""
 
 
 class RotatedInput(LinearInput):
@@ -31,7 +33,8 @@ class RotatedInput(LinearInput):
         x2d: activations `[M, columns]` as they were.
 
     Attributes:
-        digits: int8 `[M, columns]`, or `None`: a row is too uneven, or the processor's INT8 product saturates.
+        digits: int8 `[M, columns]`, or `None`: a row is too uneven or too short, or the processor's INT8 product
+            saturates.
         row_scale: what a digit is worth, fp32 `[M, 1]`.
     """
 
@@ -40,7 +43,7 @@ class RotatedInput(LinearInput):
         self._derived = {}
         self.digits: torch.Tensor | None = None
         self.row_scale: torch.Tensor | float = 1.0
-        if int8_product_saturates():
+        if int8_product_saturates() or x2d.shape[1] < _LEAST_COLUMNS:
             return
         if self.rows == 1:
             self._digits_of_one_row()
