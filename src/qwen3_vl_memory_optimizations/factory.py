@@ -73,7 +73,7 @@ def create_optimized_model(
         CheckpointError: the checkpoint cannot be used.
     """
     config = MemoryConfig.from_mapping(memory_config)
-    files = None if _is_imported() else ImportFiles(config.packed_dir.parent)
+    files = None if _is_imported() else ImportFiles(config.packed_dir)
     if files is not None:
         files.read_ahead()
     if isinstance(model_config, str | os.PathLike):

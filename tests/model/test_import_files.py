@@ -13,12 +13,18 @@ from . import tiny
 
 @pytest.fixture
 def files(tmp_path):
+    (tmp_path / "cache").mkdir()
     return ImportFiles(tmp_path / "cache")
 
 
 def test_without_a_list_nothing_happens(files, tmp_path):
     files.read_ahead()
     files.drop()
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_no_list_is_kept_where_nothing_is(tmp_path):
+    ImportFiles(tmp_path / "cache").record()
     assert not (tmp_path / "cache").exists()
 
 
@@ -46,9 +52,14 @@ def test_a_damaged_list_does_no_harm(files, tmp_path):
     assert files._listed() == []
 
 
-def test_where_no_list_can_be_written_the_model_loads_all_the_same(tmp_path):
-    (tmp_path / "cache").write_text("a file, not a directory")
-    ImportFiles(tmp_path / "cache").record()
+def test_where_no_list_can_be_written_the_model_loads_all_the_same(files, monkeypatch):
+    monkeypatch.setattr("tempfile.mkstemp", _full)
+    files.record()
+    assert files._listed() == []
+
+
+def _full(**where):
+    raise OSError(28, "No space left on device")
 
 
 def test_starting_imports_transformers_only_for_a_model_and_while_its_weights_are_read(tmp_path):
@@ -69,5 +80,5 @@ print(json.dumps(stats))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     first, second = json.loads(done.stdout)
     assert first == 0 and second > 0, "the second time it was packed, and reading began with the import"
-    [kept] = tmp_path.glob("imports-*.txt")
+    [kept] = tmp_path.glob("packed/imports-*.txt")
     assert any(name.startswith("transformers/") and name.endswith(".pyc") for name in kept.read_text().splitlines())

@@ -28,7 +28,7 @@ class ImportFiles:
     The list is a hint: what it lacks is read when it is needed, and what is gone is passed over.
 
     Args:
-        directory: where lists are kept, one for each set of versions.
+        directory: where lists are kept, one for each set of versions; none while it does not exist.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -55,14 +55,13 @@ class ImportFiles:
 
     def record(self) -> None:
         """Keep what was imported since this was made, where no list is kept yet."""
-        if self._list.exists():
+        if self._list.exists() or not self._list.parent.is_dir():
             return
         files = [path for path in _files_of_modules() if path not in self._loaded]
         files += sorted(str(path) for path in (self._package / "models").rglob("*.py"))
         root = self._package.parent
         names = [os.path.relpath(path, root) for path in files if Path(path).is_relative_to(root)]
         try:
-            self._list.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             descriptor, temporary = tempfile.mkstemp(dir=self._list.parent, prefix=self._list.name)
             with os.fdopen(descriptor, "w") as file:
                 file.write("\n".join(names))
