@@ -92,6 +92,10 @@ def test_hidden_states_and_attentions_are_seen(fused):
     assert len(attentions) == len(layers(fused)) and attentions[0].shape[1] == 4
 
 
+def differences(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
 class Adapter(nn.Module):
     """A linear layer with something added, as adapters do it."""
 
@@ -111,13 +115,13 @@ def test_replaced_and_hooked_parts_are_respected(packed):
     attention.v_proj = Adapter(attention.v_proj)
     changed = packed(**inputs).logits
     attention.v_proj = attention.v_proj.inner
-    assert not torch.allclose(before, changed, atol=1e-2)
+    assert differences(changed, before) > 0.1
     seen = []
     hook = layers(packed)[2].mlp.gate_proj.register_forward_hook(lambda module, args, out: seen.append(out.shape))
     packed(**inputs)
     hook.remove()
     assert seen == [(1, inputs["input_ids"].shape[1], 384)]
-    assert torch.equal(packed(**inputs).logits, before)
+    assert differences(packed(**inputs).logits, before) < 0.02  # kernels, and so rounding, are chosen by time
 
 
 @torch.no_grad()
