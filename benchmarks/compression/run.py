@@ -1,7 +1,8 @@
 """Codecs on this machine: GB/s of each, and how often the selector picks what trying every method finds best.
 
 A pick counts as right when no other method measures better, and as a tie when one does by less than 10 %: of times of
-a few microseconds no more can be said.
+a few microseconds no more can be said. Times are those of one core that computes, so that what else runs on
+the machine counts little.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from qwen3_vl_memory_optimizations.compression import (  # noqa: E402
     measure_codec_speeds,
 )
 from qwen3_vl_memory_optimizations.compression.kernels import fastest_dtype  # noqa: E402
+from qwen3_vl_memory_optimizations.compression.selection import relative_error  # noqa: E402
 from qwen3_vl_memory_optimizations.compression.speeds import machine_name, timed  # noqa: E402
 
 _TIE = 1.1
@@ -59,7 +61,7 @@ def coding_speed(name: str, size: int) -> dict[str, object]:
                 run()
                 best[operation] = min(best[operation], time.thread_time() - start)
         bytes_16 = 2 * values.numel()
-        error = float((out.float() - values.float()).norm() / values.float().norm())
+        error = relative_error(values, codec.decode(encoded, torch.empty_like(values)))
         rates = {f"{name}_gb_per_s": round(bytes_16 / seconds / 1e9, 2) for name, seconds in best.items()}
         stored = sum(segment.nbytes for segment in encoded.values())
         return rates | {"bytes_of_16_bit": round(stored / bytes_16, 3), "relative_error": round(error, 5)}
@@ -70,7 +72,8 @@ def coding_speed(name: str, size: int) -> dict[str, object]:
 def agreement(cases: int) -> dict[str, object]:
     """Return how often the selector picks what is best when all methods are tried and timed on the whole tensor."""
     dtype = fastest_dtype()
-    speeds = measure_codec_speeds(dtype=dtype)
+    torch.set_num_threads(1)
+    speeds = measure_codec_speeds(dtype=dtype, timer=time.thread_time)
     selector = CompressionMethodSelector(speeds)
     tolerance = selector.tolerances["weights"]
     right = ties = 0
@@ -84,7 +87,7 @@ def agreement(cases: int) -> dict[str, object]:
             access,
             tolerance,
             speeds.ssd_bytes_per_s,
-            lambda codec, values: timed(codec, values, time.perf_counter),
+            lambda codec, values: timed(codec, values, time.thread_time),
         )
         best = min(costs, key=costs.__getitem__)
         picks[sort][chosen] += 1
@@ -94,6 +97,7 @@ def agreement(cases: int) -> dict[str, object]:
             ties += tie
             if not tie:
                 wrong.append(f"{number}: {sort}, {access}, {list(matrix.shape)}: {chosen}, best {best} ({costs})")
+                print(f"\n{wrong[-1]}", file=sys.stderr)
         print(f"{number + 1}: {right} right, {ties} ties, {len(wrong)} wrong", end="\r", file=sys.stderr)
     return {
         "cases": cases,

@@ -15,6 +15,7 @@ from qwen3_vl_memory_optimizations.compression import (
     SparseCodec,
     SVDCodec,
     create_codec,
+    svd,
 )
 
 from .test_codecs import DTYPES, CodecContract, assert_snr, decoded, product
@@ -109,10 +110,18 @@ class TestSVD(CodecContract):
         fitted = codec.fit(lambda: values)
         encoded = fitted.encode(values)
         halves = [{**encoded, "left": encoded["left"][rows]} for rows in (slice(0, 32), slice(32, 64))]
-        fitted.linear(x, halves[0], None, None)
-        assert len(x._derived) == 1
-        fitted.linear(x, halves[1], None, None)
-        assert len(x._derived) == 1
+        for half in halves:
+            fitted.linear(x, half, None, None)
+            assert len(x._derived) == 1
+
+    @pytest.mark.parametrize("rank", [1, 20, 32, 33, 70])
+    def test_a_sketch_finds_the_rank_that_the_whole_has(self, monkeypatch, codec, rank):
+        values = torch.randn(300, rank) @ torch.randn(rank, 280)
+        monkeypatch.setattr(svd, "SKETCHES", ())
+        exact = codec.fit(lambda: values).rank
+        monkeypatch.setattr(svd, "SKETCHES", (32, 128))
+        monkeypatch.setattr(svd, "_spectrum", None)  # is not called
+        assert exact <= codec.fit(lambda: values).rank <= min(exact + 1, rank)
 
 
 class TestSparse(CodecContract):

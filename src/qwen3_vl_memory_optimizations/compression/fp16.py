@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from .base import Codec, Encoded, LinearInput, Scratch, Segment, columns_of, linear_in_steps
 
 _TOP_EXPONENT = 15
+_BLOCK_ELEMENTS = 1 << 18
 
 
 class FP16Codec(Codec):
@@ -36,13 +37,21 @@ class FP16Codec(Codec):
         matrix = rows.reshape(rows.shape[0], -1)
         if matrix.dtype in (torch.bfloat16, torch.float16):
             return {"data": matrix, "scale": torch.ones(len(matrix))}
-        largest = torch.where(matrix.isfinite(), matrix, torch.zeros_like(matrix)).abs().amax(dim=1)
-        # The exponent is held where its power of two and the inverse of that are normal numbers.
-        exponent = (torch.frexp(largest).exponent - _TOP_EXPONENT).clamp(-125, 125)
-        one = torch.ones(len(matrix), dtype=matrix.dtype)
-        exponent = torch.where(largest > 0, exponent, torch.zeros_like(exponent))
-        scale = torch.ldexp(one, exponent)
-        return {"data": matrix.mul(torch.ldexp(one, -exponent)[:, None]).half(), "scale": scale.float()}
+        n, columns = matrix.shape
+        data, scale = torch.empty((n, columns), dtype=torch.float16), torch.empty(n)
+        step = max(1, _BLOCK_ELEMENTS // columns)
+        for start in range(0, n, step):
+            part = slice(start, start + step)
+            values = matrix[part]
+            largest = torch.maximum(values.amax(dim=1), values.amin(dim=1).neg_())
+            if not bool(largest.isfinite().all()):
+                largest = torch.where(values.isfinite(), values, 0).abs().amax(dim=1)
+            # The exponent is held where its power of two and the inverse of that are normal numbers.
+            exponent = (torch.frexp(largest).exponent - _TOP_EXPONENT).clamp_(-125, 125)
+            exponent = torch.where(largest > 0, exponent, torch.zeros_like(exponent))
+            scale[part] = torch.ldexp(torch.ones_like(largest), exponent)
+            data[part] = values * torch.ldexp(torch.ones_like(largest), -exponent)[:, None]
+        return {"data": data, "scale": scale}
 
     def decode(self, encoded: Encoded, out: torch.Tensor) -> torch.Tensor:
         """`data * scale` in the dtype of `out`."""

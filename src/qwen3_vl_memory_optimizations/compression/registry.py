@@ -63,7 +63,7 @@ register_codec(RawCodec.name, lambda kernels: RawCodec())
 register_codec(INT8Codec.name, INT8Codec)
 register_codec(RotatedINT8Codec.name, RotatedINT8Codec)
 register_codec(FP16Codec.name, lambda kernels: FP16Codec())
-register_codec(SVDCodec.name, lambda kernels: SVDCodec())
+register_codec(SVDCodec.name, SVDCodec)
 register_codec(SparseCodec.name, SparseCodec)
 register_codec(INT4Codec.name, INT4Codec)
 for _layout in LAYOUTS:

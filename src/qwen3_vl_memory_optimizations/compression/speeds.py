@@ -12,6 +12,7 @@ import torch
 from .base import Codec, LinearInput, Scratch
 from .kernels import KernelSelector, fastest_dtype
 from .registry import create_codec
+from .svd import SKETCHES
 
 MEASURED_CODECS = ("none", "int8", "fp16", "svd", "sparse")
 OPERATIONS = ("encode", "decode", "linear")
@@ -91,7 +92,7 @@ def work_of(codec: Codec, operation: str, rows: int, columns: int) -> float:
     return {
         "linear": rank * (rows + columns),
         "decode": rank * rows * columns,
-        "encode": rows * columns * min(rows, columns),
+        "encode": rows * columns * next((width for width in SKETCHES if rank <= width), min(rows, columns)),
     }[operation]
 
 
@@ -116,7 +117,7 @@ def measure_codec_speeds(
             points: dict[str, list[tuple[float, float]]] = {operation: [] for operation in OPERATIONS}
             for size in _SIZES:
                 matrix = _suited(name, size, generator).to(dtype)
-                codec, seconds = timed(create_codec(name, KernelSelector()), matrix, timer)
+                codec, seconds = timed(create_codec(name, KernelSelector(timer)), matrix, timer)
                 for operation, taken in seconds.items():
                     points[operation].append((work_of(codec, operation, size, size), taken))
             lines[name] = {operation: _line(*points[operation]) for operation in OPERATIONS}

@@ -9,9 +9,12 @@ import torch.nn.functional as F
 
 from ..errors import CodecError
 from .base import Codec, Encoded, LinearInput, Scratch, Segment, columns_of
+from .kernels import KernelSelector, row_class
 
 _LEAST_ENERGY = 0.95
 _TOLERANCE = 0.01
+SKETCHES = (32, 128)
+"""Ranks that are looked for before the whole is factored, which takes the cube of its size."""
 _ROUNDING = 2.0**-8
 """What the bf16 factors add to the relative error, at most."""
 
@@ -23,6 +26,7 @@ class SVDCodec(Codec):
     trained weights are, for any error that a model survives (docs/compression.md).
 
     Args:
+        kernels: the measured choice of kernels, shared between codecs.
         tolerance: the largest relative error (of the Frobenius norm). The energy kept is at least 95 % besides.
         rank: of a tensor that is encoded already; `fit` finds it.
         right: the right factor that `encode` projects on; `fit` finds it.
@@ -33,8 +37,14 @@ class SVDCodec(Codec):
     fallback = "int8"
 
     def __init__(
-        self, *, tolerance: float = _TOLERANCE, rank: int | None = None, right: torch.Tensor | None = None
+        self,
+        kernels: KernelSelector | None = None,
+        *,
+        tolerance: float = _TOLERANCE,
+        rank: int | None = None,
+        right: torch.Tensor | None = None,
     ) -> None:
+        self.kernels = kernels or KernelSelector()
         self.tolerance = tolerance
         self.rank = rank
         self._right = right
@@ -46,7 +56,7 @@ class SVDCodec(Codec):
 
     def restored(self, parameters: str) -> Codec:
         """Return the codec of a stored tensor: it decodes and multiplies."""
-        return SVDCodec(tolerance=self.tolerance, rank=int(parameters))
+        return SVDCodec(self.kernels, tolerance=self.tolerance, rank=int(parameters))
 
     def fit(self, values: Callable[[], torch.Tensor]) -> Codec:
         """Find the least rank that keeps the energy and the tolerance.
@@ -59,22 +69,22 @@ class SVDCodec(Codec):
         if not bool(matrix.isfinite().all()):
             raise CodecError("SVD cannot factor NaN or infinite values")
         n, columns = matrix.shape
-        wide = n < columns
-        energies, vectors = torch.linalg.eigh(matrix @ matrix.t() if wide else matrix.t() @ matrix)
-        energies = energies.clamp_(min=0).flip(0)
-        total = float(energies.sum())
+        total = float(matrix.square().sum())
         allowed = min(1 - _LEAST_ENERGY, max(self.tolerance - _ROUNDING, 0.0) ** 2) * total
-        left_over = total - energies.cumsum(0)
-        rank = 1 + int((left_over > allowed).sum())
+        for width in (*SKETCHES, None):
+            if width is not None and width > min(n, columns) // 2:
+                continue
+            energies, right = _spectrum(matrix) if width is None else _leading_spectrum(matrix, width)
+            left_over = total - energies.cumsum(0)
+            rank = 1 + int((left_over > allowed).sum())
+            if rank <= len(energies):
+                break
         if rank * (n + columns) >= n * columns:
             raise CodecError(
                 f"SVD would need rank {rank} of {min(n, columns)} for a relative error of {self.tolerance:g}: its "
                 "factors would be no smaller than the tensor"
             )
-        vectors = vectors.flip(1)[:, :rank]
-        right = vectors.t() @ matrix if wide else vectors.t()
-        right = right / right.norm(dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float64).tiny)
-        return SVDCodec(tolerance=self.tolerance, rank=rank, right=right.to(torch.float32))
+        return SVDCodec(self.kernels, tolerance=self.tolerance, rank=rank, right=right[:rank].float())
 
     def supports(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
         """Floating-point tensors of two dimensions or more."""
@@ -114,9 +124,50 @@ class SVDCodec(Codec):
         return out.copy_(encoded["left"].to(dtype) @ encoded["right"].to(dtype))
 
     def linear(self, x: LinearInput, encoded: Encoded, bias: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
-        """Two thin products in the dtype of `x`; the first is the same for every range of rows."""
-        right, dtype = encoded["right"], x.x2d.dtype
-        key = ("svd", right.data_ptr(), right.shape)
-        thin = x.derived(key, lambda x2d: F.linear(x2d, right.to(dtype)))
-        assert isinstance(thin, torch.Tensor)
-        return F.linear(thin, encoded["left"].to(dtype), bias)
+        """Two thin products; the first is the same for every range of rows.
+
+        In fp32 or in the dtype of `x`: the casts of thin factors cost less than the fixed 20 microseconds of a bf16
+        product, until there are many rows of activations.
+        """
+        left, right, dtype = encoded["left"], encoded["right"], x.x2d.dtype
+
+        def product(computed: torch.dtype) -> torch.Tensor:
+            key = ("svd", right.data_ptr(), right.shape, computed)
+            thin = x.derived(key, lambda x2d: F.linear(x2d.to(computed), right.to(computed)))
+            assert isinstance(thin, torch.Tensor)
+            return F.linear(thin, left.to(computed)).to(dtype)
+
+        if dtype == torch.float32:
+            found = product(dtype)
+        else:
+            key = (self.name, row_class(x.rows), len(left).bit_length(), right.shape, dtype)
+            candidates = {"fp32": lambda: product(torch.float32), "own": lambda: product(dtype)}
+            found = self.kernels.run(key, candidates, work=len(left))
+        return found if bias is None else found.add_(bias)
+
+
+def _spectrum(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the energies (squared singular values, falling) of a fp64 matrix and its right singular vectors as rows.
+
+    From the smaller Gram matrix: its precision is squared, and that of fp64 is far beyond what is needed.
+    """
+    wide = matrix.shape[0] < matrix.shape[1]
+    energies, vectors = torch.linalg.eigh(matrix @ matrix.t() if wide else matrix.t() @ matrix)
+    right = vectors.flip(1).t() @ matrix if wide else vectors.flip(1).t()
+    return energies.clamp_(min=0).flip(0), _normalized(right)
+
+
+def _leading_spectrum(matrix: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first `width` energies and vectors, by a random projection and one power iteration (arXiv:0909.4061).
+
+    Exact where the rank is at most `width`. What the projection misses counts as lost, so an error is never hidden.
+    """
+    start = torch.randn(matrix.shape[1], width, dtype=matrix.dtype, generator=torch.Generator().manual_seed(0))
+    basis = torch.linalg.qr(matrix @ start).Q
+    basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.t() @ basis).Q).Q
+    _, values, right = torch.linalg.svd(basis.t() @ matrix, full_matrices=False)
+    return values.square(), _normalized(right)
+
+
+def _normalized(rows: torch.Tensor) -> torch.Tensor:
+    return rows / rows.norm(dim=1, keepdim=True).clamp_(min=torch.finfo(rows.dtype).tiny)
