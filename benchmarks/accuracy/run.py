@@ -48,7 +48,7 @@ N_THREADS = {TINY_NAME: "1"}
 """The products of the tiny model are so small that several threads would mostly wait for each other."""
 
 BUDGET_SHARE = 3
-LEAST_BUDGET_BYTES = 1_500_000
+LEAST_BUDGET_BYTES = 2_000_000
 """What the Pager needs to work at all, which is more than a third of the tiny model in INT8."""
 
 CLI = [sys.executable, "-c", "from qwen3_vl_memory_optimizations.cli import main; main()"]
