@@ -48,7 +48,7 @@ N_THREADS = {TINY_NAME: "1"}
 """The products of the tiny model are so small that several threads would mostly wait for each other."""
 
 BUDGET_SHARE = 3
-LEAST_BUDGET_BYTES = 1_500_000
+LEAST_BUDGET_BYTES = 2_000_000
 """What the Pager needs to work at all, which is more than a third of the tiny model in INT8."""
 
 CLI = [sys.executable, "-c", "from qwen3_vl_memory_optimizations.cli import main; main()"]
@@ -220,7 +220,9 @@ def draw(runs: list[dict], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
+    colors = {codec: f"C{index}" for index, codec in enumerate(sorted({run["codec"] for run in runs}))}
     figure, axes = plt.subplots(1, len(WORK), figsize=(11, 4.5), constrained_layout=True)
     for axis, (model, (task, _, _)) in zip(axes, WORK.items(), strict=True):
         metric = "perplexity" if task == "text" else "accuracy"
@@ -230,11 +232,15 @@ def draw(runs: list[dict], path: Path) -> None:
                 axis.axhline(figures["baseline"][metric], color="gray", linestyle="--", linewidth=1, label="as it is")
             value = figures["optimized"][metric]
             if value is not None:
-                axis.scatter(run["result"]["share_of_16_bit"], value, label=run["codec"], color=f"C{index}", zorder=3)
+                axis.scatter(
+                    run["result"]["share_of_16_bit"], value, label=run["codec"], color=colors[run["codec"]], zorder=3
+                )
         better = "less is better" if metric == "perplexity" else "more is better"
         axis.set(title=model, xlabel="bytes of all weights, over 16 bits each", ylabel=f"{metric} ({better})")
         if metric == "perplexity":
             axis.set_yscale("log")
+            for set_formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+                set_formatter(ScalarFormatter())
         axis.set_xlim(left=0)
         axis.grid(True, which="both", alpha=0.25)
         axis.legend()
