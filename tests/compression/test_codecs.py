@@ -225,6 +225,11 @@ class TestINT8(CodecContract):
         assert not codec.supports((8, 8), torch.int32)
         assert not codec.supports((0, 8), torch.float32)
 
+    @pytest.mark.parametrize("size", [1e-5, 1.0, 1e4])
+    def test_quality_in_fp16_does_not_depend_on_the_size_of_values(self, codec, size):
+        values = (torch.randn(16, 256) * size).half()
+        assert_snr(values, decoded(codec, codec.encode(values), torch.float16), 37, f"size {size}")
+
     @pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 1e4, 1e30])
     def test_quality_does_not_depend_on_the_size_of_values(self, codec, size):
         values = torch.randn(16, 256) * size

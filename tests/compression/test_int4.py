@@ -52,6 +52,11 @@ class INT4Contract(CodecContract):
         values = torch.linspace(-3, 3, 64)[:, None].expand(64, 128).bfloat16().float()
         assert torch.equal(decoded(codec, codec.encode(values), torch.float32, 128), values)
 
+    @pytest.mark.parametrize("size", [1e-5, 1.0, 1e4])
+    def test_quality_in_fp16_does_not_depend_on_the_size_of_values(self, codec, size):
+        values = (torch.randn(64, 256) * size).half()
+        assert_snr(values, decoded(codec, codec.encode(values), torch.float16, 256), 18, f"size {size}")
+
     @pytest.mark.parametrize("size", [1e-30, 1e-6, 1e4, 1e30])
     def test_quality_does_not_depend_on_the_size_of_values(self, codec, size):
         values = torch.randn(64, 256) * size

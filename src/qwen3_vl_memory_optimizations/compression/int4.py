@@ -138,7 +138,7 @@ class INT4Codec(Codec):
     def _decoded_product(self, x: LinearInput, encoded: Encoded, scratch: Scratch) -> torch.Tensor:
         """Many rows: decoded some at a time, as the transposed matrix that the layout is nearest to."""
         n, columns = encoded["data"].shape[0], x.x2d.shape[1]
-        fitting = scratch.slot_bytes // (columns * x.x2d.element_size())
+        fitting = scratch.slot_bytes // (columns * max(x.x2d.element_size(), _work_dtype(x.x2d.dtype).itemsize))
         step = max(1, fitting // self.layout) * self.layout
         out = x.x2d.new_empty((x.rows, n))
         for block in self._blocks(encoded["data"], columns):
@@ -151,6 +151,9 @@ class INT4Codec(Codec):
     def _transposed(self, block: _Block, out: torch.Tensor, scratch: Scratch) -> torch.Tensor:
         """Decode a block into `out` `[columns, rows]`."""
         columns, n = out.shape
+        if out.dtype != _work_dtype(out.dtype):
+            wide = scratch.get("wide", (columns, n), _work_dtype(out.dtype))
+            return out.copy_(self._transposed(block, wide, scratch))
         half = self.layout // 2
         packed = block.nibbles.view(n // self.layout, columns, half)
         nibbles = scratch.get("nibbles", tuple(packed.shape), torch.uint8)
@@ -179,6 +182,11 @@ class INT4Codec(Codec):
             first = numbers.storage_offset() + (offset + n_rows * nibble_bytes) // 2
             parameters = numbers.as_strided((groups, n_rows, 2), (2 * n_rows, 2, 1), first)
             yield _Block(start, n_rows, nibbles, parameters)
+
+
+def _work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype to decode in: scales of small values are below the range of fp16."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 @dataclass(frozen=True, slots=True)

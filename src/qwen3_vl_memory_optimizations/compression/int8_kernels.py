@@ -14,6 +14,7 @@ import torch
 from .base import Encoded, LinearInput, Scratch, linear_in_steps
 from .kernels import int8_product_saturates
 
+_BLOCK_ELEMENTS = 1 << 18
 _PACKED_COLUMNS = 32
 _PACKED_ROWS = 4
 _MOST_PACKED_ROWS = 32
@@ -40,7 +41,14 @@ def candidates(rows: int, n: int, k: int) -> tuple[str, ...]:
 
 def dequantize(encoded: Encoded, out: torch.Tensor) -> torch.Tensor:
     """Write `data * scale` into `out` `[n, columns]`, in its dtype, and return it."""
-    return out.copy_(encoded["data"]).mul_(encoded["scale"].to(out.dtype)[:, None])
+    data, scale = encoded["data"], encoded["scale"][:, None]
+    if out.dtype != torch.float16:
+        return out.copy_(data).mul_(scale.to(out.dtype))
+    step = max(1, _BLOCK_ELEMENTS // data.shape[1])
+    for start in range(0, len(data), step):  # in fp32: scales of small values are below the range of fp16
+        part = slice(start, start + step)
+        out[part] = data[part].float().mul_(scale[part])
+    return out
 
 
 def _decoded_product(x: LinearInput, encoded: Encoded, scratch: Scratch) -> torch.Tensor:
