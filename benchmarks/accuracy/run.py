@@ -8,10 +8,8 @@ plot beside it (with another `--json`, the tables are printed).
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,13 +18,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
+from benchmarks import results  # noqa: E402
 from benchmarks.accuracy.prepare import MODEL_NAME, prepare  # noqa: E402
-from benchmarks.peers.run import commit, now  # noqa: E402
 from qwen3_vl_memory_optimizations.compression import codec_names  # noqa: E402
 
 HERE = Path(__file__).parent
 TINY = ROOT / "src" / "qwen3_vl_memory_optimizations" / "assets" / "tiny-qwen3vl"
-BEGIN, END = "<!-- results: begin (written by run.py) -->", "<!-- results: end -->"
 SUMMARY_BEGIN = "<!-- accuracy: begin (written by benchmarks/accuracy/run.py) -->"
 SUMMARY_END = "<!-- accuracy: end -->"
 SUMMARIES = {
@@ -70,15 +67,9 @@ def main() -> None:
         print("\n".join(report(content)))
         return
     draw(content["runs"], HERE / PLOT)
-    write_between(HERE / "README.md", BEGIN, END, report(content))
+    results.write_between(HERE / "README.md", results.BEGIN, results.END, report(content))
     for name, heading in SUMMARIES.items():
-        write_between(ROOT / name, SUMMARY_BEGIN, SUMMARY_END, summary(content["runs"], heading))
-
-
-def write_between(path: Path, begin: str, end: str, lines: Iterator[str]) -> None:
-    """Replace what stands between two markers of a file."""
-    text = path.read_text()
-    path.write_text("\n".join([text.split(begin)[0] + begin, *lines, end]) + text.split(end)[1])
+        results.write_between(ROOT / name, SUMMARY_BEGIN, SUMMARY_END, summary(content["runs"], heading))
 
 
 def measure_all(arguments: argparse.Namespace) -> None:
@@ -91,11 +82,10 @@ def measure_all(arguments: argparse.Namespace) -> None:
             before = [run for run in runs if (run["model"], run["codec"]) == (model, codec)]
             if before and "error" not in before[0] and not arguments.again:
                 continue
-            run = {"model": model, "codec": codec, "date": now(), "commit": commit()}
+            run = {"model": model, "codec": codec, "date": results.now(), "commit": results.commit()}
             run |= measure(directories[model], codec, model, arguments.work_dir, images)
             runs = [each for each in runs if each not in before] + [run]
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps({"environment": environment(), "runs": runs}, indent=1) + "\n")
+            results.keep({"environment": results.machine(), "runs": runs}, arguments.json)
             print(json.dumps({key: run[key] for key in run if key != "result"}), flush=True)
 
 
@@ -121,29 +111,16 @@ def evaluate(directory: Path, codec: str, options: list[str], work_dir: Path, va
     command = [*CLI, "evaluate", str(directory), "--codec", codec, "--cache-dir", str(work_dir / "cache"), "--json"]
     done = subprocess.run([*command, *options], env=os.environ | variables, capture_output=True, text=True)
     if done.returncode:
-        tail = done.stderr.strip().splitlines()[-1:] or ["no output"]
-        return {"error": f"exit status {done.returncode}: {tail[0][:500]}"}
+        return {"error": results.failure(done)}
     return json.loads(done.stdout)
-
-
-def environment() -> dict:
-    """Return what all runs share."""
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    return {
-        "cpu": cpu.split(":", 1)[1].strip(),
-        "cores": len(os.sched_getaffinity(0)),
-        "kernel": platform.release().split("-")[0],
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-    }
 
 
 def report(content: dict) -> Iterator[str]:
     """Give the lines of the report."""
     here, runs = content["environment"], content["runs"]
     dates, commits = sorted(run["date"] for run in runs), sorted({run["commit"] for run in runs})
-    versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
     yield ""
-    yield f"Machine: {here['cpu']}, {here['cores']} cores, Linux {here['kernel']}, {versions}."
+    yield results.machine_line(here)
     yield f"Runs: {len(runs)}, from {dates[0]} to {dates[-1]}, at {', '.join(commits)}."
     yield ""
     yield f"![accuracy against bytes]({PLOT})"
@@ -200,8 +177,8 @@ def summary(runs: list[dict], heading: str) -> Iterator[str]:
     yield heading
     yield "|---" * 4 + "|"
     tasks = {(run["model"], run["codec"]): run["result"] for run in runs if "result" in run}
-    results = [(codec, result) for (model, codec), result in tasks.items() if model == MODEL_NAME]
-    for codec, result in sorted(results, key=lambda pair: -pair[1]["weight_bytes"]):
+    found = [(codec, result) for (model, codec), result in tasks.items() if model == MODEL_NAME]
+    for codec, result in sorted(found, key=lambda pair: -pair[1]["weight_bytes"]):
         text = result["tasks"]["text"]
         images = tasks[TINY_NAME, codec]["tasks"]["images"] if (TINY_NAME, codec) in tasks else None
         perplexity = f"{number(text['optimized']['perplexity'])} ({number(text['baseline']['perplexity'])})"

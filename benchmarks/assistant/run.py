@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import argparse
 import fractions
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,13 +18,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
+from benchmarks import results  # noqa: E402
 from benchmarks.assistant.measure import HELP, TEXTS  # noqa: E402
-from benchmarks.control_group import control_group, drop_page_cache, run_in_group, unavailable_reason  # noqa: E402
-from benchmarks.peers.run import commit, now  # noqa: E402
+from benchmarks.control_group import drop_page_cache  # noqa: E402
 
 HERE = Path(__file__).parent
 RATES = (0.3, 0.6, 0.9)
-BEGIN, END = "<!-- results: begin (written by run.py) -->", "<!-- results: end -->"
 
 
 def main() -> None:
@@ -52,20 +48,14 @@ def main() -> None:
     if arguments.json != parser.get_default("json"):
         print("\n".join(report(content)))
         return
-    readme = HERE / "README.md"
-    text = readme.read_text()
-    readme.write_text("\n".join([text.split(BEGIN)[0] + BEGIN, *report(content), END]) + text.split(END)[1])
+    results.write_between(HERE / "README.md", results.BEGIN, results.END, report(content))
 
 
 def measure_all(arguments: argparse.Namespace, options: list[str]) -> None:
     """Do all runs; the kinds of help take turns, so that a machine whose speed drifts meets all alike."""
-    reason = unavailable_reason()
-    if reason is not None and any(limit != "none" for limit in arguments.limits):
-        sys.exit(f"no memory control group here: {reason}; `--limits none` works")
-    content: dict = {"runs": []}
-    if arguments.add and arguments.json.exists():
-        content = json.loads(arguments.json.read_text())
-    content["environment"] = environment()
+    results.require_groups([limit for limit in arguments.limits if "/" not in limit])
+    content = results.load_kept(arguments, {"runs": []})
+    content["environment"] = results.machine()
     kinds = HELP if arguments.assistant else tuple(kind for kind in HELP if kind != "assistant")
     names = {"model": Path(arguments.model).name, "assistant": Path(arguments.assistant or "").name}
     shown = [option for option in options if "/" not in option and option != "--cache-dir"]
@@ -73,12 +63,11 @@ def measure_all(arguments: argparse.Namespace, options: list[str]) -> None:
         turn = repetition % len(kinds)
         for limit in arguments.limits:
             for kind in [*kinds[turn:], *kinds[:turn]]:
-                run = names | {"help": kind, "limit": limit, "options": shown, "commit": commit()}
-                run |= {"date": now(), "cold": drop_page_cache()}
+                run = names | {"help": kind, "limit": limit, "options": shown, "commit": results.commit()}
+                run |= {"date": results.now(), "cold": drop_page_cache()}
                 run |= measure(arguments, kind, limit, options)
                 content["runs"].append(run)
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+                results.keep(content, arguments.json)
                 print(json.dumps(run), flush=True)
 
 
@@ -87,40 +76,16 @@ def measure(arguments: argparse.Namespace, kind: str, limit: str, options: list[
     command = [sys.executable, str(HERE / "measure.py"), arguments.model, "--help-with", kind]
     command += ["--assistant", arguments.assistant] if arguments.assistant else []
     command += options
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     if "/" in limit:
         command += ["--weights-share", str(float(fractions.Fraction(limit)))]
-    if limit == "none" or "/" in limit:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        figures = {}
-    else:
-        limit_bytes = round(float(limit) * 1e9)
-        with control_group(limit_bytes) as group:
-            done = run_in_group([*command, "--ram-budget", str(limit_bytes)], group, env=environment)
-            figures = {"group_peak_bytes": group.peak_bytes(), "kills": group.kills()}
-    if done.returncode:
-        tail = done.stderr.strip().splitlines()[-1:] or ["no output"]
-        return figures | {"error": f"exit status {done.returncode}: {tail[0][:500]}"}
-    return figures | json.loads(done.stdout.splitlines()[-1])
-
-
-def environment() -> dict:
-    """Return what all runs share."""
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    return {
-        "cpu": cpu.split(":", 1)[1].strip(),
-        "cores": len(os.sched_getaffinity(0)),
-        "kernel": platform.release().split("-")[0],
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-    }
+    child = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    return results.run_limited(command, "none" if "/" in limit else limit, child)
 
 
 def report(content: dict) -> Iterator[str]:
     """Give the lines of the report."""
-    here = content["environment"]
-    versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
     yield ""
-    yield f"Machine: {here['cpu']}, {here['cores']} cores, Linux {here['kernel']}, {versions}."
+    yield results.machine_line(content["environment"])
     for model in dict.fromkeys(run["model"] for run in content["runs"]):
         yield from report_model(model, [run for run in content["runs"] if run["model"] == model])
 

@@ -7,7 +7,6 @@ is not tried again. At the end `report.py` writes tables and plots (prints the t
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.metadata
 import itertools
 import json
@@ -26,6 +25,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 from benchmarks.control_group import control_group, drop_page_cache, run_in_group, unavailable_reason  # noqa: E402
 from benchmarks.peers.layout import HERE, ISAS, PEERS, SHAPES, WORKS, Layout, worker_environment  # noqa: E402
+from benchmarks.results import commit, now  # noqa: E402
 
 LIMITS = ("none", "4", "2.6", "1.6", "1.2")
 QUICK = {
@@ -272,20 +272,6 @@ def _peer_versions(layout: Layout) -> dict[str, str]:
 def _first_field(path: str, name: str) -> str:
     lines = Path(path).read_text().splitlines()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "unknown")
-
-
-def commit() -> str:
-    """Return the commit this project was measured at; `+` means that files differed from it."""
-
-    def git(*command: str) -> str:
-        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "src") else "")
-
-
-def now() -> str:
-    """Return the date and time."""
-    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,8 @@ Results go to one JSON file; then the tables in README.md are written from it, b
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,11 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
-from benchmarks.control_group import control_group, drop_page_cache, run_in_group, unavailable_reason  # noqa: E402
-from benchmarks.peers.run import commit, now  # noqa: E402
+from benchmarks import results  # noqa: E402
+from benchmarks.control_group import drop_page_cache  # noqa: E402
 
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- results: begin (written by run.py) -->", "<!-- results: end -->"
 OVERHEAD_S = 4.0
 READING_FACTOR = 1.5
 IMPORTS = {
@@ -50,43 +47,32 @@ def main() -> None:
     if not arguments.report:
         measure_all(arguments)
     content = json.loads(arguments.json.read_text())
-    lines = "\n".join(report(content))
-    print(lines)
+    lines = list(report(content))
+    print("\n".join(lines))
     if arguments.json == parser.get_default("json"):
-        readme = HERE / "README.md"
-        text = readme.read_text()
-        readme.write_text(f"{text.split(BEGIN)[0]}{BEGIN}\n{lines}\n\n{END}{text.split(END)[1]}")
+        results.write_between(HERE / "README.md", results.BEGIN, results.END, [*lines, ""])
 
 
 def measure_all(arguments: argparse.Namespace) -> None:
     """Do all runs, in turns, so that a machine whose speed drifts meets all alike; then the imports."""
-    reason = unavailable_reason()
-    if reason is not None and any(limit != "none" for limit in arguments.limits):
-        sys.exit(f"no memory control group here: {reason}; `--limits none` works")
-    content: dict = {"runs": [], "imports": {name: [] for name in IMPORTS}}
-    if arguments.add and arguments.json.exists():
-        content = json.loads(arguments.json.read_text())
-    content["environment"] = environment(arguments)
+    results.require_groups(arguments.limits)
+    content = results.load_kept(arguments, {"runs": [], "imports": {name: [] for name in IMPORTS}})
+    content["environment"] = results.machine() | {"model": Path(arguments.model).name}
     start(arguments, "none", 0)  # packs, and writes what Python compiles
     for _ in range(arguments.repeat):
         for limit in arguments.limits:
             for image_px in arguments.images_px:
-                run = {"limit": limit, "image_px": image_px, "date": now(), "cold": drop_page_cache()}
+                run = {"limit": limit, "image_px": image_px, "date": results.now(), "cold": drop_page_cache()}
+                run["commit"] = results.commit()
                 content["runs"].append(run | start(arguments, limit, image_px))
                 print(json.dumps(content["runs"][-1]), flush=True)
-                keep(content, arguments.json)
+                results.keep(content, arguments.json)
     for repetition in range(arguments.import_repeat + 1 if arguments.import_repeat else 0):
         for name, statement in IMPORTS.items():
             seconds = import_s(statement)
             if repetition:  # the first of each warms up
                 content["imports"][name].append(round(seconds, 3))
-    keep(content, arguments.json)
-
-
-def keep(content: dict, path: Path) -> None:
-    """Write what was measured so far."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    results.keep(content, arguments.json)
 
 
 def child_environment() -> dict[str, str]:
@@ -100,21 +86,7 @@ def start(arguments: argparse.Namespace, limit: str, image_px: int) -> dict:
     command = [sys.executable, str(HERE / "measure.py"), arguments.model, "--image-px", str(image_px)]
     if arguments.cache_dir:
         command += ["--cache-dir", arguments.cache_dir]
-    child = child_environment()
-    figures: dict = {}
-    if limit == "none":
-        child["BENCHMARK_START_S"] = repr(time.monotonic())
-        done = subprocess.run(command, env=child, capture_output=True, text=True)
-    else:
-        limit_bytes = round(float(limit) * 1e9)
-        with control_group(limit_bytes) as group:
-            child["BENCHMARK_START_S"] = repr(time.monotonic())
-            done = run_in_group([*command, "--ram-budget", str(limit_bytes)], group, env=child)
-            figures = {"group_peak_bytes": group.peak_bytes(), "kills": group.kills()}
-    if done.returncode:
-        tail = done.stderr.strip().splitlines()[-1:] or ["no output"]
-        return figures | {"error": f"exit status {done.returncode}: {tail[0][:500]}"}
-    return figures | json.loads(done.stdout.splitlines()[-1])
+    return results.run_limited(command, limit, child_environment(), start_key="BENCHMARK_START_S")
 
 
 def import_s(statement: str) -> float:
@@ -126,28 +98,13 @@ def import_s(statement: str) -> float:
     return float(done.stdout.splitlines()[-1]) - start_s
 
 
-def environment(arguments: argparse.Namespace) -> dict:
-    """Return what all runs share."""
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    return {
-        "model": Path(arguments.model).name,
-        "cpu": cpu.split(":", 1)[1].strip(),
-        "cores": len(os.sched_getaffinity(0)),
-        "kernel": platform.release().split("-")[0],
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-        "commit": commit(),
-    }
-
-
 def report(content: dict) -> Iterator[str]:
     """Give the lines of the report."""
     here, runs = content["environment"], content["runs"]
     dates = sorted(run["date"] for run in runs)
-    versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
     yield ""
-    yield f"Machine: {here['cpu']}, {here['cores']} cores, Linux {here['kernel']}, Python {here['python']}, {versions}."
-    span = f"{len(runs)} runs, from {dates[0]} to {dates[-1]}, at {here['commit']}"
+    yield f"{results.machine_line(here)} Python {here['python']}."
+    span = f"{len(runs)} runs, from {dates[0]} to {dates[-1]}, at {', '.join(sorted({run['commit'] for run in runs}))}"
     yield f"Model: {here['model']}, INT8, packed. {span}."
     if warm := sum(not run["cold"] for run in runs):
         yield f"The page cache could not be dropped before {warm} of the runs."

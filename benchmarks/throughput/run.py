@@ -7,12 +7,9 @@ another `--json`, it is printed).
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
-from benchmarks.control_group import control_group, drop_page_cache, run_in_group, unavailable_reason  # noqa: E402
-from benchmarks.peers.run import commit, now  # noqa: E402
+from benchmarks import results  # noqa: E402
+from benchmarks.control_group import drop_page_cache  # noqa: E402
 
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- results: begin (written by run.py) -->", "<!-- results: end -->"
 
 
 def main() -> None:
@@ -39,75 +35,38 @@ def main() -> None:
     arguments, passed_on = parser.parse_known_args()
     if not arguments.report:
         measure_all(arguments, passed_on)
-    lines = "\n".join(report(json.loads(arguments.json.read_text())))
-    print(lines)
+    lines = list(report(json.loads(arguments.json.read_text())))
+    print("\n".join(lines))
     if arguments.json == parser.get_default("json"):
-        readme = HERE / "README.md"
-        text = readme.read_text()
-        readme.write_text(f"{text.split(BEGIN)[0]}{BEGIN}\n{lines}\n\n{END}{text.split(END)[1]}")
+        results.write_between(HERE / "README.md", results.BEGIN, results.END, [*lines, ""])
 
 
 def measure_all(arguments: argparse.Namespace, options: list[str]) -> None:
     """Do all runs; the batches take turns, so that a machine whose speed drifts meets all alike."""
-    reason = unavailable_reason()
-    if reason is not None and any(limit != "none" for limit in arguments.limits):
-        sys.exit(f"no memory control group here: {reason}; `--limits none` works")
-    content: dict = {"runs": []}
-    if arguments.add and arguments.json.exists():
-        content = json.loads(arguments.json.read_text())
-    content["environment"] = environment(arguments, options)
+    results.require_groups(arguments.limits)
+    content = results.load_kept(arguments, {"runs": []})
+    shown = [option for option in options if "/" not in option and option != "--cache-dir"]
+    content["environment"] = results.machine() | {"model": Path(arguments.model).name, "options": shown}
     for _ in range(arguments.repeat):
         for limit in arguments.limits:
             for batch in arguments.batches:
-                run = {"limit": limit, "batch": batch, "date": now(), "cold": drop_page_cache()}
-                run |= measure(arguments.model, batch, limit, options)
+                run = {"limit": limit, "batch": batch, "date": results.now(), "commit": results.commit()}
+                command = [sys.executable, str(HERE / "measure.py"), arguments.model, "--batch", str(batch), *options]
+                run |= {"cold": drop_page_cache()}
+                run |= results.run_limited(command, limit, os.environ | {"PYTHONPATH": str(ROOT / "src")})
                 content["runs"].append(run)
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
-                arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+                results.keep(content, arguments.json)
                 print(json.dumps(run), flush=True)
-
-
-def measure(model: str, batch: int, limit: str, options: list[str]) -> dict:
-    """Run one measurement and return its figures with the group's, or how it failed."""
-    command = [sys.executable, str(HERE / "measure.py"), model, "--batch", str(batch), *options]
-    child = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    figures: dict = {}
-    if limit == "none":
-        done = subprocess.run(command, env=child, capture_output=True, text=True)
-    else:
-        limit_bytes = round(float(limit) * 1e9)
-        with control_group(limit_bytes) as group:
-            done = run_in_group([*command, "--ram-budget", str(limit_bytes)], group, env=child)
-            figures = {"group_peak_bytes": group.peak_bytes(), "kills": group.kills()}
-    if done.returncode:
-        tail = done.stderr.strip().splitlines()[-1:] or ["no output"]
-        return figures | {"error": f"exit status {done.returncode}: {tail[0][:500]}"}
-    return figures | json.loads(done.stdout.splitlines()[-1])
-
-
-def environment(arguments: argparse.Namespace, options: list[str]) -> dict:
-    """Return what all runs share."""
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    return {
-        "model": Path(arguments.model).name,
-        "options": [option for option in options if "/" not in option and option != "--cache-dir"],
-        "cpu": cpu.split(":", 1)[1].strip(),
-        "cores": len(os.sched_getaffinity(0)),
-        "kernel": platform.release().split("-")[0],
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-        "commit": commit(),
-    }
 
 
 def report(content: dict) -> Iterator[str]:
     """Give the lines of the report."""
     here, runs = content["environment"], content["runs"]
     dates = sorted(run["date"] for run in runs)
-    versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
     yield ""
-    yield f"Machine: {here['cpu']}, {here['cores']} cores, Linux {here['kernel']}, {versions}."
+    yield results.machine_line(here)
     options = f"; options: {' '.join(here['options'])}" if here["options"] else ""
-    span = f"{len(runs)} runs, from {dates[0]} to {dates[-1]}, at {here['commit']}"
+    span = f"{len(runs)} runs, from {dates[0]} to {dates[-1]}, at {', '.join(sorted({run['commit'] for run in runs}))}"
     yield f"Model: {here['model']}, INT8{options}. {span}."
     if warm := sum(not run["cold"] for run in runs):
         yield f"The page cache could not be dropped before {warm} of the runs."

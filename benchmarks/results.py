@@ -1,0 +1,110 @@
+"""What benchmarks share: runs within a limit, results kept after each run, tables between the markers of a page."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from .control_group import control_group, run_in_group, unavailable_reason
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- results: begin (written by run.py) -->", "<!-- results: end -->"
+
+
+def require_groups(limits: Sequence[str]) -> None:
+    """Exit where some of the limits need control groups and none can be made."""
+    reason = unavailable_reason()
+    if reason is not None and any(limit != "none" for limit in limits):
+        sys.exit(f"no memory control group here: {reason}; `--limits none` works")
+
+
+def load_kept(arguments: argparse.Namespace, empty: dict) -> dict:
+    """Return what `--json` holds, if `--add` asks to keep it, else `empty`."""
+    if arguments.add and arguments.json.exists():
+        return json.loads(arguments.json.read_text())
+    return empty
+
+
+def keep(content: dict, path: Path) -> None:
+    """Write what was measured so far."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def write_between(path: Path, begin: str, end: str, lines: Iterable[str]) -> None:
+    """Replace what stands between two markers of a file."""
+    text = path.read_text()
+    path.write_text("\n".join([text.split(begin)[0] + begin, *lines, end]) + text.split(end)[1])
+
+
+def run_limited(command: list[str], limit: str, child: dict[str, str], *, start_key: str | None = None) -> dict:
+    """Run a measurement in a control group of its limit and return its figures with the group's, or how it failed.
+
+    Args:
+        command: prints its figures as JSON in its last line; with a limit it is given `--ram-budget` besides.
+        limit: `none`, or GB.
+        child: its environment.
+        start_key: variable of that which gets the time, on the monotonic clock, right before the process starts.
+    """
+    figures: dict = {}
+
+    def variables() -> dict[str, str]:
+        return child | ({start_key: repr(time.monotonic())} if start_key else {})
+
+    if limit == "none":
+        done = subprocess.run(command, env=variables(), capture_output=True, text=True)
+    else:
+        limit_bytes = round(float(limit) * 1e9)
+        with control_group(limit_bytes) as group:
+            done = run_in_group([*command, "--ram-budget", str(limit_bytes)], group, env=variables())
+            figures = {"group_peak_bytes": group.peak_bytes(), "kills": group.kills()}
+    if done.returncode:
+        return figures | {"error": failure(done)}
+    return figures | json.loads(done.stdout.splitlines()[-1])
+
+
+def failure(done: subprocess.CompletedProcess[str]) -> str:
+    """Return how a process failed, in a line."""
+    tail = done.stderr.strip().splitlines()[-1:] or ["no output"]
+    return f"exit status {done.returncode}: {tail[0][:500]}"
+
+
+def machine() -> dict:
+    """Return the machine and the versions that all runs of a file share."""
+    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+    return {
+        "cpu": cpu.split(":", 1)[1].strip(),
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": platform.release().split("-")[0],
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+    }
+
+
+def machine_line(here: dict) -> str:
+    """Return the machine as a sentence."""
+    versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
+    return f"Machine: {here['cpu']}, {here['cores']} cores, Linux {here['kernel']}, {versions}."
+
+
+def commit() -> str:
+    """Return the commit this project was measured at; `+` means that files differed from it."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "src") else "")
+
+
+def now() -> str:
+    """Return the date and time."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
