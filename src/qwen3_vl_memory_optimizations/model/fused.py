@@ -45,13 +45,6 @@ def fuse_layers(model: nn.Module) -> int:
     return len(layers)
 
 
-def unfuse_layers(model: nn.Module) -> None:
-    """Give decoder layers the forward of transformers again."""
-    for layer in model.modules():
-        if "_fused" in layer.__dict__:
-            del layer.__dict__["_fused"], layer.__dict__["forward"]
-
-
 def _can_fuse(layer: Any) -> bool:
     """Whether this is a layer whose forward is known here, in the configuration that Qwen3-VL has."""
     if type(layer).__name__ != "Qwen3VLTextDecoderLayer" or type(layer).__module__.split(".")[0] != "transformers":
