@@ -18,7 +18,7 @@ from qwen3_vl_memory_optimizations.compression import (
     svd,
 )
 
-from .test_codecs import DTYPES, CodecContract, assert_snr, decoded, product
+from .contract import DTYPES, CodecContract, assert_snr, decoded, product
 
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 

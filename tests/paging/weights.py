@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import xxhash
 from safetensors.torch import save_file
 
@@ -59,3 +60,20 @@ def settle(pager: Pager) -> None:
     """Wait until no page is on its way."""
     with pager._changed:
         assert pager._changed.wait_for(lambda: pager._mover.moving == 0, timeout=10)
+
+
+def run_pass(managed, x=None):
+    """Use every weight once, in order; return the products."""
+    x = torch.ones(1, COLUMNS).bfloat16() if x is None else x
+    return {name: F.linear(x, weight) for name, weight in managed.items()}
+
+
+def state(pager):
+    """What must not change when something is refused."""
+    return (
+        pager.frames.used_bytes,
+        pager.frames.limit_bytes,
+        {owner: n_bytes for owner, n_bytes in pager.ledger.accounts().items() if n_bytes},
+        pager.swap_used_bytes,
+        {name: [(page.state, page.pins) for page in entry.pages] for name, entry in pager.entries.items()},
+    )
