@@ -34,10 +34,16 @@ _TIE = 1.1
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0, help="the seed of the first case")
     parser.add_argument("--size", type=int, default=2048, help="rows and columns of the matrices that are coded")
     arguments = parser.parse_args()
     coding = {name: coding_speed(name, arguments.size) for name in ("int8", "fp16", "int4", "sparse", "svd")}
-    print(json.dumps({"machine": machine_name(), "coding": coding, "selector": agreement(arguments.cases)}, indent=1))
+    print(
+        json.dumps(
+            {"machine": machine_name(), "coding": coding, "selector": agreement(arguments.first, arguments.cases)},
+            indent=1,
+        )
+    )
 
 
 def coding_speed(name: str, size: int) -> dict[str, object]:
@@ -69,7 +75,7 @@ def coding_speed(name: str, size: int) -> dict[str, object]:
         torch.set_num_threads(threads)
 
 
-def agreement(cases: int) -> dict[str, object]:
+def agreement(first: int, cases: int) -> dict[str, object]:
     """Return how often the selector picks what is best when all methods are tried and timed on the whole tensor."""
     dtype = fastest_dtype()
     torch.set_num_threads(1)
@@ -79,7 +85,7 @@ def agreement(cases: int) -> dict[str, object]:
     right = ties = 0
     picks: dict[str, Counter[str]] = {sort: Counter() for sort in SORTS}
     wrong = []
-    for number in range(cases):
+    for number in range(first, first + cases):
         sort, access, matrix = draw(number, dtype)
         chosen = selector.explain(matrix, kind="weights", access=access).chosen
         costs = exhaustive(
@@ -98,7 +104,7 @@ def agreement(cases: int) -> dict[str, object]:
             if not tie:
                 wrong.append(f"{number}: {sort}, {access}, {list(matrix.shape)}: {chosen}, best {best} ({costs})")
                 print(f"\n{wrong[-1]}", file=sys.stderr)
-        print(f"{number + 1}: {right} right, {ties} ties, {len(wrong)} wrong", end="\r", file=sys.stderr)
+        print(f"{number + 1 - first}: {right} right, {ties} ties, {len(wrong)} wrong", end="\r", file=sys.stderr)
     return {
         "cases": cases,
         "dtype": str(dtype),
