@@ -41,6 +41,7 @@ class Peer:
 
 PEERS = {
     "ours int8": Peer(worker="ours", variant="int8_rotated", vision=True),
+    "ours int4": Peer(worker="ours", variant="int4", vision=True),
     "ours none": Peer(worker="ours", variant="none", vision=True),
     "transformers bf16": Peer(worker="plain_transformers", variant="bf16", vision=True),
     "transformers fp32": Peer(worker="plain_transformers", variant="fp32", vision=True),
