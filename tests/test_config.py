@@ -104,17 +104,18 @@ def test_a_config_passes_through_and_cannot_be_changed():
 
 
 @pytest.mark.parametrize(
-    ("settings", "codec"),
+    ("settings", "codec", "unmeasured"),
     [
-        ({}, "int8_rotated"),
-        ({"enable_compression": False}, "none"),
-        ({"enable_int8_quantization": False}, "none"),
-        ({"codec": "int8", "enable_compression": False}, "int8"),
-        ({"codec": "none"}, "none"),
+        ({}, "auto", "int8_rotated"),
+        ({"enable_compression": False}, "none", "none"),
+        ({"enable_int8_quantization": False}, "auto", "none"),
+        ({"codec": "int8", "enable_compression": False}, "int8", "int8"),
+        ({"codec": "none"}, "none", "none"),
     ],
 )
-def test_the_codec_of_weights(settings, codec):
-    assert MemoryConfig(**settings).weight_codec() == codec
+def test_the_codec_of_weights(settings, codec, unmeasured):
+    config = MemoryConfig(**settings)
+    assert (config.weight_codec(), config.unmeasured_codec()) == (codec, unmeasured)
 
 
 def test_packed_dir_prefers_the_setting_then_the_environment(monkeypatch, tmp_path):

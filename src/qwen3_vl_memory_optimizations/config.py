@@ -87,13 +87,13 @@ class MemoryConfig:
         tensor_budget: the most the managed tensors and their workspace may use; for embedding in a larger application.
         gpu_budget: the most device memory; without a GPU it has no effect.
         cache_dir: where packed checkpoints lie; default `$QWEN3VL_MEM_CACHE`, else `~/.cache/qwen3vl-mem`.
-        codec: how large weights are stored: `auto` lets the library choose, `none` keeps them as they are; else the
-            name of a codec that is registered when the weights are loaded or packed.
+        codec: how large weights are stored: `auto` chooses for each by measurement (`planning.make_plan`), `none` keeps
+            them as they are; else the name of a codec that is registered when the weights are loaded or packed.
         fused_modules: decoder layers with fewer and larger operations (`model.fused`): `auto` is `on` where weights are
             encoded with loss; with `off`, results of codec `none` are those of transformers bit by bit.
         enable_memory_pooling: page frames and blocks are reused instead of returned to the system at once.
         enable_compression: with `False`, `codec="auto"` means `"none"`.
-        enable_int8_quantization: with `False`, `codec="auto"` does not choose INT8.
+        enable_int8_quantization, enable_sparse_compression: with `False`, `codec="auto"` does not choose these.
         memory_pool_size: address space reserved for each pool of runtime tensors.
 
     Raises:
@@ -162,10 +162,15 @@ class MemoryConfig:
         return base / "packed"
 
     def weight_codec(self) -> str:
-        """Return the codec for large weights with `auto` and the `enable_*` switches resolved."""
-        if self.codec != "auto":
-            return self.codec
-        return "int8_rotated" if self.enable_compression and self.enable_int8_quantization else "none"
+        """Return the codec for the large weights of a checkpoint: `auto` where each gets its own, by measurement."""
+        return "none" if self.codec == "auto" and not self.enable_compression else self.codec
+
+    def unmeasured_codec(self) -> str:
+        """Return the codec for large weights where nothing is measured: what is drawn, or was in memory already."""
+        codec = self.weight_codec()
+        if codec != "auto":
+            return codec
+        return "int8_rotated" if self.enable_int8_quantization else "none"
 
     def fuses_modules(self) -> bool:
         """Return whether decoder layers are fused, with `auto` resolved."""

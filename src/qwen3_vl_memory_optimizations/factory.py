@@ -16,18 +16,18 @@ import torch
 from torch import nn
 
 from .compression import create_codec
-from .compression.kernels import fastest_dtype
 from .config import MemoryConfig, jsonable
 from .errors import CheckpointError, ConfigurationError, MemoryBudgetExceeded, format_bytes
-from .model.activations import FIXED_RESERVE_BYTES, estimate_activation_bytes, forward_size
+from .model.activations import FIXED_RESERVE_BYTES, reserve_before_forwards
 from .model.assisted import ASSISTANT, attach_draft, require_draft
 from .model.fused import fuse_layers
 from .model.import_files import ImportFiles
 from .model.loading import WeightLoader
-from .model.packing import Progress, pack_checkpoint, packed_directory
-from .model.skeleton import build_skeleton, skeleton_of
+from .model.packing import Progress, packed_directory
+from .model.skeleton import build_skeleton, compute_dtype, compute_dtype_of, skeleton_of
 from .optimizer import MemoryOptimizer
 from .paging import PAGE_BYTES
+from .planning import pack_model
 from .process import pause_collection, release_library_pages, rss_bytes, tame_allocator, trim_heap
 from .storage import Checkpoint
 
@@ -174,7 +174,7 @@ def local_directory(name: str | os.PathLike[str]) -> Path:
 
 def _require_workable(config: MemoryConfig) -> None:
     """Refuse an unknown codec, and a budget that cannot hold the process itself, before anything is loaded."""
-    create_codec(config.weight_codec())
+    create_codec(config.unmeasured_codec())
     tame_allocator()
     least = rss_bytes() + (0 if _is_imported() else _LIBRARIES_BYTES) + FIXED_RESERVE_BYTES + _LEAST_FRAMES_BYTES
     if config.ram_budget is not None and config.ram_budget < least:
@@ -186,12 +186,6 @@ def _require_workable(config: MemoryConfig) -> None:
             budget_bytes=config.ram_budget,
             owner="process",
         )
-
-
-def _compute_dtype(stored: str, dtype: torch.dtype | None) -> torch.dtype:
-    if dtype is not None:
-        return dtype
-    return torch.float32 if stored in ("float32", "F32") else fastest_dtype()
 
 
 @dataclass(slots=True)
@@ -229,15 +223,13 @@ class _Source:
 
     def pack(self, config: MemoryConfig, progress: Progress | None) -> None:
         """Encode a checkpoint, where its weights are to be and are not."""
-        codec = config.weight_codec()
-        if self.checkpoint is not None and codec != "none" and not self.checkpoint.packed:
-            directory = pack_checkpoint(self.checkpoint.directory, codec=codec, config=config, progress=progress)
-            self.checkpoint = Checkpoint.open(directory)
+        if self.checkpoint is not None and config.weight_codec() != "none" and not self.checkpoint.packed:
+            self.checkpoint = Checkpoint.open(pack_model(self.checkpoint.directory, config, progress=progress))
 
     def load(self, loader: WeightLoader, config: MemoryConfig) -> None:
         """Hand the weights over."""
         if self.checkpoint is None:
-            loader.from_memory(self.model, config.weight_codec(), initialize=self.draws)
+            loader.from_memory(self.model, config.unmeasured_codec(), initialize=self.draws)
         else:
             loader.from_checkpoint(self.model, self.checkpoint)
             _attach_generation_config(self.model, self.checkpoint.directory)
@@ -251,8 +243,7 @@ def _source_of(
         given = Checkpoint.open(local_directory(given))
     if isinstance(given, Checkpoint):
         _require_workable(config)
-        stored = str(given.config.get("dtype") or given.config.get("torch_dtype") or "bfloat16")
-        dtype = _compute_dtype(stored, dtype)
+        dtype = compute_dtype_of(given.config, dtype)
         return _Source(dtype, checkpoint=_packed_already(given, config), model_class=model_class)
     if isinstance(given, nn.Module):
         if hasattr(given, "_hf_hook") or any(hasattr(module, "_hf_hook") for module in given.modules()):
@@ -262,11 +253,11 @@ def _source_of(
         if hasattr(given, "memory_optimizer"):
             raise ConfigurationError("the model is optimized already")
         _require_workable(config)
-        return _Source(_compute_dtype(str(getattr(given, "dtype", "")).removeprefix("torch."), dtype), given)
+        return _Source(compute_dtype(str(getattr(given, "dtype", "")).removeprefix("torch."), dtype), given)
     if hasattr(given, "model_type") and hasattr(given, "to_dict"):
         _require_workable(config)
         stored = str(getattr(given, "dtype", None) or "float32").removeprefix("torch.")
-        dtype = _compute_dtype(stored, dtype)
+        dtype = compute_dtype(stored, dtype)
         return _Source(dtype, skeleton_of(given, dtype), draws=True)
     raise ConfigurationError(
         f"{argument}: expected a directory, a hub id, a transformers configuration or a loaded model, not "
@@ -303,7 +294,7 @@ def _finish(source: _Source, draft: Any, optimizer: MemoryOptimizer) -> Any:
         if optimizer.config.fuses_modules():
             fuse_layers(each)
         if limited:
-            _reserve_before_forwards(each, optimizer, source.dtype.itemsize, lowers=each is model)
+            reserve_before_forwards(each, optimizer, source.dtype.itemsize, lowers=each is model)
         each.eval()
         each.memory_optimizer = optimizer
     optimizer.pager.refit()
@@ -311,28 +302,6 @@ def _finish(source: _Source, draft: Any, optimizer: MemoryOptimizer) -> Any:
     if draft is not None:
         attach_draft(model, draft)
     return model
-
-
-def _reserve_before_forwards(model: Any, optimizer: MemoryOptimizer, itemsize: int, *, lowers: bool) -> None:
-    def reserve(n_bytes: int, *, lowers: bool) -> None:
-        held = 0 if lowers else optimizer.pager.ledger.held_bytes("activations")
-        optimizer.reserve_activations(max(n_bytes, held))
-
-    def before_model(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # A draft runs between forwards of the model: what it lowered, weights would fill and have to leave again.
-        size = forward_size(module, args, kwargs)
-        reserve(estimate_activation_bytes(module.config, itemsize=itemsize, **size), lowers=lowers)
-
-    def before_vision(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # `generate` runs the vision tower ahead of the forward of the model; a forward runs it inside its own.
-        patches = int((args[0] if args else kwargs["hidden_states"]).shape[0])
-        size = {"tokens": 0, "logit_rows": 0, "cached_tokens": 0, "patches": patches}
-        reserve(estimate_activation_bytes(model.config, itemsize=itemsize, **size), lowers=False)
-
-    model.register_forward_pre_hook(before_model, with_kwargs=True)
-    vision = getattr(getattr(model, "model", None), "visual", None)
-    if vision is not None:
-        vision.register_forward_pre_hook(before_vision, with_kwargs=True)
 
 
 def _release_garbage(config: MemoryConfig) -> None:

@@ -19,9 +19,10 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VL
 
 from .config import MemoryConfig
 from .errors import ConfigurationError
-from .factory import _compute_dtype, create_optimized_model
+from .factory import create_optimized_model
 from .model.activations import estimate_activation_bytes, forward_size
 from .model.loading import WeightLoader
+from .model.skeleton import compute_dtype
 from .optimizer import MemoryOptimizer
 from .paging import ManagedTensor
 
@@ -174,7 +175,7 @@ def _on_meta(config: Any, stored: torch.dtype | None) -> Iterator[bool]:
     if torch.get_default_device().type == "meta":
         yield False
         return
-    dtype = _compute_dtype(str(stored or torch.float32).removeprefix("torch."), None)
+    dtype = compute_dtype(str(stored or torch.float32).removeprefix("torch."), None)
     for each in (config, *(getattr(config, name) for name in config.sub_configs)):
         each.dtype = dtype
     before = torch.get_default_dtype()
@@ -194,7 +195,7 @@ def _fill(
         raise ConfigurationError(f"memory_optimizer: expected a MemoryOptimizer, got {type(optimizer).__name__}")
     pager = optimizer.pager
     loader = WeightLoader(pager, part.dtype, model_name=f"{type(part).__name__}-{next(_numbers)}")
-    loader.from_memory(part, optimizer.config.weight_codec(), initialize=True)
+    loader.from_memory(part, optimizer.config.unmeasured_codec(), initialize=True)
     for weight in part.parameters():
         if isinstance(weight, ManagedTensor):
             weakref.finalize(weight, pager.free_later, weight.tensor_id)

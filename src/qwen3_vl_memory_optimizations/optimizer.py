@@ -50,7 +50,7 @@ class MemoryOptimizer:
         memory_config: Mapping[str, Any] | MemoryConfig | None = None,
     ) -> None:
         self.config = MemoryConfig.from_mapping(memory_config)
-        create_codec(self.config.weight_codec())  # refuses a name that is not known
+        create_codec(self.config.unmeasured_codec())  # refuses a name that is not known
         self.hardware = HardwareProfile.from_mapping(hardware_config or {})
         self.baseline_bytes = rss_bytes()
         ledger = Ledger(self.config.ram_budget, self.config.tensor_budget)

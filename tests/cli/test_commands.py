@@ -94,6 +94,6 @@ def test_ctrl_c_is_a_short_line(run, monkeypatch):
     def interrupted(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qwen3_vl_memory_optimizations.model.packing.pack_checkpoint", interrupted)
+    monkeypatch.setattr("qwen3_vl_memory_optimizations.planning.pack_model", interrupted)
     result = run("pack", Path(qwen3_vl_memory_optimizations.__file__).parent / "assets" / "tiny-qwen3vl")
     assert (result.exit_code, result.stderr) == (130, "stopped\n")

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 from safetensors import safe_open
 
@@ -26,11 +27,51 @@ def test_json_says_where_and_how_large(run, tiny, tmp_path):
         "source_bytes",
         "packed_bytes",
         "seconds",
+        "plan",
+        "calibrated_on",
+        "codecs",
     }
     assert not packed["already_packed"]
     assert packed["packed_bytes"] < packed["source_bytes"] / 3
     with safe_open(f"{packed['directory']}/model.safetensors", framework="pt") as checkpoint:
         assert "model.language_model.norm.weight" in checkpoint.keys()
+    assert packed["codecs"]["int8_rotated"]["weights"] > 40
+    assert 0 < packed["codecs"]["int8_rotated"]["largest_error"] < 0.02
     again = json.loads(run("pack", tiny, "--cache-dir", tmp_path, "--json").stdout)
     assert again["already_packed"]
     assert again["seconds"] is None
+
+
+def test_a_plan_can_be_edited_and_packed_again(run, tiny, tmp_path):
+    packed = json.loads(run("pack", tiny, "--cache-dir", tmp_path, "--json").stdout)
+    edited = tmp_path / "edited.json"
+    plan = json.loads(Path(packed["plan"]).read_text())
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    plan["weights"][name]["codec"] = "none"
+    edited.write_text(json.dumps(plan))
+
+    result = run("pack", tiny, "--cache-dir", tmp_path, "--plan", edited)
+    assert result.exit_code == 0, result.stderr
+    assert f"{name}: none" in result.stdout
+    with safe_open(f"{packed['directory']}/model.safetensors", framework="pt") as checkpoint:
+        assert checkpoint.get_slice(name).get_dtype() == "F32"
+    assert not list(Path(packed["directory"]).parent.glob("*.old"))
+    assert "is packed already" in run("pack", tiny, "--cache-dir", tmp_path).stdout
+
+
+def test_a_bad_plan_is_refused_with_its_place(run, tiny, tmp_path):
+    plan = tmp_path / "plan.json"
+    plan.write_text("{}")
+    assert "no compression plan" in run("pack", tiny, "--cache-dir", tmp_path, "--plan", plan).stderr
+    result = run("pack", tiny, "--cache-dir", tmp_path, "--plan", tmp_path / "none.json")
+    assert (result.exit_code, "cannot be read" in result.stderr) == (2, True)
+    result = run("pack", tiny, "--cache-dir", tmp_path, "--codec", "int8", "--plan", plan)
+    assert "for codec auto" in result.stderr
+
+
+def test_calibration_takes_a_directory_of_samples(run, tiny, tmp_path):
+    result = run("pack", tiny, "--cache-dir", tmp_path / "cache", "--calibration", tmp_path)
+    assert (result.exit_code, "has neither images nor .txt files" in result.stderr) == (2, True)
+    (tmp_path / "a.txt").write_text("The cat sat on the mat. " * 20)
+    result = run("pack", tiny, "--cache-dir", tmp_path / "cache", "--calibration", tmp_path, "--json")
+    assert json.loads(result.stdout)["calibrated_on"].startswith("0 images and text")

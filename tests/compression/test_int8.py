@@ -15,10 +15,12 @@ from qwen3_vl_memory_optimizations.compression import (
     RotatedINT8Codec,
     Scratch,
     int8_kernels,
+    rotated,
 )
 from qwen3_vl_memory_optimizations.compression.base import bf16_at_least, linear_in_steps
 from qwen3_vl_memory_optimizations.compression.int8_kernels import dequantize
 from qwen3_vl_memory_optimizations.compression.kernels import int8_product_saturates
+from qwen3_vl_memory_optimizations.compression.rotated import RotatedInput
 from qwen3_vl_memory_optimizations.compression.rotation import rotate, rotate_back
 
 from .contract import DTYPES, CodecContract, assert_snr, decoded, product
@@ -234,3 +236,21 @@ def test_shapes_that_crash_the_packed_kernel_never_reach_it(monkeypatch, n, k, n
     exact = F.linear(x.double(), decoded(codec, encoded, torch.float64))
     for _ in range(2):
         assert_snr(exact, product(codec, x, encoded), 60, f"{n}x{k}")
+
+
+@pytest.mark.parametrize("codec_class", [INT8Codec, RotatedINT8Codec])
+def test_a_product_in_steps_has_the_bits_of_one(codec_class, monkeypatch):
+    # With many rows the integers of a product are made for some of them at a time.
+    x, codec = torch.randn(300, 512), codec_class()
+    encoded = codec.encode(torch.randn(96, 512))
+    if codec_class is RotatedINT8Codec and int8_product_saturates():
+        pytest.skip("without VNNI there is no product of digits")
+    product = rotated._digit_product if codec_class is RotatedINT8Codec else int8_kernels._split_product
+
+    def found() -> torch.Tensor:
+        given = RotatedInput(x) if codec_class is RotatedINT8Codec else LinearInput(x)
+        return product(given, encoded, Scratch())
+
+    whole = found()
+    monkeypatch.setattr(int8_kernels, "_STEP_PRODUCTS", 1)  # 64 rows a step, and a rest
+    assert torch.equal(found(), whole)

@@ -132,3 +132,17 @@ def cases() -> dict[str, dict[str, torch.Tensor]]:
         "video": video,
         "left-padded batch": batch([prompt(questions[0]), prompt("read the digits.")], images[3:5]),
     }
+
+
+@torch.no_grad()
+def share_right(model: Any, n_images: int) -> float:
+    """Return the share of held-out images of which a model's first token is that of the right answer."""
+    images, tasks, questions, answers = heldout()
+    chosen = [index for index, task in enumerate(tasks) if task != "digits"][:n_images]
+    right = 0
+    for start in range(0, len(chosen), 50):
+        rows = chosen[start : start + 50]
+        inputs = batch([prompt(questions[row]) for row in rows], images[rows])
+        found = model(**inputs).logits[:, -1].argmax(-1).tolist()
+        right += sum(found[i] == ids_of(answers[row])[0] for i, row in enumerate(rows))
+    return right / len(chosen)

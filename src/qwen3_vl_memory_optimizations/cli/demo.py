@@ -97,17 +97,15 @@ def _ask_managed(config: MemoryConfig, questions: list[dict[str, str]], *, quiet
     import dataclasses
 
     from .. import create_optimized_model
-    from ..model.packing import pack_checkpoint
     from ..model.processing import load_processor
+    from ..planning import pack_model
     from ..storage import Checkpoint
     from ._plain import answer_all
 
     processor = load_processor(_MODEL)
     codec = config.weight_codec()
     with progress_bar(quiet=quiet) as progress:
-        directory = _MODEL
-        if codec != "none":
-            directory = pack_checkpoint(_MODEL, codec=codec, config=config, progress=progress)
+        directory = pack_model(_MODEL, config, progress=progress)
         stored_bytes = Checkpoint.open(directory).total_bytes
         if config.tensor_budget is None:
             config = dataclasses.replace(config, tensor_budget=stored_bytes // 3)

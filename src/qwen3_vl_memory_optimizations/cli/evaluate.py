@@ -112,7 +112,8 @@ def _tasks(directory: Path, text: Path | None, tokens: int, images: int | None) 
     """
     from ..errors import ConfigurationError, InputError
     from ..evaluation.checkpoint import Task
-    from ..evaluation.data import SHIPPED_TEXT, QuestionBatches, load_tokenizer, questions, text_windows
+    from ..evaluation.data import SHIPPED_TEXT, QuestionBatches, questions, text_windows
+    from ..model.processing import load_tokenizer
     from ..storage import Checkpoint
 
     sees = "vision_config" in Checkpoint.open(directory).config

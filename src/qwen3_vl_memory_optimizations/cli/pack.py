@@ -4,59 +4,144 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._output import CacheDirOption, CodecOption, DebugOption, JsonOption, console, print_json, progress_bar
+from ._output import (
+    CacheDirOption,
+    CodecOption,
+    DebugOption,
+    JsonOption,
+    RamBudgetOption,
+    console,
+    print_json,
+    progress_bar,
+)
+
+if TYPE_CHECKING:
+    from ..model.plan import CompressionPlan
+
+_MOST_NAMED = 12
 
 
 def pack(
     model: Annotated[Path, typer.Argument(help="A checkpoint directory.")],
     codec: CodecOption = "auto",
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            "--plan",
+            metavar="FILE",
+            help="Pack by a plan that was made before and edited; replaces what auto had packed.",
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration",
+            metavar="DIR",
+            help="Make a new plan with these images and .txt files instead of those of this package.",
+        ),
+    ] = None,
+    ram_budget: RamBudgetOption = None,
     cache_dir: CacheDirOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Encode a checkpoint for fast reading from the SSD; it is done once.
 
-    The first `generate` does the same. Stopped in between, it goes on where it was.
+    With codec auto, a few images and a text run through the model first, and each weight gets the codec that suits
+    it; the plan is kept beside the packed checkpoint. The first `generate` does the same. Stopped in between, it
+    goes on where it was.
 
     Example: qwen3vl-mem pack ~/models/Qwen3-VL-2B-Instruct
     """
     from ..config import MemoryConfig
-    from ..errors import ConfigurationError, format_bytes
+    from ..errors import ConfigurationError
 
-    config = MemoryConfig(codec=codec, cache_dir=cache_dir)
-    chosen = config.weight_codec()
-    if chosen == "none":
+    config = MemoryConfig.from_mapping({"codec": codec, "cache_dir": cache_dir, "ram_budget": ram_budget})
+    if config.weight_codec() == "none":
         raise ConfigurationError("codec 'none' needs no packing: the checkpoint is read as it is")
+    if codec != "auto" and (plan or calibration):
+        raise ConfigurationError(f"--plan and --calibration are for codec auto, not {codec!r}")
 
-    from ..model.packing import pack_checkpoint, packed_directory
+    from ..model.packing import packed_directory
+    from ..model.plan import CompressionPlan
+    from ..planning import pack_model, plan_path
     from ..storage import Checkpoint
 
     source = Checkpoint.open(model)
-    was_there = packed_directory(source, chosen, config).is_dir()
+    given = None if plan is None else CompressionPlan.load(plan)
+    packed = packed_directory(source, config.weight_codec(), config)
+    before = packed.stat().st_ino if packed.is_dir() else None
     start = time.perf_counter()
     with progress_bar(quiet=as_json) as progress:
-        directory = pack_checkpoint(model, codec=chosen, config=config, progress=progress)
+        directory = pack_model(model, config, plan=given, calibration=calibration, progress=progress)
     seconds = time.perf_counter() - start
-    before_bytes, after_bytes = source.total_bytes, Checkpoint.open(directory).total_bytes
+    was_there = before is not None and directory.stat().st_ino == before
+    report: dict[str, Any] = {
+        "directory": str(directory),
+        "codec": config.weight_codec(),
+        "already_packed": was_there,
+        "source_bytes": source.total_bytes,
+        "packed_bytes": Checkpoint.open(directory).total_bytes,
+        "seconds": None if was_there else seconds,
+    }
+    path = plan_path(source, config)
+    used = CompressionPlan.load(path) if codec == "auto" and path.is_file() else None
+    if used is not None:
+        report |= {"plan": str(path), "calibrated_on": used.calibrated_on, "codecs": _by_codec(used)}
     if as_json:
-        print_json(
-            {
-                "directory": str(directory),
-                "codec": chosen,
-                "already_packed": was_there,
-                "source_bytes": before_bytes,
-                "packed_bytes": after_bytes,
-                "seconds": None if was_there else seconds,
-            }
-        )
+        print_json(report)
         return
+    _show(report, used)
+
+
+def _show(report: dict[str, Any], plan: CompressionPlan | None) -> None:
+    from ..errors import format_bytes
+
+    before_bytes, after_bytes = report["source_bytes"], report["packed_bytes"]
     share = f"{100 * after_bytes / before_bytes:.0f} %"
-    done = "is packed already" if was_there else f"packed in {seconds:.1f} s"
+    done = "is packed already" if report["already_packed"] else f"packed in {report['seconds']:.1f} s"
     screen = console()
-    sizes = f"{format_bytes(before_bytes)} -> {format_bytes(after_bytes)} ({share}, {chosen})"
+    sizes = f"{format_bytes(before_bytes)} -> {format_bytes(after_bytes)} ({share}, {report['codec']})"
     screen.print(f"[green]{done}[/green]: {sizes}", highlight=False)
-    screen.print(str(directory), markup=False, highlight=False, soft_wrap=True)
+    if plan is not None:
+        screen.print(_plan_table(plan), highlight=False)
+        usual = max(report["codecs"], key=lambda name: report["codecs"][name]["weights"])
+        others = [(name, weight) for name, weight in plan.weights.items() if weight.codec != usual]
+        for name, weight in others[:_MOST_NAMED]:
+            screen.print(f"  {name}: {weight.codec}; {weight.why_not(usual)}", markup=False, highlight=False)
+        if len(others) > _MOST_NAMED:
+            screen.print(f"  and {len(others) - _MOST_NAMED} more, in the plan")
+        screen.print(f"plan: {report['plan']}", markup=False, highlight=False, soft_wrap=True)
+    screen.print(report["directory"], markup=False, highlight=False, soft_wrap=True)
+
+
+def _by_codec(plan: CompressionPlan) -> dict[str, dict[str, Any]]:
+    """Return what each codec of a plan is used for: weights, bytes, and the largest error that was measured."""
+    result: dict[str, dict[str, Any]] = {}
+    for weight in plan.weights.values():
+        row = result.setdefault(weight.codec, {"weights": 0, "bytes": 0, "largest_error": None})
+        row["weights"] += 1
+        row["bytes"] += weight.n_bytes
+        if weight.relative_error is not None:
+            row["largest_error"] = max(weight.relative_error, row["largest_error"] or 0.0)
+    return result
+
+
+def _plan_table(plan: CompressionPlan) -> Any:
+    from rich.table import Table
+
+    from ..errors import format_bytes
+
+    title = f"Calibrated on {plan.calibrated_on}; tolerance {100 * plan.tolerance:g} %"
+    table = Table(title=title, title_justify="left", box=None)
+    for heading in ("codec", "weights", "bytes", "largest error"):
+        table.add_column(heading, justify="left" if heading == "codec" else "right")
+    for name, row in sorted(_by_codec(plan).items()):
+        error = row["largest_error"]
+        shown = "-" if error is None else f"{100 * error:.2f} %"
+        table.add_row(name, str(row["weights"]), format_bytes(row["bytes"]), shown)
+    return table

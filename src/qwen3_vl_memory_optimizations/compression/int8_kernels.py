@@ -6,7 +6,7 @@ the dtype of the activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import torch
@@ -20,6 +20,9 @@ _PACKED_ROWS = 4
 _MOST_PACKED_ROWS = 32
 _LEAST_SPLIT_ROWS = 5
 _FOLD = 2
+_STEP_PRODUCTS = 1 << 21
+"""Products of a step: 8 MiB of integers, and as much for each of their forms in fp32."""
+_LEAST_STEP_ROWS = 64
 
 Kernel = Callable[[LinearInput, Encoded, Scratch], torch.Tensor]
 
@@ -116,13 +119,33 @@ def _split_product(x: LinearInput, encoded: Encoded, scratch: Scratch) -> torch.
     else:
         digits, row_scale = x.derived("digits8", _digits_of_eight_bits)  # type: ignore[misc]
         base, offset = 254, 0
-    product = torch._int_mm(digits, data.t())
-    m = x.rows
-    # In fp32, as int32 would overflow; operations on mixed dtypes take several times as long.
-    total = product[:m].float().mul_(base).add_(product[m:].float())
-    if offset:
-        total.add_(encoded["row_sum"].float(), alpha=offset)
-    return total.mul_(row_scale).mul_(scale).to(x.x2d.dtype)
+    m, n = x.rows, data.shape[0]
+    out = torch.empty((m, n), dtype=x.x2d.dtype)
+    for start, stop in row_steps(m, n):
+        high = integer_product(digits[start:stop], data, scratch, "high").mul_(base)
+        total = high.add_(integer_product(digits[m + start : m + stop], data, scratch, "low"))
+        if offset:
+            total.add_(encoded["row_sum"].float(), alpha=offset)
+        out[start:stop] = total.mul_(row_scale[start:stop]).mul_(scale)
+    return out
+
+
+def row_steps(n_rows: int, n_columns: int) -> Iterator[tuple[int, int]]:
+    """Yield ranges of the rows of a product `[n_rows, n_columns]` whose integers stay small."""
+    step = max(_LEAST_STEP_ROWS, _STEP_PRODUCTS // n_columns)
+    for start in range(0, n_rows, step):
+        yield start, min(start + step, n_rows)
+
+
+def integer_product(digits: torch.Tensor, data: torch.Tensor, scratch: Scratch, slot: str) -> torch.Tensor:
+    """Return `digits @ data.T` (int8 both) as fp32 `[m, n]` in the memory of a slot.
+
+    fp32, since sums of two would overflow int32, and operations on mixed dtypes take several times as long. The memory
+    is reused: temporaries of many sizes would leave the heap full of holes.
+    """
+    shape = (digits.shape[0], data.shape[0])
+    integers = torch._int_mm(digits, data.t(), out=scratch.get("integers", shape, torch.int32))
+    return scratch.get(slot, shape, torch.float32).copy_(integers)
 
 
 def _scaled(x2d: torch.Tensor, largest_integer: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 
 from .base import Encoded, LinearInput, Scratch
 from .int8 import INT8Codec
-from .int8_kernels import KERNELS, Kernel, dequantize
+from .int8_kernels import KERNELS, Kernel, dequantize, integer_product, row_steps
 from .kernels import int8_product_saturates
 from .rotation import STEP_ELEMENTS, rotate, rotate_back
 
@@ -49,6 +49,11 @@ class RotatedInput(LinearInput):
             self._digits_of_one_row()
         else:
             self._digits_of_rows()
+
+    @property
+    def given_dtype(self) -> torch.dtype:
+        """The dtype of the activations as they were."""
+        return self._unrotated.dtype
 
     @property
     def rows(self) -> int:
@@ -90,9 +95,14 @@ class RotatedInput(LinearInput):
 def _digit_product(x: LinearInput, encoded: Encoded, scratch: Scratch) -> torch.Tensor:
     """Integer product with each activation as one integer and a scale a row."""
     assert isinstance(x, RotatedInput) and x.digits is not None
-    product = torch._int_mm(x.digits, encoded["data"].t())
-    # Operations on mixed dtypes take several times as long.
-    return product.float().mul_(encoded["scale"]).mul_(x.row_scale)
+    data, scale = encoded["data"], encoded["scale"]
+    if not isinstance(x.row_scale, torch.Tensor):  # of one row
+        return torch._int_mm(x.digits, data.t()).float().mul_(scale).mul_(x.row_scale)
+    out = torch.empty((x.rows, len(data)), dtype=x.given_dtype)
+    for start, stop in row_steps(x.rows, len(data)):
+        product = integer_product(x.digits[start:stop], data, scratch, "high")
+        out[start:stop] = product.mul_(scale).mul_(x.row_scale[start:stop])
+    return out
 
 
 class RotatedINT8Codec(INT8Codec):

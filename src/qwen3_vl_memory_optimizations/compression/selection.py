@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import CodecError, ConfigurationError
-from .base import Codec
+from .base import Codec, LinearInput, Scratch
 from .registry import create_codec
 from .speeds import CodecSpeeds, measure_codec_speeds, work_of
 
@@ -28,14 +28,24 @@ ACCESS_OF_KIND = {
     "text_embeddings": "cold",
     "general": "cold",
 }
-ACCESS_PATTERNS = ("hot", "streamed", "cold")
+ACCESS_PATTERNS = ("hot", "streamed", "cold", "bytes")
 CANDIDATES = ("none", "fp16", "int8", "sparse", "svd")
+WEIGHT_CANDIDATES = ("none", "fp16", "int8_rotated", "int8", "sparse", "svd")
+"""What weights may be stored as; of two that cost the same, the first."""
 _SAMPLE_ROWS = 256
+_CALIBRATION_ROWS = 8
+"""Inputs that are multiplied together: an uneven one changes how its neighbours are computed."""
 _MARGIN = 0.95
 """A method must cost less than this share of those before it in the order of `CANDIDATES` to be chosen."""
 _WORTH_BYTES = 4096
 _LOW_RANK_SHARE = 0.5
 _LEAST_CODING_BYTES_PER_S = 25e6
+_BEST = {
+    "hot": "the fastest product",
+    "streamed": "the fastest to read and multiply",
+    "cold": "the least bytes",
+    "bytes": "the least bytes",
+}
 
 
 @dataclass(frozen=True)
@@ -104,17 +114,25 @@ class CompressionMethodSelector:
 
     What is cheap depends on the access pattern. `hot`: in memory and multiplied at each step, so the time of a product
     counts. `streamed`: read from the SSD for each product, ahead of it, so the longer of both times counts. `cold`:
-    written, and perhaps read once, so the bytes count, among the methods that code 25 MB/s at least.
+    written, and perhaps read once, so the bytes count, among the methods that code 25 MB/s at least. `bytes`: only they
+    count, and no speed is measured.
 
     Where two cost the same the one with fewer losses is taken, and `none` where nothing is gained.
 
     Args:
         speeds: of this machine; default: measured when first needed.
         tolerances: the largest relative error by kind; what is missing is as in `TOLERANCES`.
+        candidates: names of codecs, `none` first; of two that cost the same the earlier one is chosen.
     """
 
-    def __init__(self, speeds: CodecSpeeds | None = None, tolerances: dict[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        speeds: CodecSpeeds | None = None,
+        tolerances: dict[str, float] | None = None,
+        candidates: tuple[str, ...] = CANDIDATES,
+    ) -> None:
         self._speeds = speeds
+        self.candidates = candidates
         self.tolerances = TOLERANCES | (tolerances or {})
 
     @property
@@ -131,6 +149,7 @@ class CompressionMethodSelector:
         kind: str = "general",
         access: str | None = None,
         calibration: torch.Tensor | None = None,
+        n_rows: int | None = None,
     ) -> Selection:
         """Return the candidates for a tensor, their figures, the choice and its reason.
 
@@ -139,6 +158,7 @@ class CompressionMethodSelector:
             kind: sets the tolerance, and the access pattern where none is given.
             access: `hot`, `streamed` or `cold`.
             calibration: inputs `[m, columns]` of the layer whose weight this is; the error is then that of its outputs.
+            n_rows: of the whole matrix, where `tensor` is a sample of its rows; bytes and times are those of the whole.
 
         Raises:
             ConfigurationError: an unknown kind or access pattern, or inputs of another width.
@@ -161,24 +181,33 @@ class CompressionMethodSelector:
                 chosen, reason, candidates, codec, tolerance, access, tuple(tensor.shape), sparsity, variance
             )
 
-        if not tensor.dtype.is_floating_point or tensor.nbytes < _WORTH_BYTES:
+        rows = len(matrix) if n_rows is None else n_rows
+        whole_bytes = rows * matrix.shape[-1] * matrix.element_size()
+        if not tensor.dtype.is_floating_point or whole_bytes < _WORTH_BYTES:
             why = f"below {_WORTH_BYTES} bytes" if tensor.dtype.is_floating_point else f"{tensor.dtype} is kept exactly"
-            return selection("none", why, (Candidate("none", tensor.nbytes, 0.0, cost=0.0, codec=raw),), raw)
-        candidates = tuple(self._candidate(name, matrix, access, tolerance, calibration) for name in CANDIDATES)
+            return selection("none", why, (Candidate("none", whole_bytes, 0.0, cost=0.0, codec=raw),), raw)
+        candidates = tuple(
+            self._candidate(name, matrix, access, tolerance, calibration, rows) for name in self.candidates
+        )
         best = candidates[0]
         for each in candidates[1:]:
             if each.cost < _MARGIN * best.cost:
                 best = each
         assert best.codec is not None
         others = sum(each.cost < math.inf for each in candidates) - 1
-        what = {"hot": "the fastest product", "streamed": "the fastest to read and multiply", "cold": "the least bytes"}
-        reason = f"{what[access]} of {others + 1} admitted" if others else "no other method is admitted"
+        reason = f"{_BEST[access]} of {others + 1} admitted" if others else "no other method is admitted"
         return selection(best.method, reason, candidates, best.codec)
 
     def _candidate(
-        self, name: str, matrix: torch.Tensor, access: str, tolerance: float, calibration: torch.Tensor | None
+        self,
+        name: str,
+        matrix: torch.Tensor,
+        access: str,
+        tolerance: float,
+        calibration: torch.Tensor | None,
+        rows: int,
     ) -> Candidate:
-        shape = tuple(matrix.shape)
+        shape = (rows, matrix.shape[1])
         codec = create_codec(name)
         if not codec.supports(shape, matrix.dtype):
             return Candidate(name, reason=f"does not take {matrix.dtype}")
@@ -191,13 +220,16 @@ class CompressionMethodSelector:
         except CodecError as refusal:
             return Candidate(name, reason=str(refusal))
         n_bytes = sum(segment.n_bytes for segment in codec.segments(shape, matrix.dtype))
-        seconds = {
-            operation: self.speeds.seconds(name, operation, work_of(codec, operation, *shape))
-            for operation in ("encode", "decode", "linear")
-        }
-        cost, reason = admitted_cost(
-            access, error, tolerance, n_bytes, matrix.nbytes, seconds, self.speeds.ssd_bytes_per_s, name
-        )
+        original_bytes = rows * matrix.shape[1] * matrix.element_size()
+        if access == "bytes":
+            seconds, ssd_bytes_per_s = {}, 0.0
+        else:
+            seconds = {
+                operation: self.speeds.seconds(name, operation, work_of(codec, operation, *shape))
+                for operation in ("encode", "decode", "linear")
+            }
+            ssd_bytes_per_s = self.speeds.ssd_bytes_per_s
+        cost, reason = admitted_cost(access, error, tolerance, n_bytes, original_bytes, seconds, ssd_bytes_per_s, name)
         return Candidate(name, n_bytes, error, seconds, cost, reason, codec)
 
 
@@ -221,6 +253,8 @@ def admitted_cost(
         return seconds["linear"], ""
     if access == "streamed":
         return max(n_bytes / ssd_bytes_per_s, seconds["linear"]), ""
+    if access == "bytes":
+        return float(n_bytes), ""
     if method != "none" and original_bytes < _LEAST_CODING_BYTES_PER_S * (seconds["encode"] + seconds["decode"]):
         return math.inf, f"codes less than {_LEAST_CODING_BYTES_PER_S / 1e6:.0f} MB/s"
     return float(n_bytes), ""
@@ -246,13 +280,14 @@ def relative_error(exact: torch.Tensor, found: torch.Tensor) -> float:
 
 
 def _error(codec: Codec, rows: torch.Tensor, calibration: torch.Tensor | None) -> float:
-    """Return the relative error of some rows, or of the outputs that they give."""
-    found = codec.decode(codec.encode(rows), torch.empty_like(rows))
+    """Return the relative error of some rows, or of the outputs that a product with them gives."""
+    encoded = codec.encode(rows)
     if calibration is None:
-        return relative_error(rows, found)
-    x = calibration.reshape(-1, calibration.shape[-1]).float()
-    exact = x @ rows.float().t()
-    return relative_error(exact, x @ found.float().t())
+        return relative_error(rows, codec.decode(encoded, torch.empty_like(rows)))
+    # The product of the codec, not one with what it decodes: it may round activations too.
+    inputs, scratch = calibration.reshape(-1, calibration.shape[-1]).float(), Scratch()
+    found = [codec.linear(LinearInput(part), encoded, None, scratch) for part in inputs.split(_CALIBRATION_ROWS)]
+    return relative_error(inputs @ rows.float().t(), torch.cat(found))
 
 
 def _require_low_rank(sample: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from .kernels import KernelSelector, fastest_dtype
 from .registry import create_codec
 from .svd import SKETCHES
 
-MEASURED_CODECS = ("none", "int8", "fp16", "svd", "sparse")
+MEASURED_CODECS = ("none", "int8", "int8_rotated", "fp16", "svd", "sparse")
 OPERATIONS = ("encode", "decode", "linear")
 _SIZES = (256, 1024)
 _LEAST_RUNS, _MOST_RUNS, _ENOUGH_S, _LONGEST_S = 3, 200, 0.05, 0.5

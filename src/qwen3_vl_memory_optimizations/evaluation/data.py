@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import CheckpointError, ConfigurationError, InputError
+from ..errors import ConfigurationError, InputError
 from .metrics import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -75,24 +75,6 @@ def questions(n_images: int) -> list[ImageQuestion]:
     """
     shipped = shipped_questions()
     return shipped[:n_images] if n_images <= len(shipped) else easy_vqa_questions(n_images)
-
-
-def load_tokenizer(directory: Path) -> Any:
-    """Return the tokenizer of a checkpoint directory.
-
-    Raises:
-        CheckpointError: there is none that can be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory}: the tokenizer cannot be loaded ({error})", path=directory) from error
-    if not tokenizer("a text", add_special_tokens=False)["input_ids"]:
-        # Where the files are missing, transformers makes one that knows no words.
-        raise CheckpointError(f"{directory}: there is no tokenizer (tokenizer.json is missing?)", path=directory)
-    return tokenizer
 
 
 def text_windows(

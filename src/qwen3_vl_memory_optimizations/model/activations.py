@@ -6,12 +6,17 @@ from typing import Any
 
 import torch
 
+from ..process import trim_heap
+
 FIXED_RESERVE_BYTES = 24 * 2**20
 """Thread stacks, the workspaces of torch's own kernels, code that is read on the way."""
 _HEAP_SLACK_BYTES = 32 * 2**20
 _HEAP_WASTE = 0.35
 """What the allocator keeps besides what is in use: a part of the peak, and at most so much while that is small."""
 _QUANTUM_BYTES = 8 * 2**20
+_MANY_TOKENS = 512
+_LAYERS_A_TRIM = 4
+"""From so many tokens on, layers compute for far longer than it takes to give the holes of some in the heap back."""
 
 
 def estimate_activation_bytes(
@@ -71,3 +76,41 @@ def forward_size(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
         "patches": patches,
         "cached_tokens": batch * cached,
     }
+
+
+def reserve_before_forwards(model: Any, optimizer: Any, itemsize: int, *, lowers: bool = True) -> None:
+    """Let a `MemoryOptimizer` set aside what each forward of a model takes, before it runs.
+
+    Args:
+        model: gets the hooks.
+        optimizer: reserves.
+        itemsize: bytes of an activation.
+        lowers: a forward that takes less than the one before gives the difference back.
+    """
+
+    def reserve(n_bytes: int, *, lowers: bool) -> None:
+        held = 0 if lowers else optimizer.pager.ledger.held_bytes("activations")
+        optimizer.reserve_activations(max(n_bytes, held))
+
+    def before_model(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A draft runs between forwards of the model: what it lowered, weights would fill and have to leave again.
+        size = forward_size(module, args, kwargs)
+        reserve(estimate_activation_bytes(module.config, itemsize=itemsize, **size), lowers=lowers)
+
+    def before_vision(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # `generate` runs the vision tower ahead of the forward of the model; a forward runs it inside its own.
+        patches = int((args[0] if args else kwargs["hidden_states"]).shape[0])
+        size = {"tokens": 0, "logit_rows": 0, "cached_tokens": 0, "patches": patches}
+        reserve(estimate_activation_bytes(model.config, itemsize=itemsize, **size), lowers=False)
+
+    def after_layer(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        # Its keys and values stay, between what it computed with: with each layer the heap would grow by such holes.
+        if args and args[0].shape[:-1].numel() >= _MANY_TOKENS:
+            trim_heap()
+
+    model.register_forward_pre_hook(before_model, with_kwargs=True)
+    for layer in list(getattr(model.get_decoder(), "layers", ()))[::_LAYERS_A_TRIM]:
+        layer.register_forward_hook(after_layer)
+    vision = getattr(getattr(model, "model", None), "visual", None)
+    if vision is not None:
+        vision.register_forward_pre_hook(before_vision, with_kwargs=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..compression import Codec, columns_of, create_codec
+from ..compression import ROW_MULTIPLE, Codec, columns_of, create_codec
 from ..config import MemoryConfig
 from ..errors import CheckpointError, ConfigurationError
 from ..storage import (
@@ -24,6 +24,7 @@ from ..storage import (
     TensorExtent,
     pack_lock,
 )
+from .plan import CompressionPlan
 from .skeleton import WeightSite, build_skeleton, codec_for, rows_per_page, weight_sites
 
 Progress = Callable[[str, int, int], None]
@@ -32,6 +33,8 @@ Progress = Callable[[str, int, int], None]
 CODECS_KEY = "qwen3vl_mem.codecs"
 SHAPES_KEY = "qwen3vl_mem.shapes"
 """Metadata of packed checkpoints: tensor name -> codec; and -> shape, where that of the first segment is another."""
+PLAN_KEY = "qwen3vl_mem.plan"
+"""Metadata of checkpoints packed by a plan: its fingerprint."""
 _CHUNK_BYTES = 16 << 20
 _SIDE_FILE_MOST_BYTES = 64 << 20
 _WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx)(\.index\.json)?$")
@@ -58,13 +61,15 @@ def segment_name(tensor_name: str, segment: str, is_first: bool) -> str:
 def packed_directory(source: Checkpoint, codec: str, config: MemoryConfig) -> Path:
     """Return where the packed form of a checkpoint lies, or will."""
     stem = source.directory.resolve().name or "model"
-    return config.packed_dir / f"{stem}-{source.fingerprint()[:12]}-{create_codec(codec).stored_name}"
+    name = codec if codec == "auto" else create_codec(codec).stored_name
+    return config.packed_dir / f"{stem}-{source.fingerprint()[:12]}-{name}"
 
 
 def pack_checkpoint(
     source_dir: str | Path,
     *,
     codec: str = "int8",
+    plan: CompressionPlan | None = None,
     config: MemoryConfig | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -75,7 +80,8 @@ def pack_checkpoint(
 
     Args:
         source_dir: a Hugging Face directory.
-        codec: how large weights are encoded.
+        codec: how large weights are encoded, without a plan.
+        plan: a codec for each; what another plan made of the checkpoint is replaced.
         config: says where packed checkpoints lie.
         progress: called as the work goes on.
 
@@ -84,24 +90,38 @@ def pack_checkpoint(
 
     Raises:
         CheckpointError: the source is not a usable checkpoint.
+        ConfigurationError: the plan is that of another checkpoint.
         InsufficientDiskSpaceError: the result does not fit on the disk.
     """
     config = config or MemoryConfig()
     source = Checkpoint.open(source_dir)
     if source.packed:
         raise ConfigurationError(f"{source_dir} is packed already")
-    final_dir = packed_directory(source, codec, config)
-    if final_dir.is_dir():
+    final_dir = packed_directory(source, "auto" if plan else codec, config)
+    if _is_packed(final_dir, plan):
         return final_dir
     final_dir.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     skeleton = build_skeleton(source.directory, source.config, torch.float32)
-    plan = _plan(source, weight_sites(skeleton), create_codec(codec))
+    sites = weight_sites(skeleton)
+    codecs: dict[str, str] = {}
+    if plan is not None:
+        plan.require_names(site.name for site in sites if site.managed)
+        codecs = {name: weight.codec for name, weight in plan.weights.items()}
+        codec = MemoryConfig().unmeasured_codec()
+    stored = _stored(source, sites, lambda name: create_codec(codecs.get(name, codec)))
     report = progress or (lambda description, done, total: None)
     with pack_lock(final_dir):
-        if not final_dir.is_dir():
+        if not _is_packed(final_dir, plan):
             _remove_stale(final_dir)
-            _write(source, plan, final_dir, report)
+            _write(source, stored, plan, final_dir, report)
     return final_dir
+
+
+def _is_packed(directory: Path, plan: CompressionPlan | None) -> bool:
+    """Whether a directory is there, and by this plan if there is one."""
+    if not directory.is_dir():
+        return False
+    return plan is None or Checkpoint.open(directory).metadata.get(PLAN_KEY) == plan.fingerprint()
 
 
 def _remove_stale(final_dir: Path) -> None:
@@ -114,14 +134,18 @@ def _remove_stale(final_dir: Path) -> None:
             shutil.rmtree(other, ignore_errors=True)
 
 
-def _plan(source: Checkpoint, sites: list[WeightSite], codec: Codec) -> dict[str, tuple[TensorExtent, Codec]]:
-    """Return tensor name -> (extent, codec): the large ones in the order of use, then the others."""
+Stored = dict[str, tuple[TensorExtent, Codec]]
+"""Tensor name -> where it lies in the source, and what encodes it."""
+
+
+def _stored(source: Checkpoint, sites: list[WeightSite], codec_of: Callable[[str], Codec]) -> Stored:
+    """Return all tensors: the large ones in the order of use, then the others."""
     raw = create_codec("none")
-    plan: dict[str, tuple[TensorExtent, Codec]] = {}
+    stored: Stored = {}
     for site in sorted(sites, key=lambda site: not site.managed):
         extent = find_extent(source, site)
-        plan[site.name] = (extent, _codec(site, extent, codec) if site.managed else raw)
-    return plan
+        stored[site.name] = (extent, _codec(site, extent, codec_of(site.name)) if site.managed else raw)
+    return stored
 
 
 def _codec(site: WeightSite, extent: TensorExtent, codec: Codec) -> Codec:
@@ -155,9 +179,9 @@ def find_extent(source: Checkpoint, site: WeightSite) -> TensorExtent:
     return extent
 
 
-def _write(source: Checkpoint, plan: dict[str, tuple[TensorExtent, Codec]], final_dir: Path, report: Progress) -> None:
+def _write(source: Checkpoint, stored: Stored, plan: CompressionPlan | None, final_dir: Path, report: Progress) -> None:
     entries = []
-    for name, (extent, codec) in plan.items():
+    for name, (extent, codec) in stored.items():
         for index, segment in enumerate(codec.segments(tuple(extent.shape), TORCH_DTYPES[extent.dtype])):
             paged = index == 0 and len(extent.shape) >= 2
             page_bytes = 0
@@ -171,21 +195,25 @@ def _write(source: Checkpoint, plan: dict[str, tuple[TensorExtent, Codec]], fina
             )
     metadata = {
         "format": "pt",
-        CODECS_KEY: json.dumps({name: codec.stored_name for name, (_, codec) in plan.items() if codec.name != "none"}),
+        CODECS_KEY: json.dumps(
+            {name: codec.stored_name for name, (_, codec) in stored.items() if codec.name != "none"}
+        ),
         "qwen3vl_mem.source": source.fingerprint(),
     }
+    if plan is not None:
+        metadata[PLAN_KEY] = plan.fingerprint()
     shapes = {
         name: extent.shape
-        for name, (extent, codec) in plan.items()
+        for name, (extent, codec) in stored.items()
         if codec.segments(tuple(extent.shape), TORCH_DTYPES[extent.dtype])[0].shape != tuple(extent.shape)
     }
     if shapes:
         metadata[SHAPES_KEY] = json.dumps({name: list(shape) for name, shape in shapes.items()})
-    total = sum(extent.n_bytes for extent, _ in plan.values())
+    total = sum(extent.n_bytes for extent, _ in stored.values())
     done = 0
-    with PackedWriter(final_dir, PackedLayout(entries), metadata) as writer:
+    with PackedWriter(final_dir, PackedLayout(entries), metadata, replace=plan is not None) as writer:
         complete = writer.open()
-        for name, (extent, codec) in plan.items():
+        for name, (extent, codec) in stored.items():
             segments = codec.segments(tuple(extent.shape), TORCH_DTYPES[extent.dtype])
             names = [segment_name(name, segment.name, index == 0) for index, segment in enumerate(segments)]
             if not all(part in complete for part in names):
@@ -246,6 +274,20 @@ def read_row_chunks(
                 chunk = chunk.clone()
             yield chunk.view(dtype).view(count, *shape[1:]) if shape else chunk.view(dtype).view(())
             del chunk
+
+
+def sample_rows(file: DirectFile, extent: TensorExtent, n_rows: int) -> torch.Tensor:
+    """Return about `n_rows` rows of a matrix `[n, columns]`: blocks of 16, from all over it."""
+    dtype, rows = TORCH_DTYPES[extent.dtype], extent.shape[0]
+    row_bytes = extent.n_bytes // rows
+    n_blocks = min(-(-n_rows // ROW_MULTIPLE), -(-rows // ROW_MULTIPLE))
+    blocks = []
+    for number in range(n_blocks):
+        start = number * (rows - 1) // n_blocks // ROW_MULTIPLE * ROW_MULTIPLE
+        count = min(ROW_MULTIPLE, rows - start)
+        read = bytearray(file.read_bytes(extent.offset_bytes + start * row_bytes, count * row_bytes))
+        blocks.append(torch.frombuffer(read, dtype=dtype).view(count, -1))
+    return torch.cat(blocks)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

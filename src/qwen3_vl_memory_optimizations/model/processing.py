@@ -59,6 +59,24 @@ def load_processor(directory: str | Path) -> Processor:
     )
 
 
+def load_tokenizer(directory: Path) -> Any:
+    """Return the tokenizer of a checkpoint directory.
+
+    Raises:
+        CheckpointError: there is none that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory}: the tokenizer cannot be loaded ({error})", path=directory) from error
+    if not tokenizer("a text", add_special_tokens=False)["input_ids"]:
+        # Where the files are missing, transformers makes one that knows no words.
+        raise CheckpointError(f"{directory}: there is no tokenizer (tokenizer.json is missing?)", path=directory)
+    return tokenizer
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class VisionTokens:
     """The tokens that stand for pictures in a prompt; the ids are those of the model's configuration."""

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..compression import ROW_MULTIPLE, Codec, columns_of
+from ..compression.kernels import fastest_dtype
 from ..errors import CheckpointError, CodecError
 from ..paging import PAGE_BYTES
 from ..pools import FRAME_BYTES, UNIT_BYTES
@@ -38,6 +39,18 @@ class WeightSite:
     shape: tuple[int, ...]
     managed: bool
     vocabulary: bool = False
+
+
+def compute_dtype(stored: str, dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype to compute in: the one asked for, or fp32 for weights in fp32, else the fastest here."""
+    if dtype is not None:
+        return dtype
+    return torch.float32 if stored in ("float32", "F32") else fastest_dtype()
+
+
+def compute_dtype_of(config: dict[str, Any], dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype to compute in for a checkpoint with this `config.json` (see `compute_dtype`)."""
+    return compute_dtype(str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"), dtype)
 
 
 def build_skeleton(

@@ -45,12 +45,16 @@ class PackedWriter:
     process at a time: hold `pack_lock`.
 
     Args:
-        final_dir: the directory to make; it must not exist, or be empty.
+        final_dir: the directory to make; it must not exist, or be empty, unless `replace` is set.
         layout: what goes where.
         metadata: texts to store in the file.
+        replace: a directory of the final name gives way at the end; who has its files open can go on reading them.
     """
 
-    def __init__(self, final_dir: Path, layout: PackedLayout, metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self, final_dir: Path, layout: PackedLayout, metadata: Mapping[str, str], *, replace: bool = False
+    ) -> None:
+        self._replace = replace
         self.final_dir = Path(final_dir)
         self.partial_dir = self.final_dir.with_name(self.final_dir.name + ".partial")
         self._layout = layout
@@ -74,7 +78,7 @@ class PackedWriter:
         model = self.partial_dir / SINGLE_FILE
         journal = self.partial_dir / JOURNAL_FILE
         with self._disk_errors():
-            if self.final_dir.exists() and any(self.final_dir.iterdir()):
+            if not self._replace and self.final_dir.exists() and any(self.final_dir.iterdir()):
                 raise StorageError(
                     f"{self.final_dir}: exists already; delete it to pack the checkpoint again",
                     path=self.final_dir,
@@ -140,7 +144,12 @@ class PackedWriter:
                 _sync_path(target)
             _sync_path(self.partial_dir)
             self.close()
+            old = self.final_dir.with_name(self.final_dir.name + ".old")
+            if self._replace and self.final_dir.is_dir():
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(self.final_dir, old)
             os.replace(self.partial_dir, self.final_dir)
+            shutil.rmtree(old, ignore_errors=True)
             _sync_path(self.final_dir.parent)
             # Not before: without its journal a partial directory is started over.
             (self.final_dir / JOURNAL_FILE).unlink()

@@ -1,0 +1,182 @@
+"""`codec="auto"`: a codec for each large weight, chosen by what it does to this model's outputs, and packed so."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from .compression import CodecSpeeds, CompressionMethodSelector
+from .compression.selection import TOLERANCES, WEIGHT_CANDIDATES
+from .config import MemoryConfig
+from .errors import CheckpointError, MemoryBudgetExceeded
+from .model.activations import reserve_before_forwards
+from .model.codec_speeds import codec_speeds
+from .model.loading import WeightLoader
+from .model.packing import Progress, find_extent, pack_checkpoint, packed_directory, sample_rows
+from .model.plan import CompressionPlan, PlannedWeight
+from .model.skeleton import WeightSite, build_skeleton, compute_dtype_of, weight_sites
+from .optimizer import MemoryOptimizer
+from .storage import Checkpoint, DirectFile
+
+logger = logging.getLogger(__name__)
+
+_WORTH_MEASURING_BYTES = 64 * 2**20
+"""Measuring how fast the codecs are takes longer than a smaller model takes to load."""
+_SAMPLE_ROWS = 256
+_VOCABULARY_CANDIDATES = ("none", "fp16", "int8_rotated", "int8")
+"""Rows of an embedding are looked up one by one."""
+_SWITCHES = {
+    "enable_int8_quantization": ("int8_rotated", "int8"),
+    "enable_sparse_compression": ("sparse",),
+}
+
+
+def pack_model(
+    directory: str | Path,
+    config: MemoryConfig,
+    *,
+    plan: CompressionPlan | None = None,
+    calibration: Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Pack a checkpoint as the settings say, once; `codec="auto"` makes a plan first and keeps it (see `plan_path`).
+
+    Args:
+        directory: a Hugging Face directory.
+        config: the codec, the budget within which the plan is made, and where packed checkpoints lie.
+        plan: to pack by instead; what was packed by another is replaced.
+        calibration: a directory of images and `.txt` files to make a new plan with (see `make_plan`).
+        progress: called with a description, what is done and what there is.
+
+    Returns:
+        The directory to load: the packed one, or the source where no weight is encoded.
+
+    Raises:
+        CheckpointError: the source is not a usable checkpoint.
+        ConfigurationError: the plan is that of another checkpoint, or there is nothing to calibrate on.
+        InsufficientDiskSpaceError: the result does not fit on the disk.
+    """
+    codec = config.weight_codec()
+    source = Checkpoint.open(directory)
+    if codec == "none" and plan is None:
+        return source.directory
+    if codec != "auto" and plan is None:
+        return pack_checkpoint(directory, codec=codec, config=config, progress=progress)
+    path = plan_path(source, config)
+    if plan is None and calibration is None:
+        packed = packed_directory(source, "auto", config)
+        if packed.is_dir():
+            return packed
+        # A packing that was interrupted goes on by the same plan.
+        plan = CompressionPlan.load(path) if path.is_file() else None
+    if plan is None:
+        plan = make_plan(source, config, calibration=calibration, progress=progress)
+    if plan.encodes_nothing():
+        plan.save(path)
+        return source.directory
+    packed = pack_checkpoint(directory, plan=plan, config=config, progress=progress)
+    plan.save(path)
+    return packed
+
+
+def plan_path(source: Checkpoint, config: MemoryConfig) -> Path:
+    """Return where the plan of a checkpoint is kept: beside the packed form, `….plan.json`."""
+    packed = packed_directory(source, "auto", config)
+    return packed.with_name(f"{packed.name}.plan.json")
+
+
+def make_plan(
+    source: Checkpoint,
+    config: MemoryConfig,
+    *,
+    calibration: Path | None = None,
+    progress: Progress | None = None,
+) -> CompressionPlan:
+    """Choose a codec for each large weight of a checkpoint (see `CompressionMethodSelector`).
+
+    A few images and a text run once through the model as it is, paged within the budget; then each weight's candidates
+    multiply the inputs it had, and the error of the outputs decides. Where a checkpoint has no tokenizer, or the model
+    does not run within the budget uncompressed, the errors are those of the weights. Of each weight 256 rows are
+    looked at.
+
+    Args:
+        source: not packed.
+        config: the budget, and switches that leave codecs out.
+        calibration: a directory with images and `.txt` files instead of those of this package.
+        progress: called with a description, what is done and what there is.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+        ConfigurationError: `calibration` has nothing that the model takes.
+    """
+    report = progress or (lambda description, done, total: None)
+    dtype = compute_dtype_of(source.config, None)
+    inputs, calibrated_on = _inputs(source, config, dtype, calibration, progress)
+    speeds = codec_speeds(config) if source.total_bytes >= _WORTH_MEASURING_BYTES else None
+    sites = [site for site in weight_sites(build_skeleton(source.directory, source.config, dtype)) if site.managed]
+    weights = {}
+    for number, site in enumerate(sites):
+        report("choosing codecs", number, len(sites))
+        weights[site.name] = _chosen(source, site, config, speeds, inputs)
+    report("choosing codecs", len(sites), len(sites))
+    return CompressionPlan(
+        weights=weights,
+        tolerance=TOLERANCES["weights"],
+        calibrated_on=calibrated_on,
+        access="bytes" if speeds is None else "streamed",
+        machine="" if speeds is None else speeds.machine,
+    )
+
+
+def _inputs(
+    source: Checkpoint, config: MemoryConfig, dtype: torch.dtype, samples: Path | None, progress: Progress | None
+) -> tuple[Mapping[str, torch.Tensor], str]:
+    """Return inputs of the layers by the name of the weight, and in words what they came from."""
+    from .model.calibration import calibration_batch, collect_inputs, most_input_bytes  # imports transformers
+
+    try:
+        batch, description = calibration_batch(source.directory, samples)
+    except CheckpointError as error:
+        logger.info("the plan rests on the weights alone: %s", error)
+        return {}, "nothing: the checkpoint has no tokenizer"
+    uncompressed = dataclasses.replace(config, codec="none", enable_cache_hierarchy=False)
+    try:
+        with MemoryOptimizer(memory_config=uncompressed) as optimizer:
+            model = build_skeleton(source.directory, source.config, dtype)
+            WeightLoader(optimizer.pager, dtype, progress).from_checkpoint(model, source)
+            optimizer.pager.reserve("calibration inputs", most_input_bytes(model, dtype))
+            if config.ram_budget is not None:
+                optimizer.measure_process()
+                reserve_before_forwards(model, optimizer, dtype.itemsize)
+            optimizer.pager.refit()
+            return collect_inputs(model, batch), description
+    except MemoryBudgetExceeded as error:
+        logger.warning("the plan rests on the weights alone: %s", error)
+        return {}, "nothing: the budget is too small for the model as it is"
+
+
+def _chosen(
+    source: Checkpoint,
+    site: WeightSite,
+    config: MemoryConfig,
+    speeds: CodecSpeeds | None,
+    inputs: Mapping[str, torch.Tensor],
+) -> PlannedWeight:
+    candidates = _VOCABULARY_CANDIDATES if site.vocabulary else WEIGHT_CANDIDATES
+    left_out = {name for switch, names in _SWITCHES.items() if not getattr(config, switch) for name in names}
+    selector = CompressionMethodSelector(speeds, candidates=tuple(name for name in candidates if name not in left_out))
+    extent = find_extent(source, site)
+    with DirectFile(extent.path) as file:
+        rows = sample_rows(file, extent, _SAMPLE_ROWS)
+    selection = selector.explain(
+        rows,
+        kind="weights",
+        access="bytes" if speeds is None else "streamed",
+        calibration=inputs.get(site.name),
+        n_rows=site.shape[0],
+    )
+    return PlannedWeight.of(selection)
