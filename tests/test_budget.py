@@ -53,6 +53,20 @@ def test_a_wide_model_answers_about_an_image_in_less_than_its_own_size(wide_chec
     assert figures["prefetch_accuracy"] > 0.9
 
 
+@needs_control_group
+def test_a_long_prompt_stays_in_the_budget(wide_checkpoint, tmp_path):
+    limit = 1_000_000_000
+    options = ["--cache-dir", str(tmp_path), "--image-px", "0", "--prompt-tokens", "1024", "--tokens", "8"]
+    with control_group(limit) as group:
+        done = run_in_group(
+            [sys.executable, str(MEASURE), str(wide_checkpoint), "--ram-budget", str(limit), *options], group
+        )
+        peak, kills = group.peak_bytes(), group.kills()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (kills, peak <= limit) == (0, True)
+    assert json.loads(done.stdout.splitlines()[-1])["rss_peak_bytes"] <= limit
+
+
 TINY = """
 import json, sys, torch
 from qwen3_vl_memory_optimizations import create_optimized_model

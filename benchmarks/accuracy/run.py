@@ -35,9 +35,11 @@ SUMMARIES = {
 PLOT = "accuracy-against-bytes.png"
 
 TINY_NAME = "tiny Qwen3-VL"
+OUTLIERS_NAME = "SmolLM2 with outliers"
 WORK = {
     TINY_NAME: ("images", ["--images", "1000"], ["--images", "14"]),
     MODEL_NAME: ("text", ["--tokens", "20992"], ["--tokens", "1024"]),
+    OUTLIERS_NAME: ("text", ["--tokens", "4096"], ["--tokens", "1024"]),
 }
 """Model -> task, options of the run, and of the short one within a budget."""
 
@@ -74,8 +76,8 @@ def main() -> None:
 
 def measure_all(arguments: argparse.Namespace) -> None:
     """Do the runs that are not there yet."""
-    images, smollm2 = prepare(arguments.work_dir)
-    directories = {TINY_NAME: TINY, MODEL_NAME: smollm2}
+    images, smollm2, outliers = prepare(arguments.work_dir)
+    directories = {TINY_NAME: TINY, MODEL_NAME: smollm2, OUTLIERS_NAME: outliers}
     runs = json.loads(arguments.json.read_text())["runs"] if arguments.json.exists() else []
     for model in arguments.models:
         for codec in arguments.codecs:

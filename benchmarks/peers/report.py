@@ -57,6 +57,7 @@ def report(content: dict, plots: dict[tuple[str, str], str]) -> Iterator[str]:
             if any(key[0] == work for key in group):
                 yield from ["", f"**{TITLES[work]}**", "", *_table(group, work)]
         yield from _start_table(group)
+        yield from _share_table(group, content["disk"])
     if any("value" in run and is_cut_short(run) for run in content["runs"]):
         yield from ["", "† Cut short by the time limit: fewer tokens than asked for, or the first, cold pass alone."]
     yield from _failures(content["runs"])
@@ -164,6 +165,36 @@ def _start_table(group: Group) -> Iterator[str]:
         yield "| | limit | start to first token, s | peak resident, GB | read from the disk a token, GB |"
         yield "|---|---|---|---|---|"
         yield from rows
+
+
+def _share_table(group: Group, probes: list[dict]) -> Iterator[str]:
+    """Give how much of what memory and disk allow our decoding reaches at each limit."""
+    rows = []
+    for peer in (name for name in PEERS if PEERS[name].worker == "ours"):
+        runs = {limit: group.get(("decode-32", peer, limit), []) for limit in _limits(group)}
+        in_memory = [run["value"] for run in runs.get("none", []) if "value" in run]
+        for limit, of_limit in runs.items():
+            shares = [
+                run["value"] / min(statistics.median(in_memory), _disk_bytes_per_s(run, probes) / missing)
+                for run in of_limit
+                if in_memory and "value" in run and (missing := run["read_bytes_per_token"]) > 0
+            ]
+            if shares and limit != "none":
+                spread = f" ({100 * min(shares):.0f} to {100 * max(shares):.0f})" if len(shares) > 1 else ""
+                rows.append(f"| {peer} | {_heading(limit)} | {100 * statistics.median(shares):.0f} %{spread} |")
+    if rows:
+        yield ""
+        yield (
+            "**Decoding, of the lesser of its speed without a limit and what the disk allows** (the direct read before "
+            "the run, over the bytes read a token; random reads, so ordered ones can pass 100 %)"
+        )
+        yield from ["", "| | limit | share |", "|---|---|---|", *rows]
+
+
+def _disk_bytes_per_s(run: dict, probes: list[dict]) -> float:
+    """Return what the last probe before a run found."""
+    earlier = [probe for probe in probes if probe["date"] <= run["date"]]
+    return (earlier or probes)[-1 if earlier else 0]["read_bytes_per_s"]
 
 
 def _failures(runs: list[dict]) -> Iterator[str]:

@@ -112,7 +112,8 @@ def _show(report: dict[str, Any], plan: CompressionPlan | None) -> None:
         usual = max(report["codecs"], key=lambda name: report["codecs"][name]["weights"])
         others = [(name, weight) for name, weight in plan.weights.items() if weight.codec != usual]
         for name, weight in others[:_MOST_NAMED]:
-            screen.print(f"  {name}: {weight.codec}; {weight.why_not(usual)}", markup=False, highlight=False)
+            line = f"  {name}: {weight.codec}; {weight.why_not(usual)}"
+            screen.print(line, markup=False, highlight=False, soft_wrap=True)
         if len(others) > _MOST_NAMED:
             screen.print(f"  and {len(others) - _MOST_NAMED} more, in the plan")
         screen.print(f"plan: {report['plan']}", markup=False, highlight=False, soft_wrap=True)

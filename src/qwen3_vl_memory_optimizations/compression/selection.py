@@ -246,7 +246,7 @@ def admitted_cost(
     """Return what a method costs for an access pattern, and why it is not admitted; then the cost is infinite."""
     if method != "none":
         if not error <= tolerance:
-            return math.inf, f"loses {error:.2g}, more than {tolerance:g}"
+            return math.inf, f"loses {error:.3g}, more than {tolerance:g}"
         if n_bytes >= original_bytes:
             return math.inf, "saves no bytes"
     if access == "hot":
@@ -297,7 +297,11 @@ def _require_low_rank(sample: torch.Tensor) -> None:
         CodecError: they show none.
     """
     least = min(sample.shape)
-    values = torch.linalg.svdvals(torch.where(sample.isfinite(), sample, 0).float()).square()
+    finite = torch.where(sample.isfinite(), sample, 0).float()
+    finite /= finite.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    wide = finite if finite.shape[0] <= finite.shape[1] else finite.t()
+    # The eigenvalues of the products of rows are the squares of the singular values, in a tenth of the time.
+    values = torch.linalg.eigvalsh((wide @ wide.t()).double()).clamp_min(0).flip(0)
     needed = int((values.sum() - values.cumsum(0) > 1e-4 * values.sum()).sum()) + 1
     if needed > max(_LOW_RANK_SHARE * least, 1):
         raise CodecError(f"no low rank: {needed} of {least} directions of a sample of its rows")
