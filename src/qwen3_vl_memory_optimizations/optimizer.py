@@ -182,6 +182,10 @@ class MemoryOptimizer:
         if self._accounts is not None:
             self._accounts.reserve_activations(n_bytes)
 
+    def free_for_activations(self) -> int | None:
+        """Return the most that the transient tensors of a forward may take in bytes, `None` without `ram_budget`."""
+        return None if self._accounts is None else self.pager.ledger.most_bytes("activations")
+
     def measure_process(self) -> None:
         """Account for what the process uses by now besides managed memory, libraries imported meanwhile included.
 

@@ -239,7 +239,7 @@ def test_shapes_that_crash_the_packed_kernel_never_reach_it(monkeypatch, n, k, n
 
 
 @pytest.mark.parametrize("codec_class", [INT8Codec, RotatedINT8Codec])
-def test_a_product_in_steps_has_the_bits_of_one(codec_class, monkeypatch):
+def test_a_product_in_steps_has_the_bits_of_one(codec_class):
     # With many rows the integers of a product are made for some of them at a time.
     x, codec = torch.randn(300, 512), codec_class()
     encoded = codec.encode(torch.randn(96, 512))
@@ -247,10 +247,10 @@ def test_a_product_in_steps_has_the_bits_of_one(codec_class, monkeypatch):
         pytest.skip("without VNNI there is no product of digits")
     product = rotated._digit_product if codec_class is RotatedINT8Codec else int8_kernels._split_product
 
-    def found() -> torch.Tensor:
+    def found(slot_bytes: int) -> torch.Tensor:
         given = RotatedInput(x) if codec_class is RotatedINT8Codec else LinearInput(x)
-        return product(given, encoded, Scratch())
+        return product(given, encoded, Scratch(slot_bytes=slot_bytes))
 
-    whole = found()
-    monkeypatch.setattr(int8_kernels, "_STEP_PRODUCTS", 1)  # 64 rows a step, and a rest
-    assert torch.equal(found(), whole)
+    whole = found(1 << 24)
+    assert torch.equal(found(96 * 4 * 3 * 64), whole)  # 64 rows a step or 96, and a rest
+    assert torch.equal(found(1), whole)

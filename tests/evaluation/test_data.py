@@ -9,10 +9,10 @@ from qwen3_vl_memory_optimizations.evaluation import text_windows
 from qwen3_vl_memory_optimizations.evaluation.data import (
     SHIPPED_TEXT,
     easy_vqa_questions,
-    load_tokenizer,
     questions,
     shipped_questions,
 )
+from qwen3_vl_memory_optimizations.model.processing import load_tokenizer
 
 from ..model import tiny
 

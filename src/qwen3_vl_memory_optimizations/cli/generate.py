@@ -44,6 +44,14 @@ def generate(
     max_pixels: Annotated[
         int | None, typer.Option("--max-pixels", min=1, help="Scale larger images and frames down to this.")
     ] = None,
+    image_policy: Annotated[
+        str,
+        typer.Option(
+            "--image-policy",
+            metavar="downsize|refuse",
+            help="What to do with pictures that the budget has no room for: scale them down, or refuse.",
+        ),
+    ] = "downsize",
     temperature: Annotated[
         float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.")
     ] = 0.0,
@@ -79,18 +87,29 @@ def generate(
     if assistant and prompt_lookup:
         raise ConfigurationError("--assistant and --prompt-lookup both propose tokens: give one of them")
     budgets = {"ram_budget": ram_budget, "tensor_budget": tensor_budget}
-    config = MemoryConfig.from_mapping({**budgets, "codec": codec, "cache_dir": cache_dir})
+    settings = {"codec": codec, "cache_dir": cache_dir, "image_policy": image_policy}
+    config = MemoryConfig.from_mapping({**budgets, **settings})
 
     from .. import create_optimized_model
     from ..factory import local_directory as local_directory
+    from ..model.admission import prepare_within_budget
     from ..model.processing import load_processor
 
     directory = local_directory(model)
     processor = load_processor(directory)
-    inputs = processor.prepare(prompt, image or [], video, system, max_pixels=max_pixels)
+    processor.check(prompt, image or [], video, system, max_pixels=max_pixels)
     with progress_bar(quiet=as_json) as progress:
         optimized = create_optimized_model(directory, memory_config=config, assistant=assistant, progress=progress)
     optimizer = optimized.memory_optimizer
+    try:
+        inputs, notes = prepare_within_budget(
+            processor, optimized, prompt, image or [], video, system, max_pixels=max_pixels
+        )
+    except BaseException:
+        optimizer.close()
+        raise
+    for note in notes:
+        error_console().print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     pieces: list[str] = []
 
@@ -127,6 +146,7 @@ def generate(
             "answer": "".join(pieces).strip(),
             "interrupted": interrupted,
             "prompt_tokens": inputs["input_ids"].shape[1],
+            "notes": notes,
             **dataclasses.asdict(figures),
         }
         print_json(answer | ({"memory": memory} if stats else {}))

@@ -9,7 +9,7 @@ memory is computed on piece by piece.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,6 +21,9 @@ from ..errors import CodecError
 ROW_MULTIPLE = 16
 """Weights are cut between rows at multiples of this: torch's fp32 products sum in another order in a narrower rest.
 (With several rows of activations some libraries do so in any cut: see `Codec.wants_whole`.)"""
+
+STEP_ELEMENTS = 1 << 18
+"""How many values to work on at a time, so that intermediate results stay in the processor's cache."""
 
 Encoded = Mapping[str, torch.Tensor]
 """Segment name -> tensor, all with the same leading number of rows."""
@@ -97,15 +100,38 @@ class LinearInput:
         self._derived: dict[object, object] = {}
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Rows (M) and columns."""
+        rows, columns = self.x2d.shape
+        return rows, columns
+
+    @property
     def rows(self) -> int:
         """M, the number of rows of `x2d`."""
         return self.x2d.shape[0]
 
+    @property
+    def given_dtype(self) -> torch.dtype:
+        """The dtype of the activations as they were given."""
+        return self.x2d.dtype
+
     def derived(self, key: object, compute: Callable[[torch.Tensor], object]) -> object:
         """Return `compute(x2d)`, computed at the first call for `key`."""
+        return self.once(key, lambda: compute(self.x2d))
+
+    def once(self, key: object, make: Callable[[], object]) -> object:
+        """Return `make()`, called at the first call for `key`."""
         if key not in self._derived:
-            self._derived[key] = compute(self.x2d)
+            self._derived[key] = make()
         return self._derived[key]
+
+    def parts(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yield ranges of rows with a copy of their values in fp32: never all at once where there are many."""
+        rows, columns = self.x2d.shape
+        step = max(1, STEP_ELEMENTS // columns)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            yield start, stop, self.x2d[start:stop].to(torch.float32, copy=True)
 
 
 class Codec(ABC):

@@ -83,7 +83,7 @@ class INT8Codec(Codec):
         names = self._candidates(x, n, k)
         name: str | None = names[0]
         if len(names) > 1:
-            key = (self.name, row_class(x.rows), n.bit_length(), k, x.x2d.dtype, names)
+            key = (self.name, row_class(x.rows), n.bit_length(), k, x.given_dtype, names)
             name = self.kernels.chosen(key)
             if name is None:
                 kernels = {each: partial(self.kernel_functions[each], x, encoded, scratch) for each in names}

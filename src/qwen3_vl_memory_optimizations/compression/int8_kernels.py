@@ -20,11 +20,9 @@ _PACKED_ROWS = 4
 _MOST_PACKED_ROWS = 32
 _LEAST_SPLIT_ROWS = 5
 _FOLD = 2
-_STEP_PRODUCTS = 1 << 21
-"""Products of a step: 8 MiB of integers, and as much for each of their forms in fp32."""
-_LEAST_STEP_ROWS = 64
 
 Kernel = Callable[[LinearInput, Encoded, Scratch], torch.Tensor]
+_Split = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @lru_cache(maxsize=4096)
@@ -114,14 +112,14 @@ def _split_product(x: LinearInput, encoded: Encoded, scratch: Scratch) -> torch.
     digits: torch.Tensor
     row_scale: torch.Tensor
     if int8_product_saturates():
-        digits, row_scale = x.derived("digits7", _digits_of_seven_bits)  # type: ignore[misc]
+        digits, row_scale = x.once("digits7", lambda: _split_digits(x, 63 * 128, _seven_bits))  # type: ignore[misc]
         base, offset = 128, 64 * 129
     else:
-        digits, row_scale = x.derived("digits8", _digits_of_eight_bits)  # type: ignore[misc]
+        digits, row_scale = x.once("digits8", lambda: _split_digits(x, 127 * 254, _eight_bits))  # type: ignore[misc]
         base, offset = 254, 0
     m, n = x.rows, data.shape[0]
-    out = torch.empty((m, n), dtype=x.x2d.dtype)
-    for start, stop in row_steps(m, n):
+    out = torch.empty((m, n), dtype=x.given_dtype)
+    for start, stop in row_steps(m, n, scratch, slots=3):
         high = integer_product(digits[start:stop], data, scratch, "high").mul_(base)
         total = high.add_(integer_product(digits[m + start : m + stop], data, scratch, "low"))
         if offset:
@@ -130,9 +128,9 @@ def _split_product(x: LinearInput, encoded: Encoded, scratch: Scratch) -> torch.
     return out
 
 
-def row_steps(n_rows: int, n_columns: int) -> Iterator[tuple[int, int]]:
-    """Yield ranges of the rows of a product `[n_rows, n_columns]` whose integers stay small."""
-    step = max(_LEAST_STEP_ROWS, _STEP_PRODUCTS // n_columns)
+def row_steps(n_rows: int, n_columns: int, scratch: Scratch, *, slots: int) -> Iterator[tuple[int, int]]:
+    """Yield ranges of the rows of a product `[n_rows, n_columns]`: their 4-byte forms in some slots take one's size."""
+    step = max(1, scratch.slot_bytes // (4 * slots * n_columns))
     for start in range(0, n_rows, step):
         yield start, min(start + step, n_rows)
 
@@ -148,33 +146,36 @@ def integer_product(digits: torch.Tensor, data: torch.Tensor, scratch: Scratch, 
     return scratch.get(slot, shape, torch.float32).copy_(integers)
 
 
-def _scaled(x2d: torch.Tensor, largest_integer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows as rounded multiples, in fp32, of a scale `[M, 1]` that makes the largest value `largest_integer`."""
-    values = x2d.float()
-    largest = torch.maximum(values.amax(dim=1, keepdim=True), values.amin(dim=1, keepdim=True).neg_())
-    scale = torch.where(largest > 0, largest / largest_integer, torch.ones_like(largest))
-    return torch.div(values, scale).round_(), scale
+def _split_digits(x: LinearInput, largest_integer: int, split: _Split) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the digits `[2M, K]` int8 of rows, high ones first, and the scale `[M, 1]` of each row.
 
-
-def _digits_of_eight_bits(x2d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Digits `[2M, K]` int8 with value = hi * 254 + lo, both in [-127, 127], and the scale `[M, 1]` of a row."""
-    value, scale = _scaled(x2d, 127 * 254)
-    m = value.shape[0]
-    digits = torch.empty((2 * m, value.shape[1]), dtype=torch.int8)
-    hi = torch.mul(value, 1 / 254).round_()
-    digits[:m], digits[m:] = hi, value.sub_(hi, alpha=254)
+    Args:
+        x: the rows.
+        largest_integer: what the largest value of a row becomes.
+        split: makes high and low digits of rounded values, in fp32.
+    """
+    m, columns = x.shape
+    digits = torch.empty((2 * m, columns), dtype=torch.int8)
+    scale = torch.empty((m, 1))
+    for start, stop, values in x.parts():
+        largest = torch.maximum(values.amax(dim=1, keepdim=True), values.amin(dim=1, keepdim=True).neg_())
+        part = torch.where(largest > 0, largest / largest_integer, torch.ones_like(largest))
+        scale[start:stop] = part
+        digits[start:stop], digits[m + start : m + stop] = split(values.div_(part).round_())
     return digits, scale
 
 
-def _digits_of_seven_bits(x2d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Digits `[2M, K]` int8 in [-128, -1] with value + 64 * 129 = (hi + 128) * 128 + (lo + 128)."""
-    value, scale = _scaled(x2d, 63 * 128)
-    m = value.shape[0]
-    digits = torch.empty((2 * m, value.shape[1]), dtype=torch.int8)
-    hi = torch.mul(value.add_(64 * 129), 1 / 128).floor_()
-    value.sub_(hi, alpha=128).sub_(128)
-    digits[:m], digits[m:] = hi.sub_(128), value
-    return digits, scale
+def _eight_bits(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Digits with value = hi * 254 + lo, both in [-127, 127]."""
+    hi = torch.mul(values, 1 / 254).round_()
+    return hi, values.sub_(hi, alpha=254)
+
+
+def _seven_bits(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Digits in [-128, -1] with value + 64 * 129 = (hi + 128) * 128 + (lo + 128)."""
+    hi = torch.mul(values.add_(64 * 129), 1 / 128).floor_()
+    values.sub_(hi, alpha=128).sub_(128)
+    return hi.sub_(128), values
 
 
 KERNELS: dict[str, Kernel] = {

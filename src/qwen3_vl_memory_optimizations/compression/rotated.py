@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import ClassVar
 
 import torch
 
-from .base import Encoded, LinearInput, Scratch
+from .base import STEP_ELEMENTS, Encoded, LinearInput, Scratch
 from .int8 import INT8Codec
 from .int8_kernels import KERNELS, Kernel, dequantize, integer_product, row_steps
 from .kernels import int8_product_saturates
-from .rotation import STEP_ELEMENTS, rotate, rotate_back
+from .rotation import rotate, rotate_back
 
 _LEVELS = 127
 _MOST_CREST = 16.0
@@ -51,8 +51,14 @@ class RotatedInput(LinearInput):
             self._digits_of_rows()
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Rows (M) and columns."""
+        rows, columns = self._unrotated.shape
+        return rows, columns
+
+    @property
     def given_dtype(self) -> torch.dtype:
-        """The dtype of the activations as they were."""
+        """The dtype of the activations as they were given."""
         return self._unrotated.dtype
 
     @property
@@ -64,6 +70,14 @@ class RotatedInput(LinearInput):
     def x2d(self) -> torch.Tensor:  # type: ignore[override]
         """The rotated values, fp32 `[M, columns]`."""
         return rotate(self._unrotated)
+
+    def parts(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yield ranges of rows with their rotated values (see `LinearInput.parts`)."""
+        rows, columns = self._unrotated.shape
+        step = max(1, STEP_ELEMENTS // columns)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            yield start, stop, rotate(self._unrotated[start:stop])
 
     def _digits_of_one_row(self) -> None:
         """The same as for several rows in fewer operations: a token waits for each of them."""
@@ -78,17 +92,15 @@ class RotatedInput(LinearInput):
         rows, columns = self._unrotated.shape
         digits = torch.empty((rows, columns), dtype=torch.int8)
         row_scale = torch.empty((rows, 1))
-        step = max(1, STEP_ELEMENTS // columns)
-        for start in range(0, rows, step):
-            part = rotate(self._unrotated[start : start + step])
+        for start, stop, part in self.parts():
             # Fifty times as fast as the norm of infinite order.
             largest = torch.maximum(part.amax(dim=1, keepdim=True), part.amin(dim=1, keepdim=True).neg_())
             norm = torch.linalg.vector_norm(part, dim=1, keepdim=True)
             if not bool((largest * math.sqrt(columns) <= _MOST_CREST * norm).all()):
                 return
             scale = largest.div_(_LEVELS).clamp_min_(torch.finfo(torch.float32).tiny)
-            row_scale[start : start + step] = scale
-            digits[start : start + step] = part.div_(scale).round_()
+            row_scale[start:stop] = scale
+            digits[start:stop] = part.div_(scale).round_()
         self.digits, self.row_scale = digits, row_scale
 
 
@@ -99,7 +111,7 @@ def _digit_product(x: LinearInput, encoded: Encoded, scratch: Scratch) -> torch.
     if not isinstance(x.row_scale, torch.Tensor):  # of one row
         return torch._int_mm(x.digits, data.t()).float().mul_(scale).mul_(x.row_scale)
     out = torch.empty((x.rows, len(data)), dtype=x.given_dtype)
-    for start, stop in row_steps(x.rows, len(data)):
+    for start, stop in row_steps(x.rows, len(data), scratch, slots=2):
         product = integer_product(x.digits[start:stop], data, scratch, "high")
         out[start:stop] = product.mul_(scale).mul_(x.row_scale[start:stop])
     return out

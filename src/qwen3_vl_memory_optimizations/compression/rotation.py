@@ -14,10 +14,10 @@ from functools import lru_cache
 
 import torch
 
+from .base import STEP_ELEMENTS
+
 _INNER = 64
 _LARGEST_BLOCK = 4096
-STEP_ELEMENTS = 1 << 18
-"""How many values to work on at a time, so that intermediate results stay in the processor's cache."""
 
 
 def rotate(matrix: torch.Tensor) -> torch.Tensor:

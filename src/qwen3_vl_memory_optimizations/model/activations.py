@@ -34,8 +34,8 @@ def estimate_activation_bytes(
     """
     text = config.get_text_config()
     hidden, inner = text.hidden_size, getattr(text, "intermediate_size", 4 * text.hidden_size)
-    # The widest moment is the MLP: gate, up and their product, plus int32/fp32 forms of one of them.
-    peak = tokens * (8 * hidden * itemsize + inner * (3 * itemsize + 12))
+    # The widest moment is the MLP: gate, up and their product, and that rotated and as two digits a value.
+    peak = tokens * (8 * hidden * itemsize + inner * (3 * itemsize + 6))
     peak += logit_rows * text.vocab_size * (itemsize + 4)
     heads, head_dim = text.num_attention_heads, getattr(text, "head_dim", hidden // text.num_attention_heads)
     kv_heads = getattr(text, "num_key_value_heads", heads)
@@ -47,7 +47,7 @@ def estimate_activation_bytes(
     if vision is not None and patches:
         width, wide = vision.hidden_size, vision.intermediate_size
         merged = width * vision.spatial_merge_size**2
-        peak += patches * (10 * width * itemsize + wide * (2 * itemsize + 12) + merged * itemsize)
+        peak += patches * (10 * width * itemsize + wide * (2 * itemsize + 6) + merged * itemsize)
     peak += int(_HEAP_WASTE * peak) + min(peak, _HEAP_SLACK_BYTES)
     return FIXED_RESERVE_BYTES + -(-peak // _QUANTUM_BYTES) * _QUANTUM_BYTES
 

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -147,11 +148,7 @@ class Processor:
         Raises:
             InputError: nothing to ask, or an image or video that cannot be used.
         """
-        if not (prompt.strip() or images or video is not None):
-            raise InputError("there is nothing to ask: the prompt is empty and there is no image")
-        self._check_text(prompt)
-        self._check_text(system or "")
-        self._check_max_pixels(max_pixels)
+        self._check(prompt, images, video, system, max_pixels)
         tensors: dict[str, torch.Tensor] = {}
         image_texts: list[str] = []
         video_text = ""
@@ -171,6 +168,48 @@ class Processor:
         chat = self._chat_text(prompt, len(images), video is not None, system)
         return self._text_tensors(self._with_placeholders(chat, image_texts, video_text)) | tensors
 
+    def check(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] = (),
+        video: VideoSource | None = None,
+        system: str | None = None,
+        *,
+        max_pixels: int | None = None,
+    ) -> None:
+        """Raise what `prepare` would, before a model is loaded; of a video only whether it is there.
+
+        Raises:
+            InputError: see `prepare`.
+        """
+        self._check(prompt, images, video, system, max_pixels)
+        for source in images:
+            self._load(source)
+        if isinstance(video, str | os.PathLike) and not Path(video).exists():
+            load_video(video, self.video.sampling, self.video.frame_size)  # it says what is wrong
+
+    def _check(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource],
+        video: VideoSource | None,
+        system: str | None,
+        max_pixels: int | None,
+    ) -> None:
+        if not (prompt.strip() or images or video is not None):
+            raise InputError("there is nothing to ask: the prompt is empty and there is no image")
+        self._check_text(prompt)
+        self._check_text(system or "")
+        self._check_max_pixels(max_pixels)
+
+    def _load(self, source: ImageSource) -> Any:
+        image = load_image(source)
+        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+            name = "the image" if not isinstance(source, str | Path) else source
+            size = f"{image.width} x {image.height}"
+            raise InputError(f"{name}: {size} is more than {MAX_ASPECT_RATIO} times as long as wide; cut it")
+        return image
+
     def decode(self, token_ids: Any) -> str:
         """Return the text of token ids (a list, or a tensor of one dimension), without special tokens."""
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -185,27 +224,43 @@ class Processor:
             if token in text:
                 raise InputError(f"the text contains {token}, which stands for a picture; take it out")
 
+    @property
+    def least_pixels(self) -> int:
+        """Pixels of one token, and so the fewest of an image."""
+        return int((self.image_processor.patch_size * self.image_processor.merge_size) ** 2)
+
+    def image_grid(self, width: int, height: int, *, max_pixels: int | None = None) -> tuple[int, int]:
+        """Return how many rows and columns of patches `prepare` makes of an image of this size."""
+        limits = self._limits(max_pixels)
+        shortest, longest = min(width, height), max(width, height)
+        if longest > MAX_ASPECT_RATIO * shortest:
+            return 0, 0  # `prepare` refuses it
+        side = self.image_processor.patch_size * self.image_processor.merge_size
+        least, most = limits["shortest_edge"], limits["longest_edge"]
+        # The rule of transformers (`smart_resize`), which gives only the product of the two.
+        rows, columns = round(height / side) * side, round(width / side) * side
+        if rows * columns > most:
+            shrink = math.sqrt(height * width / most)
+            rows, columns = (max(side, math.floor(extent / shrink / side) * side) for extent in (height, width))
+        elif rows * columns < least:
+            grow = math.sqrt(least / (height * width))
+            rows, columns = (math.ceil(extent * grow / side) * side for extent in (height, width))
+        return rows // self.image_processor.patch_size, columns // self.image_processor.patch_size
+
+    def _limits(self, max_pixels: int | None) -> dict[str, int]:
+        size = self.image_processor.size
+        least, most = int(size["shortest_edge"]), int(size["longest_edge"])
+        if max_pixels is None:
+            return {"shortest_edge": least, "longest_edge": most}
+        return {"shortest_edge": min(least, max_pixels), "longest_edge": min(most, max_pixels)}
+
     def _check_max_pixels(self, max_pixels: int | None) -> None:
-        least = (self.image_processor.patch_size * self.image_processor.merge_size) ** 2
-        if max_pixels is not None and max_pixels < least:
-            raise InputError(f"max_pixels={max_pixels} is less than the {least} pixels of one token")
+        if max_pixels is not None and max_pixels < self.least_pixels:
+            raise InputError(f"max_pixels={max_pixels} is less than the {self.least_pixels} pixels of one token")
 
     def _image_tensors(self, images: Sequence[ImageSource], max_pixels: int | None) -> dict[str, torch.Tensor]:
-        loaded = []
-        for source in images:
-            image = load_image(source)
-            if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-                name = "the image" if not isinstance(source, str | Path) else source
-                size = f"{image.width} x {image.height}"
-                raise InputError(f"{name}: {size} is more than {MAX_ASPECT_RATIO} times as long as wide; cut it")
-            loaded.append(image)
-        options: dict[str, Any] = {}
-        if max_pixels is not None:
-            size = self.image_processor.size
-            options["size"] = {
-                "shortest_edge": min(size["shortest_edge"], max_pixels),
-                "longest_edge": min(size["longest_edge"], max_pixels),
-            }
+        loaded = [self._load(source) for source in images]
+        options = {} if max_pixels is None else {"size": self._limits(max_pixels)}
         return dict(self.image_processor(loaded, return_tensors="pt", **options))
 
     def _chat_text(self, prompt: str, n_images: int, has_video: bool, system: str | None) -> str:

@@ -48,6 +48,10 @@ class Ledger:
         of_process = _UNLIMITED if self.ram_budget_bytes is None else self.ram_budget_bytes - tensors - process
         return max(0, min(of_tensors, of_process))
 
+    def most_bytes(self, owner: str) -> int:
+        """Return the most that an owner could hold, if page frames shrank to what they need."""
+        return self.held_bytes(owner) + max(0, self.frames_limit_bytes() - self.frames_floor_bytes)
+
     def set(self, owner: str, n_bytes: int, scope: str = TENSORS) -> None:
         """Set what an owner holds; to be called before the memory is taken.
 

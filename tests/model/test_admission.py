@@ -1,0 +1,111 @@
+"""Pictures are as large as the budget has room for, told before the work."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from qwen3_vl_memory_optimizations import MemoryBudgetExceeded, create_optimized_model
+from qwen3_vl_memory_optimizations.model.admission import picture_cost, prepare_within_budget
+from qwen3_vl_memory_optimizations.model.processing import load_processor
+from qwen3_vl_memory_optimizations.process import rss_bytes
+
+from . import tiny
+
+QUESTION = "what shape is in the image?"
+LARGE = 16 * 2**20
+
+
+@pytest.fixture(scope="module")
+def processor():
+    """The processor of the tiny model, which takes images of up to 16 megapixels."""
+    processor = load_processor(tiny.DIRECTORY)
+    processor.image_processor.size = {"shortest_edge": 64 * 64, "longest_edge": LARGE}
+    return processor
+
+
+def load(**settings):
+    return create_optimized_model(tiny.DIRECTORY, {"codec": "none", **settings})
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 900),
+    st.integers(1, 900),
+    st.one_of(st.none(), st.integers(256, 200_000)),
+)
+def test_grids_are_told_from_sizes(processor_of_all, width, height, max_pixels):
+    if max(width, height) > 200 * min(width, height):
+        return
+    image = Image.new("RGB", (width, height))
+    found = processor_of_all.prepare(QUESTION, [image], max_pixels=max_pixels)["image_grid_thw"][0].tolist()
+    assert found == [1, *processor_of_all.image_grid(width, height, max_pixels=max_pixels)]
+
+
+@pytest.fixture(scope="module")
+def processor_of_all(processor):
+    return processor
+
+
+def test_the_cost_of_pictures_is_that_of_their_patches_and_tokens():
+    config = tiny.reference().config
+    one = picture_cost(config, [[1, 8, 8]], text_tokens=10, itemsize=4)
+    assert (one.patches, one.tokens) == (64, 26)
+    two = picture_cost(config, [[1, 8, 8], [2, 64, 64]], text_tokens=10, itemsize=4)
+    assert (two.patches, two.tokens) == (64 + 8192, 26 + 2048)
+    assert two.n_bytes > one.n_bytes + 8192 * 384 * 8  # their pixels alone
+
+
+def test_a_photo_that_does_not_fit_is_scaled_down_and_answered(processor):
+    photo = Image.new("RGB", (4000, 3000), (200, 30, 30))
+    limit = rss_bytes() + 300_000_000
+    model = load(ram_budget=limit)
+    try:
+        inputs, notes = prepare_within_budget(processor, model, QUESTION, [photo])
+        rows, columns = inputs["image_grid_thw"][0, 1:].tolist()
+        assert notes == [
+            f"an image: 4000 x 3000 is scaled to {columns * 8} x {rows * 8}: the memory budget has no room for more"
+        ]
+        assert 0.7 < rows / columns / 0.75 < 1.3
+        free = model.memory_optimizer.free_for_activations()
+        cost = picture_cost(model.config, inputs["image_grid_thw"].tolist(), text_tokens=30, itemsize=4)
+        assert 0.5 * free < cost.n_bytes < free  # as large as it may be
+    finally:
+        model.memory_optimizer.close()
+
+
+def test_what_fits_and_what_has_no_budget_stays_as_it_is(processor):
+    photo = Image.new("RGB", (640, 480))
+    for settings_ in ({}, {"ram_budget": rss_bytes() + 1_000_000_000}):
+        model = load(**settings_)
+        inputs, notes = prepare_within_budget(processor, model, QUESTION, [photo])
+        assert (inputs["image_grid_thw"].tolist(), notes) == ([[1, 60, 80]], [])
+        model.memory_optimizer.close()
+
+
+def test_a_photo_is_refused_where_the_policy_says_so(processor):
+    model = load(ram_budget=rss_bytes() + 300_000_000, image_policy="refuse")
+    try:
+        with pytest.raises(
+            MemoryBudgetExceeded, match=r"188000 patches and 470\d\d tokens.*at most \d+ pixels"
+        ) as caught:
+            prepare_within_budget(processor, model, QUESTION, [Image.new("RGB", (4000, 3000))])
+        assert caught.value.requested_bytes > caught.value.available_bytes > 0
+        assert prepare_within_budget(processor, model, QUESTION, [Image.new("RGB", (64, 64))])[1] == []
+    finally:
+        model.memory_optimizer.close()
+
+
+def test_a_video_is_scaled_down_too(processor):
+    frames = [Image.new("RGB", (512, 512), (40 * index, 0, 0)) for index in range(4)]
+    model = load(ram_budget=rss_bytes() + 200_000_000)
+    try:
+        model.memory_optimizer.measure_process()
+        free = model.memory_optimizer.free_for_activations()
+        whole = processor.prepare(QUESTION, (), frames)
+        inputs, _ = prepare_within_budget(processor, model, QUESTION, (), frames)
+        cost = picture_cost(model.config, inputs["video_grid_thw"].tolist(), text_tokens=60, itemsize=4)
+        assert cost.n_bytes <= free
+        assert inputs["video_grid_thw"].prod() <= whole["video_grid_thw"].prod()
+    finally:
+        model.memory_optimizer.close()
