@@ -23,6 +23,7 @@ from .model.activations import FIXED_RESERVE_BYTES, estimate_activation_bytes, f
 from .model.assisted import ASSISTANT, attach_draft, require_draft
 from .model.fused import fuse_layers
 from .model.import_files import ImportFiles
+from .model.kv_generate import attach_kv_cache
 from .model.loading import WeightLoader
 from .model.packing import Progress, pack_checkpoint, packed_directory
 from .model.skeleton import build_skeleton, skeleton_of
@@ -302,6 +303,7 @@ def _finish(source: _Source, draft: Any, optimizer: MemoryOptimizer) -> Any:
     for each in (model,) if draft is None else (model, draft):
         if optimizer.config.fuses_modules():
             fuse_layers(each)
+        attach_kv_cache(each, optimizer.config.cache_codec(), optimizer.pager)
         if limited:
             _reserve_before_forwards(each, optimizer, source.dtype.itemsize, lowers=each is model)
         each.eval()
