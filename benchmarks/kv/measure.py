@@ -1,9 +1,8 @@
 """One measurement of the KV cache as JSON: attention and cache of a decode step, perplexity through the cache, swap.
 
-    measure.py step --codec int8 --tokens 32768        our cache
-    measure.py step --codec dynamic --tokens 32768     DynamicCache and sdpa
-    measure.py perplexity MODEL --codec int8 --tokens 20000
-    measure.py swap --tokens 32768 --budget 500000000  blocks on the SSD, and what the SSD gives
+    measure.py step --codecs dynamic int8 --tokens 32768   `dynamic`: DynamicCache and sdpa
+    measure.py perplexity MODEL --codecs int8 --tokens 20480
+    measure.py swap --codecs int8 --tokens 32768 --budget 500000000   blocks on the SSD, and what the SSD gives
 
 `step` builds the cache of the 2B shape (28 layers, 16 query and 8 key-value heads of 128) from random numbers and runs
 the update of the cache and the attention of all layers, with no weights between them.
@@ -12,6 +11,7 @@ the update of the cache and the attention of all layers, with no weights between
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import statistics
 import sys
@@ -27,14 +27,13 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 from benchmarks import results  # noqa: E402
 
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 28, 16, 8, 128
-TEXT = ROOT / "src" / "qwen3_vl_memory_optimizations" / "assets"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", choices=("step", "perplexity", "swap"))
     parser.add_argument("model", nargs="?", help="checkpoint of a language model, for `perplexity`")
-    parser.add_argument("--codec", default="int8")
+    parser.add_argument("--codecs", nargs="+", default=["int8"], help="the first alone counts, but for `step`")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--steps", type=int, default=12)
@@ -82,43 +81,54 @@ def fill(cache: object, tokens: int, dtype: torch.dtype, piece: int = 4096) -> N
                 cache.layers[layer].settle()
 
 
-def run_steps(cache: object, arguments: argparse.Namespace) -> list[float]:
-    """Return the seconds of each step: all layers append a token and attend."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+class Step:
+    """A decode step of all layers: each appends a token and attends."""
 
-    from qwen3_vl_memory_optimizations.model.kv_attention import attention_forward
+    def __init__(self, dtype: torch.dtype) -> None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    attend = sdpa_attention_forward if arguments.codec == "dynamic" else attention_forward
-    module = SimpleNamespace(num_key_value_groups=HEADS // KV_HEADS, is_causal=True)
-    dtype = getattr(torch, arguments.dtype)
-    query = torch.randn((1, HEADS, 1, HEAD_DIM)).to(dtype)
-    key, value = torch.randn((2, 1, KV_HEADS, 1, HEAD_DIM)).to(dtype)
-    seconds = []
-    for _ in range(arguments.steps):
+        from qwen3_vl_memory_optimizations.model.kv_attention import attention_forward
+
+        self._attend = {True: sdpa_attention_forward, False: attention_forward}
+        self._module = SimpleNamespace(num_key_value_groups=HEADS // KV_HEADS, is_causal=True)
+        self._query = torch.randn((1, HEADS, 1, HEAD_DIM)).to(dtype)
+        self._key, self._value = torch.randn((2, 1, KV_HEADS, 1, HEAD_DIM)).to(dtype)
+
+    def __call__(self, cache: object) -> float:
+        """Return the seconds that it took."""
+        attend = self._attend[type(cache).__name__ == "DynamicCache"]
         start = time.perf_counter()
         for layer in range(LAYERS):
-            keys, values = cache.update(key, value, layer)
-            attend(module, query, keys, values, None, scaling=HEAD_DIM**-0.5)
-        seconds.append(time.perf_counter() - start)
-    return seconds
+            keys, values = cache.update(self._key, self._value, layer)
+            attend(self._module, self._query, keys, values, None, scaling=HEAD_DIM**-0.5)
+        return time.perf_counter() - start
 
 
 def step(arguments: argparse.Namespace) -> dict:
-    """Time decode steps behind a context."""
-    cache = new_cache(arguments.codec, arguments.block_tokens)
-    fill(cache, arguments.tokens, getattr(torch, arguments.dtype))
-    seconds = run_steps(cache, arguments)
-    n_tokens = cache.get_seq_length()
-    sixteen_bit_bytes = 2 * 2 * LAYERS * KV_HEADS * HEAD_DIM * n_tokens
-    n_bytes = (
-        sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        if arguments.codec == "dynamic"
-        else cache.storage_bytes()
-    )
-    # The median of all but the first third: kernels are chosen in it.
+    """Time decode steps behind a context; caches take turns, step by step."""
+    dtype = getattr(torch, arguments.dtype)
+    caches = {codec: new_cache(codec, arguments.block_tokens) for codec in arguments.codecs}
+    for cache in caches.values():
+        fill(cache, arguments.tokens, dtype)
+    take_step = Step(dtype)
+    seconds: dict[str, list[float]] = {codec: [] for codec in caches}
+    for _ in range(arguments.steps):
+        for codec, cache in caches.items():
+            seconds[codec].append(take_step(cache))
+    return {"caches": {codec: figures(cache, seconds[codec]) for codec, cache in caches.items()}}
+
+
+def figures(cache: object, seconds: list[float]) -> dict:
+    """Return what a cache took and holds."""
+    sixteen_bit_bytes = 2 * 2 * LAYERS * KV_HEADS * HEAD_DIM * cache.get_seq_length()
+    if hasattr(cache, "storage_bytes"):
+        n_bytes = cache.storage_bytes()
+    else:
+        n_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    measured = seconds[len(seconds) // 3 :]  # kernels are chosen in the first third
     return {
-        "step_ms": round(1e3 * statistics.median(seconds[len(seconds) // 3 :]), 2),
-        "least_ms": round(1e3 * min(seconds), 2),
+        "step_ms": round(1e3 * statistics.median(measured), 1),
+        "least_ms": round(1e3 * min(measured), 1),
         "n_bytes": n_bytes,
         "of_16_bit": round(n_bytes / sixteen_bit_bytes, 4),
     }
@@ -128,27 +138,31 @@ def perplexity(arguments: argparse.Namespace) -> dict:
     """Read text in windows, a chunk at a time through the cache, so that what was cached is what is attended to."""
     import math
 
-    from benchmarks.kv.text import english
     from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+    from qwen3_vl_memory_optimizations.evaluation.data import SHIPPED_TEXT
     from qwen3_vl_memory_optimizations.model.kv_cache import ManagedKVCache
     from qwen3_vl_memory_optimizations.model.kv_generate import attach_kv_cache
 
+    codec = arguments.codecs[0]
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    if arguments.codec != "dynamic":
-        attach_kv_cache(model, arguments.codec, None)
-    ids = AutoTokenizer.from_pretrained(arguments.model)(english(), return_tensors="pt").input_ids[0]
+    if codec != "dynamic":
+        attach_kv_cache(model, codec, None)
+    ids = AutoTokenizer.from_pretrained(arguments.model)(
+        SHIPPED_TEXT.read_text(encoding="utf-8"), return_tensors="pt"
+    ).input_ids[0]
+    name = "cache" if "cache" in inspect.signature(type(model.model).forward).parameters else "past_key_values"
     total, count = 0.0, 0
     for start in range(0, min(arguments.tokens, len(ids) - arguments.window), arguments.window):
         window = ids[start : start + arguments.window][None]
         cache = (
             DynamicCache()
-            if arguments.codec == "dynamic"
-            else ManagedKVCache(model.config, codec=arguments.codec, block_tokens=arguments.block_tokens or 512)
+            if codec == "dynamic"
+            else ManagedKVCache(model.config, codec=codec, block_tokens=arguments.block_tokens)
         )
         logits = []
         for position in range(0, window.shape[1], arguments.chunk):
-            logits.append(model(window[:, position : position + arguments.chunk], past_key_values=cache).logits[0])
+            logits.append(model(window[:, position : position + arguments.chunk], **{name: cache}).logits[0])
         scores = torch.cat(logits)[:-1].log_softmax(-1)
         total -= float(scores.gather(1, window[0, 1:, None]).sum())
         count += window.shape[1] - 1
@@ -161,12 +175,14 @@ def swap(arguments: argparse.Namespace) -> dict:
 
     settings = {"tensor_budget": arguments.budget, "cache_dir": arguments.swap_dir}
     with MemoryOptimizer(memory_config=settings) as optimizer:
-        cache = new_cache(arguments.codec, arguments.block_tokens, optimizer.pager)
-        fill(cache, arguments.tokens, getattr(torch, arguments.dtype), piece=1024)
-        stats = optimizer.pager.stats
-        run_steps(cache, argparse.Namespace(**vars(arguments) | {"steps": 2}))
+        dtype = getattr(torch, arguments.dtype)
+        cache = new_cache(arguments.codecs[0], arguments.block_tokens, optimizer.pager)
+        fill(cache, arguments.tokens, dtype, piece=1024)
+        stats, take_step = optimizer.pager.stats, Step(dtype)
+        for _ in range(2):
+            take_step(cache)
         before = stats.bytes_read
-        seconds = run_steps(cache, arguments)
+        seconds = [take_step(cache) for _ in range(arguments.steps)]
         n_read = stats.bytes_read - before
         found = {
             "n_bytes": cache.storage_bytes(),

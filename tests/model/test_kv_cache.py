@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache, Qwen3VLTextModel
 
-from qwen3_vl_memory_optimizations import MemoryBudgetExceeded, create_optimized_model
+from qwen3_vl_memory_optimizations import MemoryBudgetExceeded, TensorFreedError, create_optimized_model
 from qwen3_vl_memory_optimizations.model.kv_cache import ManagedKVCache
 
 from . import tiny
@@ -23,7 +24,7 @@ MIB = 2**20
 @pytest.fixture(scope="module")
 def plain_weights(tmp_path_factory):
     """Weights as they are and layers as transformers wrote them, so that the cache alone differs."""
-    settings = {"codec": "none", "cache_dir": tmp_path_factory.mktemp("cache")}
+    settings = {"codec": "none", "tensor_budget": 10**9, "cache_dir": tmp_path_factory.mktemp("cache")}
     model = create_optimized_model(tiny.DIRECTORY, settings)
     yield model
     model.memory_optimizer.close()
@@ -63,6 +64,16 @@ def test_without_a_codec_short_contexts_are_those_of_dynamic_cache_bit_by_bit(pl
         cache = our_cache(plain_weights, codec)
         assert torch.equal(run(plain_weights, tokens, chunks, cache), expected), codec
         assert cache.get_seq_length() == sum(chunks)
+
+
+def test_without_a_codec_and_a_budget_every_context_is_that_of_dynamic_cache_bit_by_bit(tmp_path):
+    model = create_optimized_model(tiny.DIRECTORY, {"codec": "none", "cache_dir": tmp_path})
+    try:
+        tokens, chunks = ids(700), (500, 130, *[1] * 70)
+        expected = run(tiny.reference(), tokens, chunks, DynamicCache())
+        assert torch.equal(run(model, tokens, chunks, our_cache(model)), expected)
+    finally:
+        model.memory_optimizer.close()
 
 
 @pytest.mark.parametrize("chunks", [(400,), (300, 100), (130, 150, 20, 1, 1, 1), (390,) + (1,) * 70])
@@ -110,9 +121,10 @@ def test_tokens_that_are_taken_back_leave_no_trace(plain_weights, codec, removed
         lambda cache: cache.batch_repeat_interleave(2),
         lambda cache: cache.batch_select_indices(torch.tensor([2, 1])),
         lambda cache: cache.batch_select_indices(torch.tensor([True, False, True])),
+        lambda cache: copy.deepcopy(cache),
         lambda cache: cache.reset(),
     ],
-    ids=["reorder", "repeat", "select", "select by mask", "reset"],
+    ids=["reorder", "repeat", "select", "select by mask", "deep copy", "reset"],
 )
 def test_sequences_are_moved_as_in_dynamic_cache(plain_weights, codec, change):
     generator = torch.Generator().manual_seed(0)
@@ -123,7 +135,7 @@ def test_sequences_are_moved_as_in_dynamic_cache(plain_weights, codec, change):
             theirs.update(*states, layer)
             ours.update(*states, layer)
     before = [(layer.keys, layer.values) for layer in ours.layers]
-    change(ours), change(theirs)
+    ours, theirs = change(ours) or ours, change(theirs) or theirs
     assert ours.get_seq_length() == theirs.get_seq_length()
     kept = {"none": 0.0, "int8": 0.02, "int4": 0.4}[codec]
     for layer, other, (keys, _) in zip(ours.layers, theirs.layers, before, strict=True):
@@ -237,6 +249,15 @@ def test_a_context_larger_than_the_budget_is_decoded_from_the_swap_file(tmp_path
         assert_close(found, run(tiny.reference(), tokens, chunks, DynamicCache()), 1e-5)
     finally:
         model.memory_optimizer.close()
+
+
+def test_a_cache_of_a_closed_model_is_refused(tmp_path):
+    model = create_optimized_model(tiny.DIRECTORY, {"codec": "none", "cache_dir": tmp_path})
+    cache = our_cache(model, "int8")
+    run(model, ids(300), (300,), cache)
+    model.memory_optimizer.close()
+    with pytest.raises(TensorFreedError, match="closed"):
+        cache.layers[0].decoded()
 
 
 def test_what_does_not_fit_is_refused_before_any_layer_took_it(tmp_path):

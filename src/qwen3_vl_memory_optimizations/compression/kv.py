@@ -47,8 +47,6 @@ class KVBlock:
             part = buffer[start : start + segment.n_bytes]
             self.segments[segment.name] = part.view(segment.dtype).view(segment.shape)
             start += segment.n_bytes
-        # Taking views by head costs more than the product over one: they are taken once.
-        self.heads = {name: segment.unbind(0) for name, segment in self.segments.items()}
 
 
 class KVCodec(ABC):

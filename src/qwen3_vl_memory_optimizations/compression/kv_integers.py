@@ -97,7 +97,7 @@ class INT8KV(KVCodec):
         found = [
             product(*each)
             for block in blocks
-            for each in zip(heads, block.heads["keys"], block.heads["key_scale"], strict=True)
+            for each in zip(heads, block.segments["keys"].unbind(0), block.segments["key_scale"].unbind(0), strict=True)
         ]
         scores = torch.stack(found).float().view(len(blocks), n, rows, -1)
         for part, added in zip(scores, bias, strict=True):
@@ -109,7 +109,7 @@ class INT8KV(KVCodec):
         scores.mul_(torch.stack([block.segments["value_scale"] for block in blocks])[:, :, None])
         weights = scores.to(torch.bfloat16).view(len(blocks) * n, rows, -1).unbind(0)
         ones = _ones(head_dim)
-        transposed = [head for block in blocks for head in block.heads["values"]]
+        transposed = [head for block in blocks for head in block.segments["values"].unbind(0)]
         found = [product(weight, head, ones) for weight, head in zip(weights, transposed, strict=True)]
         out = torch.stack(found).view(len(blocks), n, rows, head_dim).sum(dim=0, dtype=torch.float32)
         return Partial(out.div_(sums[..., None]), sums.log_().add_(largest[0, :, :, 0]))

@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 from ..compression import Partial, attend_plain, merge
 
 if TYPE_CHECKING:
-    from .kv_cache import ManagedKVLayer
+    from .kv_layer import ManagedKVLayer
 
 ATTENTION = "managed_sdpa"
 _QUERY_ROWS = 512
@@ -116,13 +116,13 @@ def _bias(
     else:
         hidden = part.to(dtype).clamp(min=torch.finfo(dtype).min / 2)
     batch, heads, length, tokens = hidden.shape
-    kv_heads = layer.heads
     group = rows // length
     if heads == 1:
-        hidden = hidden[:, :, None].expand(layer.batch, kv_heads, group, length, tokens)
+        hidden = hidden[:, :, None].expand(batch, 1, group, length, tokens)
     else:
-        hidden = hidden.view(batch, kv_heads, group, length, tokens).expand(layer.batch, -1, -1, -1, -1)
-    return hidden.reshape(layer.batch * kv_heads, rows, tokens)
+        hidden = hidden.view(batch, layer.heads, group, length, tokens)
+    hidden = hidden.reshape(batch, -1, rows, tokens).expand(layer.batch_size, layer.heads, rows, tokens)
+    return hidden.flatten(0, 1)  # of one sequence: not copied for the heads
 
 
 def _causal(length: int, n_tokens: int) -> torch.Tensor:

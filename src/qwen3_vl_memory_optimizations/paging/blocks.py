@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from ..compression import RawCodec, Scratch
+from ..errors import TensorFreedError
 from ..pools import FRAME_BYTES, reserve, unreserve
 from .entry import PAGE_BYTES, TensorEntry
 from .pager import Pager
@@ -137,7 +138,7 @@ class BlockSpace:
             unreserve(address, size)
 
         block = Block(entry.encoded(0, n_bytes)["data"].view(-1), entry)
-        weakref.finalize(block, pager.free_later, entry.tensor_id, release).atexit = False
+        weakref.finalize(block, _drop, pager, entry, release).atexit = False
         return block
 
     @contextmanager
@@ -148,12 +149,14 @@ class BlockSpace:
             MemoryBudgetExceeded: they do not fit beside what is pinned.
             TensorFreedError: the Pager is closed.
         """
+        entries = [block.entry for block in blocks if block.entry is not None]
+        if any(entry.freed for entry in entries):
+            raise TensorFreedError(f"{self.kind}: the memory optimizer is closed")
         if not self.moves:
             yield
             return
         assert self.pager is not None
-        entries = [block.entry for block in blocks if block.entry is not None]
-        ahead = [block.entry for block in upcoming if block.entry is not None and block.entry.missing]
+        ahead = [block.entry for block in upcoming if block.entry is not None]
         self.pager.hold(entries, ahead, _READ_AHEAD_BYTES)
         try:
             yield
@@ -164,6 +167,14 @@ class BlockSpace:
         """Note that a held block was written to again: what the swap file has of it is stale."""
         if self.pager is not None and block.entry is not None:
             self.pager.mark_dirty(block.entry)
+
+
+def _drop(pager: Pager, entry: TensorEntry, release: Callable[[], None]) -> None:
+    """The last reference to a block went."""
+    if entry.freed:  # with the Pager
+        release()
+    else:
+        pager.free_later(entry.tensor_id, release)
 
 
 def _settle(pager: Pager, owner: str, held: list[int]) -> None:
