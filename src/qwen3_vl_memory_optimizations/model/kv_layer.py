@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,8 @@ class ManagedKVLayer(CacheLayerMixin):
         self.is_initialized = False
         self.blocks: list[_StoredBlock] = []
         self.tail_length = 0
-        self._cache = cache
+        # Without a cycle of references, the memory of a cache is back as soon as nobody holds it.
+        self._cache: ManagedKVCache = weakref.proxy(cache)
         self._index = index
         self._tail: tuple[torch.Tensor, torch.Tensor] | None = None  # `[batch, heads, capacity, head_dim]` each
         self._account: Account = cache.space.account()
