@@ -1,7 +1,7 @@
 """`MemoryConfig`: every setting of the memory system, checked once, where it enters.
 
 Keys and defaults follow sections 4.1 and 5.2 of the specification; `ram_budget`, `tensor_budget`, `gpu_budget`,
-`cache_dir`, `codec`, `swap_algorithm`, `image_policy` and `fused_modules` are this library's own.
+`cache_dir`, `codec`, `kv_codec`, `swap_algorithm`, `image_policy` and `fused_modules` are this library's own.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ _CHOICES = {
     "swap_algorithm": SWAP_ALGORITHMS,
     "image_policy": IMAGE_POLICIES,
     "fused_modules": ("auto", "on", "off"),
+    "kv_codec": ("auto", "none", "int8", "int4"),
 }
 
 
@@ -89,6 +90,8 @@ class MemoryConfig:
         cache_dir: where packed checkpoints lie; default `$QWEN3VL_MEM_CACHE`, else `~/.cache/qwen3vl-mem`.
         codec: how large weights are stored: `auto` chooses for each by measurement (`planning.make_plan`), `none` keeps
             them as they are; else the name of a codec that is registered when the weights are loaded or packed.
+        kv_codec: how keys and values are stored, all but the newest: `none` as they are, `int8` in half of 16 bits,
+            `int4` in a quarter; `auto` is `int8` where weights are encoded with loss, else `none`.
         fused_modules: decoder layers with fewer and larger operations (`model.fused`): `auto` is `on` where weights are
             encoded with loss; with `off`, results of codec `none` are those of transformers bit by bit.
         enable_memory_pooling: page frames and blocks are reused instead of returned to the system at once.
@@ -127,6 +130,7 @@ class MemoryConfig:
     gpu_budget: int | None = None
     cache_dir: Path | None = None
     codec: str = "auto"
+    kv_codec: str = "auto"
     swap_algorithm: str = "predictive"
     image_policy: str = "downsize"
     fused_modules: str = "auto"
@@ -171,6 +175,13 @@ class MemoryConfig:
         if codec != "auto":
             return codec
         return "int8_rotated" if self.enable_int8_quantization else "none"
+
+    def cache_codec(self) -> str:
+        """Return the codec of keys and values with `auto` and the `enable_*` switches resolved."""
+        if self.kv_codec != "auto":
+            return self.kv_codec
+        lossy = self.weight_codec() != "none" and self.enable_compression and self.enable_int8_quantization
+        return "int8" if lossy else "none"
 
     def fuses_modules(self) -> bool:
         """Return whether decoder layers are fused, with `auto` resolved."""

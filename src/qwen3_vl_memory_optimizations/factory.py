@@ -22,6 +22,7 @@ from .model.activations import FIXED_RESERVE_BYTES, reserve_before_forwards
 from .model.assisted import ASSISTANT, attach_draft, require_draft
 from .model.fused import fuse_layers
 from .model.import_files import ImportFiles
+from .model.kv_generate import attach_kv_cache
 from .model.loading import WeightLoader
 from .model.packing import Progress, packed_directory
 from .model.skeleton import build_skeleton, compute_dtype, compute_dtype_of, skeleton_of
@@ -293,6 +294,7 @@ def _finish(source: _Source, draft: Any, optimizer: MemoryOptimizer) -> Any:
     for each in (model,) if draft is None else (model, draft):
         if optimizer.config.fuses_modules():
             fuse_layers(each)
+        attach_kv_cache(each, optimizer.config.cache_codec(), optimizer.pager)
         if limited:
             reserve_before_forwards(each, optimizer, source.dtype.itemsize, lowers=each is model)
         each.eval()
