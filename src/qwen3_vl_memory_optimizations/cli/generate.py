@@ -56,6 +56,9 @@ def generate(
             "--assistant", metavar="MODEL", help="A smaller model that drafts tokens, within the same budget."
         ),
     ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Keep nothing of the image and the prompt on the disk.")
+    ] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Show speed and memory at the end (on stderr).")] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -79,7 +82,7 @@ def generate(
     if assistant and prompt_lookup:
         raise ConfigurationError("--assistant and --prompt-lookup both propose tokens: give one of them")
     budgets = {"ram_budget": ram_budget, "tensor_budget": tensor_budget}
-    config = MemoryConfig.from_mapping({**budgets, "codec": codec, "cache_dir": cache_dir})
+    config = MemoryConfig.from_mapping({**budgets, "codec": codec, "cache_dir": cache_dir, "private": private})
 
     from .. import create_optimized_model
     from ..factory import local_directory as local_directory
