@@ -66,6 +66,8 @@ class MemoryOptimizer:
         self.cache: HierarchicalCacheSystem | None = None
         if self.config.enable_cache_hierarchy:
             self.cache = HierarchicalCacheSystem(self.config, budget=LedgerBudget(self.pager))
+            if self._accounts is None:  # else it makes room before each forward
+                self.pager.on_pass = self.cache.make_room
         self._ids = itertools.count()
         self._sessions = 0
         self._session_lock = threading.Lock()

@@ -273,5 +273,15 @@ def test_what_the_cache_holds_is_in_the_account_and_leaves_for_tensors(fresh):
     assert optimizer.get_memory_efficiency_stats()["budget"]["accounts_bytes"]["cache"] == 0
     assert optimizer.get_memory_efficiency_stats()["cache"]["levels"]["cpu"]["used_bytes"] == 0
     del tensor
-    model(**inputs)
-    assert model.encoded_patches == [64] or stats_of(model)["levels"]["cpu"]["used_bytes"] == held
+
+
+@torch.no_grad()
+def test_what_others_take_of_the_budget_leaves_the_cache_before_a_pass(fresh):
+    model, inputs = fresh(tensor_budget=14_000_000), tiny.cases()["image"]
+    first = model(**inputs).logits
+    optimizer = model.memory_optimizer
+    assert stats_of(model)["levels"]["cpu"]["used_bytes"] > 0
+    optimizer.pager.ledger.add("others", optimizer.pager.spare_bytes() + 4096)
+    assert torch.equal(model(**inputs).logits, first)
+    assert stats_of(model)["levels"]["cpu"]["used_bytes"] == 0
+    assert optimizer.pager.spare_bytes() >= 0

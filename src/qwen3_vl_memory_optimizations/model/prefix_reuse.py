@@ -27,7 +27,8 @@ from .vision_reuse import VisionReuse
 
 _KIND = "prefix"
 _CHEAPER = 0.9
-_LEAST_MEASURED_TOKENS = 16
+_LEAST_MEASURED_TOKENS = 64
+"""Fewer tokens take longer each: a rate measured on them would promise too much."""
 _CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
 _PICTURES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 _FOREIGN = (
@@ -152,7 +153,8 @@ class PrefixReuse:
             result = plain(generation_config, model_kwargs, *args, **kwargs)
             run = getattr(self._local, "run", None)
             if run is not None and run.cache is None:
-                run.cache = next((model_kwargs[name] for name in _CACHE_NAMES if model_kwargs.get(name)), None)
+                made = (model_kwargs.get(name) for name in _CACHE_NAMES)
+                run.cache = next((each for each in made if each is not None), None)
                 _fill(run)
             return result
 
@@ -206,10 +208,12 @@ class PrefixReuse:
         return run
 
     def _is_foreign(self, arguments: Mapping[str, Any]) -> bool:
-        config = arguments.get("generation_config") or self._model.generation_config
+        """Whether a call generates in a way that is left as it is."""
 
         def setting(name: str) -> Any:
-            return arguments[name] if name in arguments else getattr(config, name, None)
+            sources = (arguments.get("generation_config"), self._model.generation_config)
+            values = (arguments.get(name), *(getattr(source, name, None) for source in sources))
+            return next((value for value in values if value is not None), None)
 
         several = any((setting(name) or 1) > 1 for name in ("num_beams", "num_return_sequences"))
         return several or setting("use_cache") is False or any(setting(name) not in (None, False) for name in _FOREIGN)
