@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,6 +60,7 @@ class HierarchicalCacheSystem:
             )
         self._timer = timer
         self._counts = UseCounts()
+        self._counts_lock = threading.Lock()
         self._flights = Flights()
         self._seconds_per_unit: dict[str, float] = {}
 
@@ -72,17 +74,15 @@ class HierarchicalCacheSystem:
             compute_s: what computing it again is expected to take; `None`: what it took when it was kept.
             copy: in memory of its own; otherwise it may share memory with the cache, and is only to be read.
         """
-        self._counts.record(key)
-        uses = self._counts.of(key)
+        with self._counts_lock:
+            self._counts.record(key)
+            uses = self._counts.of(key)
         start_s = self._timer()
         for level in (self.l1_cache, self.l2_cache):
-            item = None if level is None or len(level) == 0 else level.load(key, uses=uses, copy=copy)
-            if item is not None:
-                assert level is not None
+            item = None if level is None else level.load(key, uses=uses, copy=copy)
+            if level is not None and item is not None:
                 level.counters.saved_s += max(0.0, (compute_s or 0.0) - (self._timer() - start_s))
                 return item
-        if self.l2_cache is not None and len(self.l2_cache) == 0:
-            self.l2_cache.counters.misses += 1
         return self._from_ssd(key, compute_s, uses)
 
     def _from_ssd(self, key: str, compute_s: float | None, uses: int) -> CacheItem | None:
