@@ -222,6 +222,7 @@ class Access:
     def mark_dirty(self, entry: TensorEntry) -> None:
         """Note that a pinned tensor was written to: its source no longer holds it."""
         with self._lock:
+            entry.writes += 1
             for page in entry.pages:
                 page.dirty = True
                 self._mover.forget_swapped(page)

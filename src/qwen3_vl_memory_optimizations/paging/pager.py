@@ -264,6 +264,25 @@ class Pager:
                     self._room.undo_refit()
                     raise
 
+    def spare_bytes(self) -> int:
+        """Return what of the budget is left when all managed tensors are in memory; negative where they do not fit."""
+        with self._lock:
+            self._finalizers.run()
+            return self.ledger.frames_limit_bytes() - sum(entry.frames_bytes for entry in self.entries.values())
+
+    def lend(self, owner: str, n_bytes: int) -> bool:
+        """Add to what an owner holds, if all managed tensors still fit beside it; or, below zero, take it back.
+
+        Returns:
+            Whether it was added. Nothing leaves memory for it.
+        """
+        with self._lock:
+            if n_bytes > 0 and n_bytes > self.spare_bytes():
+                return False
+            self.ledger.add(owner, n_bytes)
+            self.refit()
+            return True
+
     def refit(self) -> None:
         """Bring the frames under the limit that the ledger now leaves."""
         with self._lock:
