@@ -41,6 +41,7 @@ def our_cache(model, codec="none", block_tokens=BLOCK):
 @torch.no_grad()
 def run(model, tokens, chunks, cache, mask=None):
     """Return the logits of tokens that are read some at a time."""
+    model.model.rope_deltas = None  # transformers keeps that of the last prompt with a picture
     found, start = [], 0
     for length in chunks:
         part = None if mask is None else mask[:, : start + length]
