@@ -48,7 +48,8 @@ class ManagedKVLayer(CacheLayerMixin):
         self.blocks: list[_StoredBlock] = []
         self.tail_length = 0
         # Without a cycle of references, the memory of a cache is back as soon as nobody holds it.
-        self._cache: ManagedKVCache = weakref.proxy(cache)  # type: ignore[assignment]
+        proxy: Any = weakref.proxy(cache)
+        self._cache: ManagedKVCache = proxy
         self._index = index
         self._tail: tuple[torch.Tensor, torch.Tensor] | None = None  # `[batch, heads, capacity, head_dim]` each
         self._account: Account = cache.space.account()

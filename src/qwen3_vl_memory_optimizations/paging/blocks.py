@@ -157,11 +157,13 @@ class BlockSpace:
             return
         assert self.pager is not None
         ahead = [block.entry for block in upcoming if block.entry is not None]
-        self.pager.hold(entries, ahead, _READ_AHEAD_BYTES)
+        # More would displace what is needed before it.
+        ahead_bytes = min(_READ_AHEAD_BYTES, self.held_bytes)
+        self.pager.hold(entries, ahead, ahead_bytes)
         try:
             yield
         finally:
-            self.pager.let_go(entries, ahead, _READ_AHEAD_BYTES)
+            self.pager.let_go(entries, ahead, ahead_bytes)
 
     def written(self, block: Block) -> None:
         """Note that a held block was written to again: what the swap file has of it is stale."""
