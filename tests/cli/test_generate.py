@@ -9,6 +9,7 @@ FIGURES = {
     "answer",
     "interrupted",
     "prompt_tokens",
+    "notes",
     "new_tokens",
     "time_to_first_token_s",
     "tokens_per_s",
