@@ -297,7 +297,7 @@ def _finish(source: _Source, draft: Any, optimizer: MemoryOptimizer) -> Any:
     for each in (model,) if draft is None else (model, draft):
         if optimizer.config.fuses_modules():
             fuse_layers(each)
-        attach_kv_cache(each, optimizer.config.cache_codec(), optimizer.pager)
+        attach_kv_cache(each, optimizer.config.kv_codec, optimizer.pager)
         if limited:
             reserve_before_forwards(each, optimizer, source.dtype.itemsize, lowers=each is model)
         each.eval()
@@ -312,7 +312,7 @@ def _finish(source: _Source, draft: Any, optimizer: MemoryOptimizer) -> Any:
             def reserve(n_bytes: int) -> None:
                 optimizer.reserve_activations(max(n_bytes, optimizer.pager.ledger.held_bytes("activations")))
 
-            kv_form = optimizer.config.cache_codec()
+            kv_form = optimizer.config.kv_codec
             attach_prefix_reuse(model, optimizer.cache, identity, vision, reserve, kv_form)
     if draft is not None:
         attach_draft(model, draft)

@@ -17,6 +17,7 @@ from ..compression import RawCodec, Scratch
 from ..errors import TensorFreedError
 from ..pools import FRAME_BYTES, reserve, unreserve
 from .entry import PAGE_BYTES, TensorEntry
+from .ledger import PROCESS
 from .pager import Pager
 
 _HELD_SHARE = 8
@@ -44,7 +45,10 @@ class Block:
 
 
 class Account:
-    """What an owner holds outside of blocks; given back when the account is collected."""
+    """What an owner holds outside of blocks: memory of the process, but no managed tensor.
+
+    It is given back when the account is collected.
+    """
 
     def __init__(self, pager: Pager | None, owner: str) -> None:
         self._pager, self._owner = pager, owner
@@ -64,7 +68,7 @@ class Account:
             MemoryBudgetExceeded: it does not fit; nothing was changed.
         """
         if self._pager is not None and n_bytes:
-            self._pager.debit(self._owner, n_bytes)
+            self._pager.debit(self._owner, n_bytes, PROCESS)
         self._held[0] += n_bytes
 
 
@@ -182,4 +186,4 @@ def _drop(pager: Pager, entry: TensorEntry, release: Callable[[], None]) -> None
 def _settle(pager: Pager, owner: str, held: list[int]) -> None:
     n_bytes, held[0] = held[0], 0
     if n_bytes:
-        pager.debit_later(owner, -n_bytes)
+        pager.debit_later(owner, -n_bytes, PROCESS)

@@ -32,7 +32,7 @@ from ..storage import BACKGROUND, PREFETCH, SwapFile
 from .access import Access
 from .entry import PAGE_BYTES, PageState, TensorEntry
 from .finalizers import FinalizerQueue
-from .ledger import PROCESS, Ledger
+from .ledger import PROCESS, TENSORS, Ledger
 from .moves import PageMover
 from .residency import Residency
 from .room import Room
@@ -335,25 +335,30 @@ class Pager:
             scratch = self._local.scratch = Scratch(lambda n_bytes: self.debit("workspace", n_bytes), slot_bytes)
         return scratch
 
-    def debit(self, owner: str, n_bytes: int) -> None:
+    def debit(self, owner: str, n_bytes: int, scope: str = TENSORS) -> None:
         """Add to what an owner holds beside pages (or subtract), before the memory is taken; pages leave for it.
+
+        Args:
+            owner: the account.
+            n_bytes: what comes or, negative, goes.
+            scope: `TENSORS`, or `PROCESS` for what is no managed tensor.
 
         Raises:
             MemoryBudgetExceeded: it does not fit beside what is pinned; nothing was changed.
         """
         with self._lock:
             self._finalizers.run()
-            self.ledger.add(owner, n_bytes)
+            self.ledger.add(owner, n_bytes, scope)
             try:
                 self.refit()
             except BaseException:
-                self.ledger.add(owner, -n_bytes)
+                self.ledger.add(owner, -n_bytes, scope)
                 self._room.undo_refit()
                 raise
 
-    def debit_later(self, owner: str, n_bytes: int) -> None:
+    def debit_later(self, owner: str, n_bytes: int, scope: str = TENSORS) -> None:
         """Do what `debit` does with fewer bytes, as a finalizer has to (see `free_later`)."""
-        self._finalizers.add(lambda: self.ledger.add(owner, n_bytes))
+        self._finalizers.add(lambda: self.ledger.add(owner, n_bytes, scope))
 
     def linear(self, entry: TensorEntry, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return `x @ W.T + bias`, computed on the encoded form, rows of W as they become resident."""
