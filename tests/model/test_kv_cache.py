@@ -12,6 +12,7 @@ from transformers import DynamicCache, Qwen3VLTextModel
 
 from qwen3_vl_memory_optimizations import MemoryBudgetExceeded, TensorFreedError, create_optimized_model
 from qwen3_vl_memory_optimizations.model.kv_cache import ManagedKVCache
+from qwen3_vl_memory_optimizations.process import rss_bytes
 
 from . import tiny
 
@@ -262,12 +263,15 @@ def test_a_cache_of_a_closed_model_is_refused(tmp_path):
 
 
 def test_what_does_not_fit_is_refused_before_any_layer_took_it(tmp_path):
-    model = create_optimized_model(tiny.DIRECTORY, {"codec": "none", "tensor_budget": 4 * MIB, "cache_dir": tmp_path})
+    settings = {"codec": "none", "ram_budget": rss_bytes() + 300 * MIB, "cache_dir": tmp_path}
+    model = create_optimized_model(tiny.DIRECTORY, settings)
     try:
-        run(model, ids(4), (4,), DynamicCache())
+        pager = model.memory_optimizer.pager
+        pager.reserve("another", pager.ledger.most_bytes("another") - 4 * MIB)
         cache = our_cache(model, "none", block_tokens=8192)
+        states = torch.zeros(1, 2, 4000, 32)
         with pytest.raises(MemoryBudgetExceeded, match="kv_cache") as caught:
-            run(model, ids(4000), (4000,), cache)
+            cache.update(states, states, 0)
         assert caught.value.requested_bytes > caught.value.available_bytes
         assert [layer.get_seq_length() for layer in cache.layers] == [0] * LAYERS
     finally:
