@@ -42,7 +42,9 @@ def main() -> None:
     from qwen3_vl_memory_optimizations import create_optimized_model
 
     plain = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=torch.bfloat16).eval()
-    ours = create_optimized_model(arguments.model, {"codec": "int8_rotated", "cache_dir": arguments.cache_dir})
+    ours = create_optimized_model(
+        arguments.model, {"codec": "int8_rotated", "cache_dir": arguments.cache_dir, "enable_cache_hierarchy": False}
+    )
     ids = torch.randint(1000, 100_000, (1, arguments.prefill_tokens), generator=torch.Generator().manual_seed(0))
     seconds: dict[str, dict[str, list[float]]] = {"plain bf16": {}, "int8": {}}
     with torch.no_grad():

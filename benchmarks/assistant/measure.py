@@ -55,7 +55,12 @@ def main() -> None:
 
     torch.manual_seed(0)
     is_assisted = arguments.help_with == "assistant"
-    settings = {"ram_budget": arguments.ram_budget, "codec": arguments.codec, "cache_dir": arguments.cache_dir}
+    settings = {
+        "ram_budget": arguments.ram_budget,
+        "codec": arguments.codec,
+        "cache_dir": arguments.cache_dir,
+        "enable_cache_hierarchy": False,
+    }
     if arguments.weights_share:
         with create_optimized_model(arguments.model, settings).memory_optimizer as optimizer:
             encoded = sum(use.encoded_bytes for use in optimizer.pager.usage())

@@ -66,7 +66,7 @@ def measure(bench_dir: Path) -> dict[str, float]:
     directory = bench_dir / "2B-4layers"
     if not (directory / "config.json").is_file():
         make_checkpoint("2B", directory, layers=4, vision_layers=4)
-    cache = {"cache_dir": bench_dir / "cache"}
+    cache = {"enable_cache_hierarchy": False, "cache_dir": bench_dir / "cache"}
     ours = create_optimized_model(directory, {"codec": "int8_rotated", **cache})
     plain = _plain(directory)
     times = {name: Times(model) for name, model in (("plain", plain), ("ours", ours))}

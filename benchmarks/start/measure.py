@@ -40,7 +40,13 @@ def main() -> None:
 
     end_stage("import")
     model = create_optimized_model(
-        arguments.model, {"ram_budget": arguments.ram_budget, "codec": "int8", "cache_dir": arguments.cache_dir}
+        arguments.model,
+        {
+            "ram_budget": arguments.ram_budget,
+            "codec": "int8",
+            "cache_dir": arguments.cache_dir,
+            "enable_cache_hierarchy": False,
+        },
     )
     end_stage("load")
     optimizer = model.memory_optimizer

@@ -34,7 +34,12 @@ def main() -> None:
 
     model = create_optimized_model(
         arguments.model,
-        {"ram_budget": arguments.ram_budget, "codec": arguments.codec, "cache_dir": arguments.cache_dir},
+        {
+            "ram_budget": arguments.ram_budget,
+            "codec": arguments.codec,
+            "cache_dir": arguments.cache_dir,
+            "enable_cache_hierarchy": False,  # every run computes
+        },
     )
     optimizer = model.memory_optimizer
     stats = optimizer.pager.stats

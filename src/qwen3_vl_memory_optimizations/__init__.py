@@ -23,6 +23,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .cache import CPUCache, GPUCache, HierarchicalCacheSystem, SSDCache
     from .compression import (
         CompressionMethodSelector,
         FP16QuantizationCompressor,
@@ -42,8 +43,11 @@ if TYPE_CHECKING:
 # torch takes seconds to import; the command line and `--help` do without it.
 _LAZY = {
     "AdvancedMemoryPool": ".pools",
+    "CPUCache": ".cache",
     "CompressionMethodSelector": ".compression",
     "FP16QuantizationCompressor": ".compression",
+    "GPUCache": ".cache",
+    "HierarchicalCacheSystem": ".cache",
     "INT8QuantizationCompressor": ".compression",
     "ManagedTensor": ".paging",
     "MemoryCompressionManager": ".compression",
@@ -52,6 +56,7 @@ _LAZY = {
     "OptimizedTextDecoder": ".integration",
     "OptimizedVisionEncoder": ".integration",
     "OptimizedVisionLanguageModel": ".integration",
+    "SSDCache": ".cache",
     "SVDDecompositionCompressor": ".compression",
     "SparseCompressionCompressor": ".compression",
     "calculate_metrics": ".evaluation",
@@ -61,12 +66,15 @@ _LAZY = {
 
 __all__ = [
     "AdvancedMemoryPool",
+    "CPUCache",
     "CheckpointError",
     "CodecError",
     "CompressionMethodSelector",
     "ConfigurationError",
     "CorruptDataError",
     "FP16QuantizationCompressor",
+    "GPUCache",
+    "HierarchicalCacheSystem",
     "INT8QuantizationCompressor",
     "InputError",
     "InsufficientDiskSpaceError",
@@ -79,6 +87,7 @@ __all__ = [
     "OptimizedTextDecoder",
     "OptimizedVisionEncoder",
     "OptimizedVisionLanguageModel",
+    "SSDCache",
     "SVDDecompositionCompressor",
     "ShortIOError",
     "SparseCompressionCompressor",

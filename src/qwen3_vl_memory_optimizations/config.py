@@ -1,7 +1,8 @@
 """`MemoryConfig`: every setting of the memory system, checked once, where it enters.
 
 Keys and defaults follow sections 4.1 and 5.2 of the specification; `ram_budget`, `tensor_budget`, `gpu_budget`,
-`cache_dir`, `codec`, `swap_algorithm`, `image_policy` and `fused_modules` are this library's own.
+`cache_dir`, `private`, `reuse_codec`, `prefix_reuse`, `codec`, `kv_codec`, `swap_algorithm`, `image_policy` and
+`fused_modules` are this library's own.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ _CHOICES = {
     "swap_algorithm": SWAP_ALGORITHMS,
     "image_policy": IMAGE_POLICIES,
     "fused_modules": ("auto", "on", "off"),
+    "kv_codec": ("none", "int8", "int4"),
+    "reuse_codec": ("lossless", "int8"),
+    "prefix_reuse": ("auto", "on", "off"),
 }
 
 
@@ -86,11 +90,22 @@ class MemoryConfig:
             but the machine's.
         tensor_budget: the most the managed tensors and their workspace may use; for embedding in a larger application.
         gpu_budget: the most device memory; without a GPU it has no effect.
-        cache_dir: where packed checkpoints lie; default `$QWEN3VL_MEM_CACHE`, else `~/.cache/qwen3vl-mem`.
+        cache_dir: where packed checkpoints and cached results lie; default `$QWEN3VL_MEM_CACHE`, else
+            `~/.cache/qwen3vl-mem`.
         codec: how large weights are stored: `auto` chooses for each by measurement (`planning.make_plan`), `none` keeps
             them as they are; else the name of a codec that is registered when the weights are loaded or packed.
+        kv_codec: how keys and values are stored, all but the newest: `none` as they are, `int8` in half of 16 bits,
+            `int4` in a quarter.
         fused_modules: decoder layers with fewer and larger operations (`model.fused`): `auto` is `on` where weights are
             encoded with loss; with `off`, results of codec `none` are those of transformers bit by bit.
+        private: nothing that follows from prompts or images is written to the disk: no `l3` cache. (The swap file has
+            no name, and is gone with the process.)
+        reuse_codec: the form of cached results: `lossless`, or `int8` for half the bytes.
+        prefix_reuse: `generate` begins behind the longest beginning of the prompt that it computed before: `auto` is
+            `on` where weights are encoded with loss; a prompt in two pieces is rounded differently from one in one.
+        enable_cache_hierarchy: image features and prefixes of prompts are kept and used again.
+        l1_cache_size, l2_cache_size, l3_cache_size: the most that cached results take on the GPU, in RAM (out of the
+            budget, where nothing else needs it) and on the SSD.
         enable_memory_pooling: page frames and blocks are reused instead of returned to the system at once.
         enable_compression: with `False`, `codec="auto"` means `"none"`.
         enable_int8_quantization, enable_sparse_compression: with `False`, `codec="auto"` does not choose these.
@@ -126,7 +141,11 @@ class MemoryConfig:
     tensor_budget: int | None = None
     gpu_budget: int | None = None
     cache_dir: Path | None = None
+    private: bool = False
+    reuse_codec: str = "lossless"
+    prefix_reuse: str = "auto"
     codec: str = "auto"
+    kv_codec: str = "none"
     swap_algorithm: str = "predictive"
     image_policy: str = "downsize"
     fused_modules: str = "auto"
@@ -156,10 +175,19 @@ class MemoryConfig:
         return cls(**settings)
 
     @property
+    def base_dir(self) -> Path:
+        """Where all that is kept on the disk lies."""
+        return self.cache_dir or Path(os.environ.get("QWEN3VL_MEM_CACHE") or Path.home() / ".cache" / "qwen3vl-mem")
+
+    @property
     def packed_dir(self) -> Path:
         """Where packed checkpoints are kept."""
-        base = self.cache_dir or Path(os.environ.get("QWEN3VL_MEM_CACHE") or Path.home() / ".cache" / "qwen3vl-mem")
-        return base / "packed"
+        return self.base_dir / "packed"
+
+    @property
+    def reuse_dir(self) -> Path:
+        """Where cached results are kept."""
+        return self.base_dir / "reuse"
 
     def weight_codec(self) -> str:
         """Return the codec for the large weights of a checkpoint: `auto` where each gets its own, by measurement."""
@@ -171,6 +199,11 @@ class MemoryConfig:
         if codec != "auto":
             return codec
         return "int8_rotated" if self.enable_int8_quantization else "none"
+
+    def reuses_prefixes(self) -> bool:
+        """Return whether beginnings of prompts are reused, with `auto` and the switches resolved."""
+        wanted = self.prefix_reuse == "on" or (self.prefix_reuse == "auto" and self.weight_codec() != "none")
+        return wanted and self.enable_cache_hierarchy
 
     def fuses_modules(self) -> bool:
         """Return whether decoder layers are fused, with `auto` resolved."""

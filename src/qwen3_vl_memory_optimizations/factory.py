@@ -21,10 +21,14 @@ from .errors import CheckpointError, ConfigurationError, MemoryBudgetExceeded, f
 from .model.activations import FIXED_RESERVE_BYTES, reserve_before_forwards
 from .model.assisted import ASSISTANT, attach_draft, require_draft
 from .model.fused import fuse_layers
+from .model.identity import ModelIdentity
 from .model.import_files import ImportFiles
+from .model.kv_generate import attach_kv_cache
 from .model.loading import WeightLoader
 from .model.packing import Progress, packed_directory
+from .model.prefix_reuse import attach_prefix_reuse
 from .model.skeleton import build_skeleton, compute_dtype, compute_dtype_of, skeleton_of
+from .model.vision_reuse import attach_vision_reuse
 from .optimizer import MemoryOptimizer
 from .paging import PAGE_BYTES
 from .planning import pack_model
@@ -293,12 +297,23 @@ def _finish(source: _Source, draft: Any, optimizer: MemoryOptimizer) -> Any:
     for each in (model,) if draft is None else (model, draft):
         if optimizer.config.fuses_modules():
             fuse_layers(each)
+        attach_kv_cache(each, optimizer.config.kv_codec, optimizer.pager)
         if limited:
             reserve_before_forwards(each, optimizer, source.dtype.itemsize, lowers=each is model)
         each.eval()
         each.memory_optimizer = optimizer
     optimizer.pager.refit()
     optimizer.pager.read_ahead(source.order)
+    if optimizer.cache is not None:
+        identity = ModelIdentity(model, optimizer.pager, optimizer.config, source.checkpoint)
+        vision = attach_vision_reuse(model, optimizer.cache, identity)
+        if optimizer.config.reuses_prefixes():
+
+            def reserve(n_bytes: int) -> None:
+                optimizer.reserve_activations(max(n_bytes, optimizer.pager.ledger.held_bytes("activations")))
+
+            kv_form = optimizer.config.kv_codec
+            attach_prefix_reuse(model, optimizer.cache, identity, vision, reserve, kv_form)
     if draft is not None:
         attach_draft(model, draft)
     return model

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .cache import HierarchicalCacheSystem, LedgerBudget
 from .compression import RawCodec, create_codec
 from .config import MemoryConfig
 from .errors import ConfigurationError, MemoryBudgetExceeded, format_bytes
@@ -38,6 +39,7 @@ class MemoryOptimizer:
         hardware: the machine.
         pager: moves the bytes.
         pool: address ranges of runtime tensors.
+        cache: results that are used again; `None` where `enable_cache_hierarchy` is off.
 
     Raises:
         ConfigurationError: an unknown key or a bad value.
@@ -61,6 +63,11 @@ class MemoryOptimizer:
         budget = self.config.ram_budget
         self._accounts = None if budget is None else ProcessAccounts(self.pager, budget, self.baseline_bytes)
         self.pool = AdvancedMemoryPool(self.config.memory_pool_size)
+        self.cache: HierarchicalCacheSystem | None = None
+        if self.config.enable_cache_hierarchy:
+            self.cache = HierarchicalCacheSystem(self.config, budget=LedgerBudget(self.pager))
+            if self._accounts is None:  # else it makes room before each forward
+                self.pager.on_pass = self.cache.make_room
         self._ids = itertools.count()
         self._sessions = 0
         self._session_lock = threading.Lock()
@@ -105,6 +112,8 @@ class MemoryOptimizer:
         codec = RawCodec()
         segment = codec.segments(extents, dtype)[0]
         pool = self.pool.pools[tensor_type]
+        if self.cache is not None:
+            self.cache.make_room(segment.n_bytes)
         with self.pager.exclusive():
             address = pool.allocate(segment.n_bytes)
         try:
@@ -180,6 +189,8 @@ class MemoryOptimizer:
             MemoryBudgetExceeded: it does not fit beside what the weights need at least.
         """
         if self._accounts is not None:
+            if self.cache is not None:
+                self.cache.make_room(n_bytes - self.pager.ledger.held_bytes("activations"))
             self._accounts.reserve_activations(n_bytes)
 
     def free_for_activations(self) -> int | None:
@@ -198,7 +209,10 @@ class MemoryOptimizer:
     # --- figures ----------------------------------------------------------------------------------------------------
 
     def get_memory_efficiency_stats(self) -> dict[str, Any]:
-        """Return what is held where, and what happened: `budget`, `paging`, `tiers`, `pools`, `kinds`, `codecs`."""
+        """Return what is held where, and what happened.
+
+        The keys: `budget`, `paging`, `tiers`, `pools`, `kinds`, `codecs`, `cache`, `sessions_open`.
+        """
         memory = process_memory()
         pager, ledger = self.pager, self.pager.ledger
         kinds: dict[str, dict[str, int]] = {}
@@ -233,13 +247,20 @@ class MemoryOptimizer:
             "pools": self.pool.stats() if self.config.enable_memory_pooling else {},
             "kinds": kinds,
             "codecs": codecs,
+            "cache": None if self.cache is None else self.cache.stats(),
             "sessions_open": self._sessions,
         }
+
+    def get_cache_hit_rate(self) -> float | None:
+        """Return the share of look-ups that some level of the cache answered; `None` before the first."""
+        return None if self.cache is None else self.cache.stats()["hit_rate"]
 
     # --- end --------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Stop the I/O threads, remove the swap file, return the memory. Managed tensors are unusable afterwards."""
+        if self.cache is not None:
+            self.cache.close()
         if self.pager.close():
             self.pool.close()
 

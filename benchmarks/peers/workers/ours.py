@@ -16,6 +16,7 @@ def load(request: Request):
         "codec": request.variant,
         "cache_dir": str(request.layout.cache),
         "ram_budget": request.limit or None,
+        "enable_cache_hierarchy": False,  # every run computes, and no image comes from the run before
     }
     model = create_optimized_model(str(request.layout.checkpoint(request.shape)), settings)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
-from . import demo, doctor, evaluate, generate, pack
+from . import cache, demo, doctor, evaluate, generate, pack
 from ._output import CommandGroup
 
 __all__ = ["app", "main"]
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 for command in (demo.demo, generate.generate, pack.pack, evaluate.evaluate, doctor.doctor):
     app.command()(command)
+app.add_typer(cache.app)
 
 
 def main() -> None:

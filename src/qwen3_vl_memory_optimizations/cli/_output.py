@@ -61,7 +61,7 @@ CacheDirOption = Annotated[
     typer.Option(
         "--cache-dir",
         metavar="DIR",
-        help="Where packed checkpoints lie. (default: $QWEN3VL_MEM_CACHE, or ~/.cache/qwen3vl-mem)",
+        help="Where packed checkpoints and cached results lie. (default: $QWEN3VL_MEM_CACHE, or ~/.cache/qwen3vl-mem)",
     ),
 ]
 

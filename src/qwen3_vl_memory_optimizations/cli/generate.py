@@ -64,6 +64,9 @@ def generate(
             "--assistant", metavar="MODEL", help="A smaller model that drafts tokens, within the same budget."
         ),
     ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Keep nothing of the image and the prompt on the disk.")
+    ] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Show speed and memory at the end (on stderr).")] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -87,7 +90,7 @@ def generate(
     if assistant and prompt_lookup:
         raise ConfigurationError("--assistant and --prompt-lookup both propose tokens: give one of them")
     budgets = {"ram_budget": ram_budget, "tensor_budget": tensor_budget}
-    settings = {"codec": codec, "cache_dir": cache_dir, "image_policy": image_policy}
+    settings = {"codec": codec, "cache_dir": cache_dir, "image_policy": image_policy, "private": private}
     config = MemoryConfig.from_mapping({**budgets, **settings})
 
     from .. import create_optimized_model

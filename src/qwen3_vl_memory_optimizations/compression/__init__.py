@@ -5,6 +5,7 @@ from .fp16 import FP16Codec
 from .int4 import INT4Codec
 from .int8 import INT8Codec
 from .kernels import KernelSelector
+from .kv import KV_CODECS, KVBlock, KVCodec, Partial, attend_plain, create_kv_codec, merge
 from .manager import (
     CompressedTensor,
     FP16QuantizationCompressor,
@@ -33,9 +34,13 @@ __all__ = [
     "INT4Codec",
     "INT8Codec",
     "INT8QuantizationCompressor",
+    "KVBlock",
+    "KVCodec",
+    "KV_CODECS",
     "KernelSelector",
     "LinearInput",
     "MemoryCompressionManager",
+    "Partial",
     "ROW_MULTIPLE",
     "RawCodec",
     "RotatedINT8Codec",
@@ -48,9 +53,12 @@ __all__ = [
     "SparseCompressionCompressor",
     "TOLERANCES",
     "TensorCompressor",
+    "attend_plain",
     "codec_names",
     "columns_of",
     "create_codec",
+    "create_kv_codec",
     "measure_codec_speeds",
+    "merge",
     "register_codec",
 ]

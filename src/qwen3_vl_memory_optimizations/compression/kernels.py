@@ -11,8 +11,11 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
+
+_Result = TypeVar("_Result")
 
 _LEAST_RUNS, _MOST_RUNS, _ENOUGH_S = 3, 20, 0.02
 _FIRST_RETRY, _WORTH_A_RETRY = 8, 4.0
@@ -68,9 +71,7 @@ class KernelSelector:
         choice.calls += 1
         return choice.name
 
-    def run(
-        self, key: Hashable, candidates: Mapping[str, Callable[[], torch.Tensor]], work: float = 1.0
-    ) -> torch.Tensor:
+    def run(self, key: Hashable, candidates: Mapping[str, Callable[[], _Result]], work: float = 1.0) -> _Result:
         """Run the kernel chosen for `key`, or, while none is, the candidate that was timed least.
 
         Args:
@@ -94,8 +95,8 @@ class KernelSelector:
         return self._timed(choice, close[choice.calls.bit_length() % len(close)], candidates, work)
 
     def _timed(
-        self, choice: KernelChoice, name: str, candidates: Mapping[str, Callable[[], torch.Tensor]], work: float
-    ) -> torch.Tensor:
+        self, choice: KernelChoice, name: str, candidates: Mapping[str, Callable[[], _Result]], work: float
+    ) -> _Result:
         start = self._timer()
         result = candidates[name]()
         seconds = self._timer() - start

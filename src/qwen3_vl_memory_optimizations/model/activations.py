@@ -20,7 +20,7 @@ _LAYERS_A_TRIM = 4
 
 
 def estimate_activation_bytes(
-    config: Any, *, tokens: int, logit_rows: int, patches: int, cached_tokens: int, itemsize: int
+    config: Any, *, tokens: int, logit_rows: int, patches: int, cached_tokens: int, itemsize: int, block_tokens: int = 0
 ) -> int:
     """Estimate the peak of transient memory of one forward.
 
@@ -31,6 +31,7 @@ def estimate_activation_bytes(
         patches: rows of the vision tower.
         cached_tokens: positions in the KV cache, over the whole batch.
         itemsize: bytes of an activation.
+        block_tokens: of the KV cache, where it accounts for itself: nothing of it is copied but a block and its tail.
     """
     text = config.get_text_config()
     hidden, inner = text.hidden_size, getattr(text, "intermediate_size", 4 * text.hidden_size)
@@ -41,7 +42,9 @@ def estimate_activation_bytes(
     kv_heads = getattr(text, "num_key_value_heads", heads)
     kv_bytes = 2 * text.num_hidden_layers * kv_heads * head_dim * itemsize
     # New keys and values stay; one layer's are copied when they are appended, and repeated for its heads.
-    peak += tokens * kv_bytes + (tokens + cached_tokens) * head_dim * itemsize * 2 * (2 * heads + kv_heads)
+    kept_bytes = 0 if block_tokens else tokens * kv_bytes
+    copied_tokens = tokens + (min(cached_tokens, 2 * block_tokens) if block_tokens else cached_tokens)
+    peak += kept_bytes + copied_tokens * head_dim * itemsize * 2 * (2 * heads + kv_heads)
     peak += tokens * (tokens + cached_tokens) * (itemsize + 1)
     vision = getattr(config, "vision_config", None)
     if vision is not None and patches:
@@ -75,6 +78,7 @@ def forward_size(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
         "logit_rows": batch * rows,
         "patches": patches,
         "cached_tokens": batch * cached,
+        "block_tokens": batch * int(getattr(cache, "block_tokens", 0)),
     }
 
 

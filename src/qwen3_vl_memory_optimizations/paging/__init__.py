@@ -1,6 +1,7 @@
 """Managed tensors, their residency, the budget, and the only module that moves bytes."""
 
 from .accounts import ProcessAccounts
+from .blocks import Account, Block, BlockSpace
 from .entry import PAGE_BYTES, FileSource, Page, PageState, TensorEntry, alias_memory
 from .joined import JoinedEntries, join
 from .ledger import PROCESS, TENSORS, Ledger
@@ -10,6 +11,9 @@ from .residency import READ_AHEAD_BYTES
 from .stats import PagingStats
 
 __all__ = [
+    "Account",
+    "Block",
+    "BlockSpace",
     "PAGE_BYTES",
     "PROCESS",
     "READ_AHEAD_BYTES",

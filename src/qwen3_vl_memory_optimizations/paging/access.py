@@ -170,9 +170,59 @@ class Access:
                     self._mover.evict(page)
             self._release(entry)
 
+    def pin_all(self, entries: Sequence[TensorEntry], read_ahead: Callable[[], None]) -> None:
+        """Make runtime tensors resident and pin them.
+
+        Args:
+            entries: in the order of their use.
+            read_ahead: starts the reads of those that are missing, and of what is used next.
+
+        Raises:
+            MemoryBudgetExceeded: they do not fit beside what is pinned; nothing is pinned.
+        """
+        with self._lock:
+            pinned: list[Page] = []
+
+            def pin(page: Page) -> None:
+                page.pins += 1
+                pinned.append(page)
+                self._mover.touch(page)
+
+            try:
+                for entry in entries:
+                    self._begin(entry)
+                    for page in entry.pages:
+                        if page.resident:
+                            pin(page)
+                read_ahead()
+                held = set(map(id, pinned))
+                for page in (page for entry in entries for page in entry.pages if id(page) not in held):
+                    self._await(page)
+                    pin(page)
+            except BaseException:
+                for page in pinned:
+                    page.pins -= 1
+                self._changed.notify_all()
+                raise
+            self._enter()
+
+    def unpin_all(self, entries: Sequence[TensorEntry], read_ahead: Callable[[], None]) -> None:
+        """Undo one `pin_all`, then call `read_ahead`; never waits."""
+        with self._lock:
+            self._leave()
+            for entry in entries:
+                for page in entry.pages:
+                    page.pins -= 1
+                if entry.freed:
+                    self._release(entry)
+                else:
+                    self._residency.used_in_cycle(entry)
+            read_ahead()
+
     def mark_dirty(self, entry: TensorEntry) -> None:
         """Note that a pinned tensor was written to: its source no longer holds it."""
         with self._lock:
+            entry.writes += 1
             for page in entry.pages:
                 page.dirty = True
                 self._mover.forget_swapped(page)

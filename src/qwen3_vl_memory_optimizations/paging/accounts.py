@@ -79,7 +79,7 @@ class ProcessAccounts:
 
     def _unmanaged_bytes(self) -> int:
         ledger = self._pager.ledger
-        counted = sum(ledger.held_bytes(owner) for owner in ("small weights", "workspace"))
+        counted = sum(ledger.held_bytes(owner) for owner in ("small weights", "workspace", "kv_cache", "cache"))
         return max(0, rss_bytes() - self._pager.touched_bytes - counted)
 
     def _system_bytes(self) -> int:

@@ -115,6 +115,9 @@ class TensorEntry:
         paged: dtype and shape of the paged segment.
         resident: the other segments, by name; those in the attribute `shared` belong to all rows.
         rows_per_page: rows a page (weights), or `None`: pages of `page_bytes` whatever the rows.
+
+    Attributes:
+        writes: how often it was written to, as far as that is told: not what views of it write.
     """
 
     def __init__(
@@ -141,6 +144,7 @@ class TensorEntry:
         step = (rows_per_page * columns * paged_dtype.itemsize) if rows_per_page else page_bytes
         self.pages = self._cut(step)
         self.missing = len(self.pages)
+        self.writes = 0
         self.freed = False
         self.on_released: Callable[[], None] | None = None
         self.joined: JoinedEntries | None = None
@@ -160,6 +164,17 @@ class TensorEntry:
             frames_stop = -(-high // FRAME_BYTES) * FRAME_BYTES if high == end else high // FRAME_BYTES * FRAME_BYTES
             pages.append(Page(self, index, start, stop, frames_start, max(frames_start, frames_stop)))
         return pages
+
+    @property
+    def frames_bytes(self) -> int:
+        """Size of all its frames, those between pages included."""
+        start, end = self.address, self.address + self.n_bytes
+        return -(-end // FRAME_BYTES) * FRAME_BYTES - start // FRAME_BYTES * FRAME_BYTES
+
+    @property
+    def aliased(self) -> bool:
+        """Whether views of it were handed out that may have written to it."""
+        return any(page.aliased for page in self.pages)
 
     def shared_frames(self) -> list[int]:
         """Return the addresses of frames between pages that belong to none of them."""

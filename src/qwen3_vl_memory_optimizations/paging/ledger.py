@@ -42,11 +42,15 @@ class Ledger:
 
     def frames_limit_bytes(self) -> int:
         """Return what is left for page frames under both limits."""
+        return max(0, self._left_bytes())
+
+    def _left_bytes(self) -> int:
+        """What the accounts leave; negative where they hold more than a limit."""
         tensors = sum(self._accounts[TENSORS].values())
         process = sum(self._accounts[PROCESS].values())
         of_tensors = _UNLIMITED if self.tensor_budget_bytes is None else self.tensor_budget_bytes - tensors
         of_process = _UNLIMITED if self.ram_budget_bytes is None else self.ram_budget_bytes - tensors - process
-        return max(0, min(of_tensors, of_process))
+        return min(of_tensors, of_process)
 
     def most_bytes(self, owner: str) -> int:
         """Return the most that an owner could hold, if page frames shrank to what they need."""
@@ -60,7 +64,7 @@ class Ledger:
         """
         before = self._accounts[scope].get(owner, 0)
         self._accounts[scope][owner] = n_bytes
-        left = self.frames_limit_bytes()
+        left = self._left_bytes()
         if n_bytes > before and left < self.frames_floor_bytes:
             self._accounts[scope][owner] = before
             available = max(0, n_bytes - (self.frames_floor_bytes - left))

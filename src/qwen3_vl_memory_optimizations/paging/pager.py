@@ -32,7 +32,7 @@ from ..storage import BACKGROUND, PREFETCH, SwapFile
 from .access import Access
 from .entry import PAGE_BYTES, PageState, TensorEntry
 from .finalizers import FinalizerQueue
-from .ledger import PROCESS, Ledger
+from .ledger import PROCESS, TENSORS, Ledger
 from .moves import PageMover
 from .residency import Residency
 from .room import Room
@@ -191,6 +191,8 @@ class Pager:
             entry.freed = True
             if entry.kind == "weights":
                 self._residency.remove(entry)
+            else:
+                self._residency.forget(entry)
             entry.on_released = then or entry.on_released
             self._release_freed(entry)
 
@@ -262,6 +264,25 @@ class Pager:
                     self._room.undo_refit()
                     raise
 
+    def spare_bytes(self) -> int:
+        """Return what of the budget is left when all managed tensors are in memory; negative where they do not fit."""
+        with self._lock:
+            self._finalizers.run()
+            return self.ledger.frames_limit_bytes() - sum(entry.frames_bytes for entry in self.entries.values())
+
+    def lend(self, owner: str, n_bytes: int) -> bool:
+        """Add to what an owner holds, if all managed tensors still fit beside it; or, below zero, take it back.
+
+        Returns:
+            Whether it was added. Nothing leaves memory for it.
+        """
+        with self._lock:
+            if n_bytes > 0 and n_bytes > self.spare_bytes():
+                return False
+            self.ledger.add(owner, n_bytes)
+            self.refit()
+            return True
+
     def refit(self) -> None:
         """Bring the frames under the limit that the ledger now leaves."""
         with self._lock:
@@ -311,18 +332,33 @@ class Pager:
         scratch = getattr(self._local, "scratch", None)
         if scratch is None:
             slot_bytes = max(_LEAST_SCRATCH_BYTES, min(4 * PAGE_BYTES, self.frames.limit_bytes // 16))
-            scratch = self._local.scratch = Scratch(self._debit_workspace, slot_bytes)
+            scratch = self._local.scratch = Scratch(lambda n_bytes: self.debit("workspace", n_bytes), slot_bytes)
         return scratch
 
-    def _debit_workspace(self, n_bytes: int) -> None:
+    def debit(self, owner: str, n_bytes: int, scope: str = TENSORS) -> None:
+        """Add to what an owner holds beside pages (or subtract), before the memory is taken; pages leave for it.
+
+        Args:
+            owner: the account.
+            n_bytes: what comes or, negative, goes.
+            scope: `TENSORS`, or `PROCESS` for what is no managed tensor.
+
+        Raises:
+            MemoryBudgetExceeded: it does not fit beside what is pinned; nothing was changed.
+        """
         with self._lock:
-            self.ledger.add("workspace", n_bytes)
+            self._finalizers.run()
+            self.ledger.add(owner, n_bytes, scope)
             try:
                 self.refit()
             except BaseException:
-                self.ledger.add("workspace", -n_bytes)
+                self.ledger.add(owner, -n_bytes, scope)
                 self._room.undo_refit()
                 raise
+
+    def debit_later(self, owner: str, n_bytes: int, scope: str = TENSORS) -> None:
+        """Do what `debit` does with fewer bytes, as a finalizer has to (see `free_later`)."""
+        self._finalizers.add(lambda: self.ledger.add(owner, n_bytes, scope))
 
     def linear(self, entry: TensorEntry, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return `x @ W.T + bias`, computed on the encoded form, rows of W as they become resident."""
@@ -408,6 +444,25 @@ class Pager:
     def unpin_later(self, entry: TensorEntry) -> None:
         """Undo one `pin`, as a finalizer has to (see `free_later`)."""
         self._finalizers.add(lambda: self._access.unpin(entry))
+
+    def hold(self, entries: Sequence[TensorEntry], upcoming: Sequence[TensorEntry], ahead_bytes: int) -> None:
+        """Pin runtime tensors that are used in a cycle, and read ahead those that are used next.
+
+        Args:
+            entries: they are pinned, in memory.
+            upcoming: in the order of their use.
+            ahead_bytes: how much of `upcoming` may wait in memory before it is used.
+
+        Raises:
+            MemoryBudgetExceeded: they do not fit beside what is pinned; nothing is pinned.
+        """
+        wanted = [*entries, *upcoming]
+        ahead_bytes += sum(entry.n_bytes for entry in entries)
+        self._access.pin_all(entries, lambda: self._residency.read_cycle_ahead(wanted, ahead_bytes))
+
+    def let_go(self, entries: Sequence[TensorEntry], upcoming: Sequence[TensorEntry], ahead_bytes: int) -> None:
+        """Undo one `hold`, and go on to read ahead into the room that this leaves."""
+        self._access.unpin_all(entries, lambda: self._residency.read_cycle_ahead(upcoming, ahead_bytes))
 
     def mark_dirty(self, entry: TensorEntry) -> None:
         """Note that a pinned tensor was written to: its source no longer holds it."""

@@ -46,6 +46,7 @@ class Residency:
         self._plan_state: tuple[object, ...] = ()
         self._current: TensorEntry | None = None
         self._next_page = 0
+        self._cycle: dict[Page, None] = {}  # pages of tensors that are used in a cycle, by last use
 
     def add(self, entry: TensorEntry) -> None:
         """Expect a weight to be used, after those that were added before."""
@@ -208,6 +209,51 @@ class Residency:
                     if page.unused and not page.kept:
                         self._mover.evict(page)
 
+    def read_cycle_ahead(self, upcoming: Sequence[TensorEntry], ahead_bytes: int) -> None:
+        """Start reads for runtime tensors that are used in a cycle, in the order of their use.
+
+        Args:
+            upcoming: what is used next.
+            ahead_bytes: how much of it may be in memory unused, or on its way there.
+        """
+        for page in (page for entry in upcoming for page in entry.pages):
+            away = page.state is PageState.SWAPPED
+            if away or page.unused or page.state is PageState.LOADING:
+                ahead_bytes -= page.n_bytes
+            if away and page.error is None:
+                if ahead_bytes < 0 or not self._make_room_in_cycle(page):
+                    return
+                self._mover.load(page, PREFETCH)
+
+    def used_in_cycle(self, entry: TensorEntry) -> None:
+        """Note that a runtime tensor was used which will be again after all others of its cycle."""
+        for page in entry.pages:
+            self._cycle.pop(page, None)
+            self._cycle[page] = None
+
+    def forget(self, entry: TensorEntry) -> None:
+        """Expect a runtime tensor no more."""
+        for page in entry.pages:
+            self._cycle.pop(page, None)
+
+    def _make_room_in_cycle(self, wanted: Page) -> bool:
+        """Make room by dropping what was used last: in a cycle it is needed again last."""
+        if self._mover.closed:
+            return False
+        while wanted.n_bytes > self._frames.available_bytes + self._mover.leaving_bytes:
+            page = next((page for page in reversed(self._cycle) if not (page.pins or page.awaited)), None)
+            if page is None:
+                return False
+            del self._cycle[page]
+            self._mover.evict(page)
+        if wanted.n_bytes > self._frames.available_bytes:
+            return False
+        try:
+            self._mover.announce(wanted.n_bytes)
+        except MemoryBudgetExceeded:
+            return False  # whoever needs the page will be told
+        return wanted.state is PageState.SWAPPED and wanted.n_bytes <= self._frames.available_bytes
+
     # --- what leaves ------------------------------------------------------------------------------------------------
 
     def victims(self) -> list[Page]:
@@ -217,7 +263,7 @@ class Residency:
 
         def rank(page: Page) -> tuple[int, int]:
             if page.entry.kind != "weights":
-                return (1, page.last_access)
+                return (1, -page.last_access if page in self._cycle else page.last_access)
             distance = distances.get(page.entry.tensor_id, never)
             if not page.kept and not page.unused:
                 return (0, -distance)

@@ -1,6 +1,7 @@
 """Access history -> next use. Pure: fed events, asked questions; no I/O, no lock, no clock."""
 
 from .residency import choose_kept
+from .reuse import UseCounts, choose_victims, worth
 from .schedule import PassSchedule
 
-__all__ = ["PassSchedule", "choose_kept"]
+__all__ = ["PassSchedule", "UseCounts", "choose_kept", "choose_victims", "worth"]

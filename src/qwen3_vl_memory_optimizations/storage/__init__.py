@@ -1,7 +1,8 @@
-"""Bytes and the SSD: direct I/O, checkpoints in safetensors files, the packed checkpoint, the swap file."""
+"""Bytes and the SSD: direct I/O, checkpoints in safetensors files, the packed checkpoint, the swap file, entries."""
 
 from .checkpoint import Checkpoint
 from .checksums import PageChecksums, page_count
+from .content_store import ContentStore, Facts, Index, LoadedEntry, StoredEntry
 from .direct_io import BLOCK_BYTES, AlignedBuffer, DirectFile
 from .io_queue import BACKGROUND, DEMAND, PREFETCH, IOQueue, Ticket
 from .packed import PackedEntry, PackedLayout, PackedWriter, pack_lock
@@ -16,13 +17,18 @@ __all__ = [
     "PREFETCH",
     "AlignedBuffer",
     "Checkpoint",
+    "ContentStore",
     "DirectFile",
+    "Facts",
     "IOQueue",
+    "Index",
+    "LoadedEntry",
     "PackedEntry",
     "PackedLayout",
     "PackedWriter",
     "PageChecksums",
     "SafetensorsHeader",
+    "StoredEntry",
     "SwapFile",
     "TensorExtent",
     "Ticket",

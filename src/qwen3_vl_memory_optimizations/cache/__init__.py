@@ -1,0 +1,22 @@
+"""Content-addressed reuse (specification 2.2): what was computed once is looked up in memory or on the SSD."""
+
+from .budget import CacheBudget, LedgerBudget
+from .digests import digest, digest_of_tensor
+from .item import CacheItem
+from .memory import CPUCache, GPUCache
+from .ssd import SSDCache
+from .stats import LevelStats
+from .system import HierarchicalCacheSystem
+
+__all__ = [
+    "CPUCache",
+    "CacheBudget",
+    "CacheItem",
+    "GPUCache",
+    "HierarchicalCacheSystem",
+    "LedgerBudget",
+    "LevelStats",
+    "SSDCache",
+    "digest",
+    "digest_of_tensor",
+]

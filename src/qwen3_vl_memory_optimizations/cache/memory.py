@@ -1,0 +1,247 @@
+"""`CPUCache` and `GPUCache`: levels in memory, bounded by their size and by the budget."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import ConfigurationError
+from ..prediction import choose_victims, worth
+from .budget import CacheBudget, Unlimited
+from .item import CODECS, LOSSLESS, CacheItem, EncodedItem, decode, encode
+from .stats import LevelStats
+
+MOST_SHARE = 4
+"""An entry takes at most one part in four of a level: a larger one would flush it."""
+_MOST_SHARE_OF_ROOM = 2
+
+
+@dataclass(slots=True)
+class _Held:
+    """An entry: its form, what it is worth, and what that follows from."""
+
+    encoded: EncodedItem
+    n_bytes: int
+    worth: float
+    saved_s: float
+    kind: str | None
+    reused: bool = False
+
+
+class CPUCache:
+    """Entries in memory.
+
+    Its lock is never held while the budget is asked: the budget has a lock of its own, and may call `shrink`.
+
+    Args:
+        size: the most bytes it holds.
+        budget: is debited for what it holds; without one, only `size` counts.
+        codec: `lossless`, or `int8` for floating-point tensors that lose less than 2 %.
+        on_evict: called with key, form, seconds saved and kind of what leaves for something else.
+
+    Raises:
+        ConfigurationError: an unknown codec.
+    """
+
+    level = "cpu"
+
+    def __init__(
+        self,
+        size: int = 2**30,
+        *,
+        budget: CacheBudget | None = None,
+        codec: str = LOSSLESS,
+        on_evict: Callable[[str, EncodedItem, float, str | None], None] | None = None,
+    ) -> None:
+        if codec not in CODECS:
+            raise ConfigurationError(f"codec: {codec!r} is not one of {', '.join(CODECS)}")
+        self.size_bytes = int(size)
+        self.codec = codec
+        self.on_evict = on_evict
+        self.counters = LevelStats()
+        self._budget = budget or Unlimited()
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[str, _Held] = OrderedDict()  # the least recently used first
+        self._used_bytes = 0
+        self._clock = 0.0
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes held."""
+        return self._used_bytes
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
+    def load(self, key: str, *, uses: int = 1, copy: bool = True) -> CacheItem | None:
+        """Return an entry, or `None`.
+
+        Args:
+            key: of the entry.
+            uses: how often it was asked for lately.
+            copy: in memory of its own; otherwise it may share memory with the cache, and is only to be read.
+        """
+        with self._lock:
+            held = self._entries.get(key)
+            if held is None:
+                self.counters.misses += 1
+                return None
+            self._entries.move_to_end(key)
+            held.worth = worth(self._clock, uses, held.saved_s, held.n_bytes)
+            self.counters.hits += 1
+            self.counters.hit_bytes += held.n_bytes
+            self.counters.reused += not held.reused
+            held.reused = True
+        return decode(held.encoded, copy=copy)
+
+    def store(self, key: str, item: CacheItem, *, saved_s: float, uses: int = 1, kind: str | None = None) -> bool:
+        """Keep an item, if it is worth more than what would have to leave for it; return whether it is kept.
+
+        Args:
+            key: of the entry.
+            item: is copied.
+            saved_s: what a hit is expected to save.
+            uses: how often it was asked for lately.
+            kind: what it is; `None`: it is to stay out of the levels below.
+        """
+        n_bytes = item.n_bytes
+        if key in self._entries:
+            return True
+        room = self._budget.room_bytes()
+        with self._lock:
+            limit = min(self.size_bytes, self._used_bytes + room)
+            fits = n_bytes <= self.size_bytes // MOST_SHARE and n_bytes <= limit // _MOST_SHARE_OF_ROOM
+            value = worth(self._clock, uses, saved_s, n_bytes)
+            leaving = self._choose(self._used_bytes + n_bytes - limit, value) if fits else None
+            if leaving is None:
+                self.counters.refused += 1
+                return False
+            self._used_bytes += n_bytes
+        self._let_go(leaving)
+        if not self._budget.take(n_bytes):
+            with self._lock:
+                self._used_bytes -= n_bytes
+                self.counters.refused += 1
+            return False
+        try:
+            encoded = encode(item, self.codec).owned()
+        except BaseException:
+            self._release(n_bytes)
+            raise
+        self._release(n_bytes - encoded.n_bytes)
+        self._insert(key, _Held(encoded, encoded.n_bytes, value, saved_s, kind))
+        return True
+
+    def _insert(self, key: str, held: _Held) -> None:
+        with self._lock:
+            twice = key in self._entries
+            if not twice:
+                self._entries[key] = held
+                self.counters.admitted += 1
+                self.counters.admitted_bytes += held.n_bytes
+        if twice:  # by another thread meanwhile
+            self._release(held.n_bytes)
+
+    def shrink(self, to_bytes: int) -> int:
+        """Let the least worth go until at most so much is held; return the bytes released."""
+        if self._used_bytes <= to_bytes:
+            return 0
+        with self._lock:
+            leaving = self._choose(self._used_bytes - to_bytes, None) or []
+        return self._let_go(leaving)
+
+    def fit(self, growth_bytes: int = 0) -> None:
+        """Give back what the budget needs: now, and for so much more that is about to be reserved."""
+        if self._used_bytes:
+            room = self._budget.room_bytes() - growth_bytes
+            if room < 0:
+                self.shrink(max(0, self._used_bytes + room))
+
+    def remove(self, key: str) -> None:
+        """Forget an entry."""
+        with self._lock:
+            held = self._entries.pop(key, None)
+        if held is not None:
+            self._release(held.n_bytes)
+
+    def clear(self) -> None:
+        """Forget all entries."""
+        with self._lock:
+            freed = sum(held.n_bytes for held in self._entries.values())
+            self._entries.clear()
+        self._release(freed)
+
+    def stats(self) -> dict[str, Any]:
+        """Return counters, bytes held and ratios."""
+        return self.counters.as_dict(entries=len(self), used_bytes=self._used_bytes, size_bytes=self.size_bytes)
+
+    def _choose(self, needed_bytes: int, value: float | None) -> list[tuple[str, _Held]] | None:
+        """Take out what leaves for something worth `value`; used under the lock."""
+        victims = choose_victims(
+            {key: (held.worth, held.n_bytes) for key, held in self._entries.items()} if needed_bytes > 0 else {},
+            needed_bytes,
+            value,
+        )
+        if victims is None:
+            return None
+        leaving = [(key, self._entries.pop(key)) for key in victims]
+        for _, held in leaving:
+            self._clock = max(self._clock, held.worth)
+            self.counters.evictions += 1
+            self.counters.evicted_bytes += held.n_bytes
+        return leaving
+
+    def _let_go(self, leaving: list[tuple[str, _Held]]) -> int:
+        freed = 0
+        for key, held in leaving:
+            freed += held.n_bytes
+            if self.on_evict is not None:
+                self.on_evict(key, held.encoded, held.saved_s, held.kind)
+            del held
+        leaving.clear()  # the memory goes before the budget is told
+        self._release(freed)
+        return freed
+
+    def _release(self, n_bytes: int) -> None:
+        if n_bytes:
+            with self._lock:
+                self._used_bytes -= n_bytes
+            self._budget.give(n_bytes)
+
+
+class GPUCache(CPUCache):
+    """Entries in the memory of a CUDA device; without one it is absent, and holds nothing.
+
+    Args:
+        size: the most bytes it holds.
+
+    Attributes:
+        available: whether there is a device.
+    """
+
+    level = "gpu"
+
+    def __init__(self, size: int = 512 * 2**20) -> None:
+        super().__init__(size)
+        self.available = torch.cuda.is_available()
+
+    def load(self, key: str, *, uses: int = 1, copy: bool = True) -> CacheItem | None:
+        """Return an entry on the device, or `None`."""
+        return super().load(key, uses=uses, copy=copy) if self.available else None
+
+    def store(self, key: str, item: CacheItem, *, saved_s: float, uses: int = 1, kind: str | None = None) -> bool:
+        """Keep an item whose tensors are on the device; nothing else comes here."""
+        on_device = all(tensor.is_cuda for tensor in item.tensors.values())
+        return self.available and on_device and super().store(key, item, saved_s=saved_s, uses=uses, kind=kind)
+
+    def stats(self) -> dict[str, Any]:
+        """Return counters, bytes held and ratios, and whether there is a device."""
+        return {"available": self.available, **super().stats()}

@@ -1,0 +1,285 @@
+"""`HierarchicalCacheSystem`: the levels, and what moves between them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import MemoryConfig
+from ..prediction import UseCounts
+from .budget import CacheBudget
+from .flights import Flights
+from .item import CacheItem, EncodedItem
+from .memory import CPUCache, GPUCache
+from .ssd import SSDCache
+
+_NEW_SHARE = 0.3
+_CHEAPER = 0.9
+"""A read must be predicted to take less than this part of computing: predictions are not exact."""
+
+
+class HierarchicalCacheSystem:
+    """Content-addressed entries in GPU memory, RAM and on the SSD.
+
+    What is computed goes to memory and to the SSD, each by its own admission; what is found on the SSD moves up to
+    memory if it is worth that by now; what leaves memory moves down if it is not there. An entry on the SSD is read
+    only if that is predicted to take less time than computing it again.
+
+    Args:
+        config: sizes, switches, private mode and directory.
+        budget: what the memory comes out of.
+        directory: of the SSD level, where it is not that of the configuration.
+        timer: a monotonic clock in seconds.
+
+    Attributes:
+        l1_cache, l2_cache, l3_cache: the levels; `None`: switched off.
+    """
+
+    def __init__(
+        self,
+        config: MemoryConfig | None = None,
+        *,
+        budget: CacheBudget | None = None,
+        directory: str | Path | None = None,
+        timer: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        config = config or MemoryConfig()
+        self.l1_cache = GPUCache(config.l1_cache_size) if config.enable_l1_gpu_cache else None
+        self.l2_cache = None
+        if config.enable_l2_cpu_cache:
+            self.l2_cache = CPUCache(
+                config.l2_cache_size, budget=budget, codec=config.reuse_codec, on_evict=self._move_down
+            )
+        self.l3_cache = None
+        if config.enable_l3_ssd_cache and not config.private:
+            self.l3_cache = SSDCache(
+                config.l3_cache_size, directory or config.reuse_dir, codec=config.reuse_codec, timer=timer
+            )
+        self._timer = timer
+        self._counts = UseCounts()
+        self._counts_lock = threading.Lock()
+        self._flights = Flights()
+        self._seconds_per_unit: dict[str, float] = {}
+
+    # --- entries ------------------------------------------------------------------------------------------------------
+
+    def get(self, key: str, *, compute_s: float | None = None, copy: bool = True) -> CacheItem | None:
+        """Return an entry, or `None`.
+
+        Args:
+            key: 64 hexadecimal digits (see `digest`).
+            compute_s: what computing it again is expected to take; `None`: what it took when it was kept.
+            copy: in memory of its own; otherwise it may share memory with the cache, and is only to be read.
+        """
+        with self._counts_lock:
+            self._counts.record(key)
+            uses = self._counts.of(key)
+        start_s = self._timer()
+        for level in (self.l1_cache, self.l2_cache):
+            item = None if level is None else level.load(key, uses=uses, copy=copy)
+            if level is not None and item is not None:
+                level.counters.saved_s += max(0.0, (compute_s or 0.0) - (self._timer() - start_s))
+                return item
+        return self._from_ssd(key, compute_s, uses)
+
+    def _from_ssd(self, key: str, compute_s: float | None, uses: int) -> CacheItem | None:
+        level = self.l3_cache
+        if level is None:
+            return None
+        if compute_s is None:
+            compute_s = level.noted_saved_s(key)
+        read_s = level.predict_read_s(key)
+        if read_s is not None and compute_s is not None and read_s > _CHEAPER * compute_s:
+            level.counters.declined += 1
+            return None
+        start_s = self._timer()
+        item = level.load(key, uses=uses)
+        if item is None:
+            return None
+        level.counters.saved_s += max(0.0, (compute_s or 0.0) - (self._timer() - start_s))
+        if self.l2_cache is not None and self.l2_cache.store(key, item, saved_s=compute_s or 0.0, uses=uses, kind=""):
+            self.l2_cache.counters.migrations += 1
+        return item
+
+    def put(self, key: str, item: CacheItem, *, saved_s: float, kind: str = "general", persist: bool = True) -> None:
+        """Offer an item to the levels.
+
+        Args:
+            key: 64 hexadecimal digits.
+            item: is copied where it is kept.
+            saved_s: what a hit is expected to save.
+            kind: what it is, for people.
+            persist: also to the SSD.
+        """
+        uses = self._counts.of(key)
+        if self.l1_cache is not None and self.l1_cache.available:
+            self.l1_cache.store(key, item, saved_s=saved_s, uses=uses)
+        if self.l2_cache is not None:
+            self.l2_cache.store(key, item, saved_s=saved_s, uses=uses, kind=kind if persist else None)
+        if persist and self.l3_cache is not None:
+            self.l3_cache.store(key, item, saved_s=saved_s, uses=uses, kind=kind)
+
+    def get_or_compute(
+        self, key: str, compute: Callable[[], CacheItem], *, kind: str = "general", units: float = 1.0
+    ) -> CacheItem:
+        """Return an entry, computed by `compute` where it is not there; threads that ask at once compute it once.
+
+        Args:
+            key: 64 hexadecimal digits.
+            compute: called without arguments.
+            kind: what it is; items of one kind are taken to need time in proportion to their units.
+            units: how much work this one is, in any unit.
+        """
+        return self.resolve([key], lambda indices: [compute()], kind=kind, units=[units])[0]
+
+    def resolve(
+        self,
+        keys: Sequence[str],
+        compute: Callable[[list[int]], Sequence[CacheItem]],
+        *,
+        kind: str,
+        units: Sequence[float],
+        accepts: Callable[[int, CacheItem], bool] = lambda index, item: True,
+        persist: bool = True,
+    ) -> list[CacheItem]:
+        """Return several entries; those that are not there are computed in one call.
+
+        Args:
+            keys: 64 hexadecimal digits each; one may occur twice.
+            compute: given the positions of the entries that are missing, each key once, returns their items.
+            kind: as in `get_or_compute`.
+            units: the work of each.
+            accepts: whether an entry that was found is one that the caller can use.
+            persist: new ones also to the SSD.
+        """
+        found: dict[str, CacheItem] = {}
+        position: dict[str, int] = {}
+        for index, key in enumerate(keys):
+            position.setdefault(key, index)
+        while len(found) < len(position):
+            mine, others = self._flights.claim(key for key in position if key not in found)
+            try:
+                missing = []
+                for key, flight in list(mine.items()):
+                    index = position[key]
+                    item = self.get(key, compute_s=self.predict_compute_s(kind, units[index]))
+                    if item is not None and accepts(index, item):
+                        found[key] = item
+                        self._flights.land(key, mine.pop(key), item)
+                        del flight
+                    else:
+                        missing.append(index)
+                if missing:
+                    for index, item in zip(missing, self._computed(compute, missing, kind, units), strict=True):
+                        key = keys[index]
+                        found[key] = item
+                        self._flights.land(key, mine.pop(key), item)
+                        saved_s = self.predict_compute_s(kind, units[index]) or 0.0
+                        self.put(key, item, saved_s=saved_s, kind=kind, persist=persist)
+            finally:
+                for key, flight in mine.items():
+                    self._flights.land(key, flight, None)
+            for key, flight in others.items():
+                shared = flight.wait()
+                if shared is not None:
+                    found[key] = CacheItem({name: each.clone() for name, each in shared.tensors.items()}, shared.meta)
+        return [found[key] for key in keys]
+
+    def _computed(
+        self,
+        compute: Callable[[list[int]], Sequence[CacheItem]],
+        missing: list[int],
+        kind: str,
+        units: Sequence[float],
+    ) -> Sequence[CacheItem]:
+        start_s = self._timer()
+        items = compute(missing)
+        self.note_compute_s(kind, sum(units[index] for index in missing), self._timer() - start_s)
+        return items
+
+    # --- predictions --------------------------------------------------------------------------------------------------
+
+    def predict_compute_s(self, kind: str, units: float) -> float | None:
+        """Return how long so much work of a kind is expected to take, or `None` before the first was measured."""
+        rate = self._seconds_per_unit.get(kind)
+        if rate is None and self.l3_cache is not None:
+            stored = self.l3_cache.store_files.index().state.get(_rate_name(kind))
+            rate = float(stored) if isinstance(stored, int | float) else None
+            if rate is not None:
+                self._seconds_per_unit[kind] = rate
+        return None if rate is None else rate * units
+
+    def note_compute_s(self, kind: str, units: float, seconds: float) -> None:
+        """Note how long work of a kind took."""
+        if units > 0 and seconds >= 0:
+            rate, before = seconds / units, self._seconds_per_unit.get(kind)
+            self._seconds_per_unit[kind] = rate if before is None else before + _NEW_SHARE * (rate - before)
+
+    def predict_load_s(self, key: str) -> float | None:
+        """Return how long an entry is expected to take to load, or `None` if no level has it."""
+        if any(level is not None and key in level for level in (self.l1_cache, self.l2_cache)):
+            return 0.0
+        return None if self.l3_cache is None else self.l3_cache.predict_read_s(key)
+
+    # --- the whole ----------------------------------------------------------------------------------------------------
+
+    def make_room(self, growth_bytes: int = 0) -> None:
+        """Give memory back that the budget needs: now, and for so much more that is about to be reserved."""
+        if self.l2_cache is not None:
+            self.l2_cache.fit(growth_bytes)
+
+    def stats(self) -> dict[str, Any]:
+        """Return the figures of each level, and of all: `hit_rate` is that of requests, whatever level served them.
+
+        A level that is switched off is `None`; a GPU level without a device says so.
+        """
+        levels = {"gpu": self.l1_cache, "cpu": self.l2_cache, "ssd": self.l3_cache}
+        rows = {name: None if level is None else level.stats() for name, level in levels.items()}
+        there = [row for row in rows.values() if row is not None]
+        hits = sum(row["hits"] for row in there)
+        lookups = sum(self._lookups())
+        return {
+            "levels": rows,
+            "hits": hits,
+            "misses": lookups - hits if there else 0,
+            "hit_rate": hits / lookups if lookups else None,
+            "saved_s": sum(row["saved_s"] for row in there),
+            "seconds_per_unit": dict(self._seconds_per_unit),
+        }
+
+    def _lookups(self) -> tuple[int, int]:
+        """Return requests that ended in a level above the lowest, and those that reached the lowest."""
+        levels = [level for level in (self.l1_cache, self.l2_cache, self.l3_cache) if level is not None]
+        if not levels:
+            return 0, 0
+        *above, lowest = (level.counters for level in levels)
+        return sum(each.hits for each in above), lowest.hits + lowest.misses + lowest.declined
+
+    def clear(self) -> None:
+        """Forget all entries, those on the SSD too."""
+        for level in (self.l1_cache, self.l2_cache, self.l3_cache):
+            if level is not None:
+                level.clear()
+
+    def close(self) -> None:
+        """Release the memory; write what was learnt beside the entries on the SSD, which stay."""
+        for level in (self.l1_cache, self.l2_cache):
+            if level is not None:
+                level.clear()
+        if self.l3_cache is not None:
+            rates = {_rate_name(kind): rate for kind, rate in self._seconds_per_unit.items()}
+            self.l3_cache.close(rates)
+
+    def _move_down(self, key: str, encoded: EncodedItem, saved_s: float, kind: str | None) -> None:
+        level = self.l3_cache
+        if level is None or kind is None or level.store_files.size_of(key) is not None:
+            return
+        if level.store_encoded(key, encoded, saved_s=saved_s, uses=self._counts.of(key), kind=kind):
+            level.counters.migrations += 1
+
+
+def _rate_name(kind: str) -> str:
+    return f"seconds_per_unit {kind}"

@@ -1,0 +1,219 @@
+"""Keys and values in 8 and in 4 bits a number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+from ..errors import CodecError
+from .base import Scratch, Segment, bf16_at_least
+from .kernels import KernelSelector, row_class
+from .kv import KVBlock, KVCodec, Partial
+
+_LEVELS = 127
+_MOST_PACKED_ROWS = 32
+
+
+class INT8KV(KVCodec):
+    """One byte a number and one scale a token and head.
+
+    Values lie transposed, so that both products of attention are torch's weight-only INT8 kernel: the scale of a key
+    is that of an output of the first, the scale of a value goes into the probabilities before the second.
+
+    Args:
+        kernels: the measured choice between that kernel and decoding a block.
+    """
+
+    name = "int8"
+    lossless = False
+
+    def __init__(self, kernels: KernelSelector | None = None) -> None:
+        self.kernels = kernels or KernelSelector()
+
+    def layout(self, n: int, tokens: int, head_dim: int, dtype: torch.dtype) -> tuple[Segment, ...]:
+        """`keys` `[n, tokens, head_dim]` and `values` `[n, head_dim, tokens]` in int8, bf16 scales `[n, tokens]`."""
+        return (
+            Segment("keys", torch.int8, (n, tokens, head_dim)),
+            Segment("values", torch.int8, (n, head_dim, tokens)),
+            Segment("key_scale", torch.bfloat16, (n, tokens)),
+            Segment("value_scale", torch.bfloat16, (n, tokens)),
+        )
+
+    def encode(self, keys: torch.Tensor, values: torch.Tensor, block: KVBlock) -> None:
+        """Quantise.
+
+        Raises:
+            CodecError: NaN or infinite values: no scale represents them.
+        """
+        segments = block.segments
+        data, segments["key_scale"][:] = _quantized(keys)
+        segments["keys"].copy_(data)
+        data, segments["value_scale"][:] = _quantized(values)
+        segments["values"].copy_(data.transpose(1, 2))
+
+    def decode(self, block: KVBlock, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """`data * scale` in the dtype of the output."""
+        segments = block.segments
+        keys.copy_(segments["keys"]).mul_(segments["key_scale"].to(keys.dtype)[..., None])
+        values.copy_(segments["values"].transpose(1, 2)).mul_(segments["value_scale"].to(values.dtype)[..., None])
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        blocks: Sequence[KVBlock],
+        bias: Sequence[torch.Tensor | None],
+        scale: float,
+        scratch: Scratch,
+    ) -> Partial:
+        """Few rows by the INT8 kernel, or decoded where that measures faster; many rows decoded."""
+        n, rows, head_dim = query.shape
+        tokens = self.shape(blocks[0])[1]
+        if rows > _MOST_PACKED_ROWS or not _can_pack(tokens, head_dim):
+            return super().attend(query, blocks, bias, scale, scratch)
+        key = ("kv", self.name, row_class(rows), n, tokens, head_dim, query.dtype)
+        name = self.kernels.chosen(key)
+        if name == "packed":
+            return self._attend_packed(query, blocks, bias, scale)
+        plain = super().attend
+        if name == "decoded":
+            return plain(query, blocks, bias, scale, scratch)
+        return self.kernels.run(
+            key,
+            {
+                "packed": lambda: self._attend_packed(query, blocks, bias, scale),
+                "decoded": lambda: plain(query, blocks, bias, scale, scratch),
+            },
+            work=len(blocks),
+        )
+
+    def _attend_packed(
+        self, query: torch.Tensor, blocks: Sequence[KVBlock], bias: Sequence[torch.Tensor | None], scale: float
+    ) -> Partial:
+        n, rows, head_dim = query.shape
+        product = torch._weight_int8pack_mm
+        heads = (query * scale).to(torch.bfloat16).unbind(0)
+        found = [
+            product(*each)
+            for block in blocks
+            for each in zip(heads, block.segments["keys"].unbind(0), block.segments["key_scale"].unbind(0), strict=True)
+        ]
+        scores = torch.stack(found).float().view(len(blocks), n, rows, -1)
+        for part, added in zip(scores, bias, strict=True):
+            if added is not None:
+                part.add_(added)
+        largest = scores.amax(dim=(0, 3), keepdim=True)
+        scores.sub_(largest).exp_()
+        sums = scores.sum(dim=(0, 3))
+        scores.mul_(torch.stack([block.segments["value_scale"] for block in blocks])[:, :, None])
+        weights = scores.to(torch.bfloat16).view(len(blocks) * n, rows, -1).unbind(0)
+        ones = _ones(head_dim)
+        transposed = [head for block in blocks for head in block.segments["values"].unbind(0)]
+        found = [product(weight, head, ones) for weight, head in zip(weights, transposed, strict=True)]
+        out = torch.stack(found).view(len(blocks), n, rows, head_dim).sum(dim=0, dtype=torch.float32)
+        return Partial(out.div_(sums[..., None]), sums.log_().add_(largest[0, :, :, 0]))
+
+
+class INT4KV(KVCodec):
+    """Four bits a number: keys in steps of their channel, values in steps of their token (KIVI, arXiv:2402.02750).
+
+    Channels of keys differ in size, and in each the sizes are alike; values have no such channels.
+    """
+
+    name = "int4"
+    lossless = False
+
+    def layout(self, n: int, tokens: int, head_dim: int, dtype: torch.dtype) -> tuple[Segment, ...]:
+        """`keys`, `values` uint8 `[n, tokens / 2, head_dim]`: token t in the low and t + tokens / 2 in the high bits.
+
+        `key_step` bf16 `[n, groups, 2, head_dim]` and `value_step` bf16 `[n, tokens, 2]` hold scale and least value.
+        """
+        groups = tokens // _group(tokens)
+        return (
+            Segment("keys", torch.uint8, (n, tokens // 2, head_dim)),
+            Segment("values", torch.uint8, (n, tokens // 2, head_dim)),
+            Segment("key_step", torch.bfloat16, (n, groups, 2, head_dim)),
+            Segment("value_step", torch.bfloat16, (n, tokens, 2)),
+        )
+
+    def shape(self, block: KVBlock) -> tuple[int, int, int]:
+        """Two tokens share a byte."""
+        n, pairs, head_dim = block.segments["keys"].shape
+        return n, 2 * pairs, head_dim
+
+    def encode(self, keys: torch.Tensor, values: torch.Tensor, block: KVBlock) -> None:
+        """Quantise.
+
+        Raises:
+            CodecError: NaN or infinite values: no step represents them.
+        """
+        n, tokens, head_dim = keys.shape
+        segments = block.segments
+        grouped = keys.to(torch.float32, copy=True).view(n, -1, _group(tokens), head_dim)
+        digits, step = _digits(grouped, dim=2)
+        segments["key_step"].copy_(step)
+        _pack(digits.view(n, tokens, head_dim), segments["keys"])
+        digits, step = _digits(values.to(torch.float32, copy=True), dim=2)
+        segments["value_step"].copy_(step)
+        _pack(digits, segments["values"])
+
+    def decode(self, block: KVBlock, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """`digit * scale + least` in the dtype of the output."""
+        n, tokens, head_dim = keys.shape
+        segments = block.segments
+        _unpack(segments["keys"], keys)
+        scale, least = segments["key_step"].to(keys.dtype).split(1, dim=2)
+        keys.view(n, -1, _group(tokens), head_dim).mul_(scale).add_(least)
+        _unpack(segments["values"], values)
+        scale, least = segments["value_step"].to(values.dtype).split(1, dim=2)
+        values.mul_(scale).add_(least)
+
+
+def _group(tokens: int) -> int:
+    """Return how many tokens of a channel share a step."""
+    return next(size for size in (128, 64, 32) if tokens % size == 0)
+
+
+def _digits(values: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return digits 0 to 15 (fp32, in the memory of `values`), and scale and least value of each row along `dim`."""
+    least, largest = values.amin(dim, keepdim=True), values.amax(dim, keepdim=True)
+    if not bool(torch.isfinite(least).all()) or not bool(torch.isfinite(largest).all()):
+        raise CodecError("keys or values are NaN or infinite, which INT4 cannot represent; use kv_codec='none'")
+    least = least.to(torch.bfloat16).float()
+    scale = bf16_at_least((largest - least).clamp_(min=0) / 15)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    digits = values.sub_(least).div_(scale).round_().clamp_(0, 15)
+    return digits, torch.cat((scale, least), dim)
+
+
+def _pack(digits: torch.Tensor, out: torch.Tensor) -> None:
+    low, high = digits.to(torch.uint8).chunk(2, dim=1)
+    torch.bitwise_or(low, high << 4, out=out)
+
+
+def _unpack(packed: torch.Tensor, out: torch.Tensor) -> None:
+    low, high = out.chunk(2, dim=1)
+    low.copy_(packed & 15)
+    high.copy_(packed >> 4)
+
+
+def _quantized(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return integers (as fp32) `[n, tokens, head_dim]` and the scales `[n, tokens]` (fp32, exact in bf16)."""
+    values = rows.to(torch.float32, copy=True)
+    largest = torch.maximum(values.amax(dim=-1), values.amin(dim=-1).neg_())
+    if not bool(torch.isfinite(largest).all()):
+        raise CodecError("keys or values are NaN or infinite, which INT8 cannot represent; use kv_codec='none'")
+    scale = bf16_at_least(largest / _LEVELS)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return values.div_(scale[..., None]).round_(), scale
+
+
+def _can_pack(tokens: int, head_dim: int) -> bool:
+    """Whether torch's kernel takes these shapes; others crash it."""
+    return tokens % 32 == 0 and head_dim % 32 == 0
+
+
+@lru_cache(maxsize=16)
+def _ones(n: int) -> torch.Tensor:
+    return torch.ones(n, dtype=torch.bfloat16)

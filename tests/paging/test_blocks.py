@@ -1,0 +1,130 @@
+"""Blocks that are used in a cycle: their bytes survive the swap file, count against the budget, and come in time."""
+
+import gc
+
+import pytest
+import torch
+
+from qwen3_vl_memory_optimizations import MemoryBudgetExceeded, TensorFreedError
+from qwen3_vl_memory_optimizations.paging import BlockSpace
+from tests.paging.weights import settle
+
+MIB = 2**20
+
+
+def make_blocks(space, n_blocks, n_bytes=MIB):
+    blocks = []
+    for number in range(n_blocks):
+        block = space.allocate(n_bytes)
+        with space.held([block]):
+            block.data.fill_(number + 1)
+        blocks.append(block)
+    return blocks
+
+
+def scan(space, blocks):
+    """Use the blocks in order, and return what they hold."""
+    found = []
+    for number, block in enumerate(blocks):
+        upcoming = blocks[number + 1 :] + blocks[:number]
+        with space.held([block], upcoming):
+            assert bool((block.data == block.data[0]).all())
+            found.append(int(block.data[0]))
+    return found
+
+
+def test_without_a_pager_blocks_are_plain_memory():
+    space = BlockSpace(None)
+    blocks = make_blocks(space, 3)
+    assert scan(space, blocks) == [1, 2, 3]
+    assert not space.moves
+
+
+def test_more_blocks_than_fit_keep_their_bytes(make_optimizer):
+    optimizer = make_optimizer(8 * MIB)
+    space = BlockSpace(optimizer.pager)
+    blocks = make_blocks(space, 24)
+    for _ in range(3):
+        assert scan(space, blocks) == list(range(1, 25))
+    assert optimizer.pager.frames.peak_bytes <= 8 * MIB
+    assert optimizer.pager.swap_used_bytes >= 16 * MIB
+
+
+def test_in_a_cycle_what_fits_stays(make_optimizer):
+    optimizer = make_optimizer(8 * MIB)
+    space = BlockSpace(optimizer.pager)
+    blocks = make_blocks(space, 10)
+    for _ in range(3):
+        scan(space, blocks)
+    settle(optimizer.pager)
+    before = optimizer.pager.stats.bytes_read
+    for _ in range(4):
+        scan(space, blocks)
+    settle(optimizer.pager)
+    # By recency all ten would be read again at each scan.
+    assert (optimizer.pager.stats.bytes_read - before) / 4 <= 8 * MIB
+
+
+def test_blocks_are_read_before_they_are_asked_for(make_optimizer):
+    optimizer = make_optimizer(8 * MIB)
+    space = BlockSpace(optimizer.pager)
+    blocks = make_blocks(space, 24)
+    scan(space, blocks)
+    before = optimizer.pager.stats.prefetches_used
+    scan(space, blocks)
+    assert optimizer.pager.stats.prefetches_used - before >= 8
+
+
+def test_a_block_that_is_written_again_is_not_read_from_its_old_copy(make_optimizer):
+    optimizer = make_optimizer(8 * MIB)
+    space = BlockSpace(optimizer.pager)
+    blocks = make_blocks(space, 16)
+    scan(space, blocks)
+    for block in blocks:
+        with space.held([block]):
+            block.data.fill_(99)
+            space.written(block)
+    assert scan(space, blocks) == [99] * 16
+
+
+def test_collected_blocks_and_accounts_give_their_bytes_back(make_optimizer):
+    optimizer = make_optimizer(32 * MIB)
+    space = BlockSpace(optimizer.pager)
+    blocks, account = make_blocks(space, 4), space.account()
+    account.add(3 * MIB)
+    assert optimizer.pager.ledger.held_bytes("kv_cache") == 3 * MIB
+    assert optimizer.pager.frames.used_bytes == 4 * MIB
+    del blocks, account
+    gc.collect()
+    optimizer.pager.trim()
+    assert optimizer.pager.ledger.held_bytes("kv_cache") == 0
+    assert optimizer.pager.frames.used_bytes == 0
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers(make_optimizer):
+    optimizer = make_optimizer(8 * MIB)
+    space = BlockSpace(optimizer.pager)
+    with pytest.raises(MemoryBudgetExceeded, match="kv_cache") as caught:
+        space.allocate(9 * MIB)
+    assert caught.value.requested_bytes == 9 * MIB
+    assert caught.value.available_bytes == 8 * MIB
+    assert optimizer.pager.frames.used_bytes == 0
+
+
+def test_held_blocks_do_not_leave(make_optimizer):
+    optimizer = make_optimizer(8 * MIB)
+    space = BlockSpace(optimizer.pager)
+    blocks = make_blocks(space, 6)
+    with space.held(blocks), pytest.raises(MemoryBudgetExceeded):
+        space.allocate(3 * MIB)
+    assert scan(space, blocks) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("budget", [None, 8 * MIB])
+def test_blocks_of_a_closed_optimizer_are_refused(make_optimizer, budget):
+    optimizer = make_optimizer(budget)
+    space = BlockSpace(optimizer.pager)
+    blocks = make_blocks(space, 2)
+    optimizer.close()
+    with pytest.raises(TensorFreedError, match="closed"), space.held(blocks):
+        torch.zeros(1)
