@@ -101,7 +101,8 @@ def test_the_tiny_model_in_a_third_of_its_weights(tmp_path):
 
 
 def test_a_process_killed_while_generating_leaves_nothing_behind(tmp_path):
-    settings = {"codec": "none", "tensor_budget": 3_600_000, "cache_dir": str(tmp_path)}
+    # What is kept of pictures outlives a process on purpose, whole entries only (tests/storage/test_content_store.py).
+    settings = {"codec": "none", "tensor_budget": 3_600_000, "cache_dir": str(tmp_path), "private": True}
     endless = TINY.replace("range(3)", "range(10**6)").replace("with torch", "print('ready', flush=True)\nwith torch")
     process = subprocess.Popen(
         [sys.executable, "-c", endless, json.dumps(settings)],
