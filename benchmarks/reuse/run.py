@@ -19,15 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 from benchmarks import results  # noqa: E402
+from benchmarks.arithmetic.run import AVX2  # noqa: E402
 from benchmarks.reuse.measure import MODES  # noqa: E402
 
 HERE = Path(__file__).parent
-AVX2 = {
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
-}
 KINDS = ("new", "seen", "seen before the restart")
 
 
