@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from qwen3_vl_memory_optimizations import ConfigurationError, create_optimized_model
 from qwen3_vl_memory_optimizations.config import MemoryConfig
-from qwen3_vl_memory_optimizations.model.packing import CODECS_KEY
+from qwen3_vl_memory_optimizations.model.packing import CODECS_KEY, plan_path
 from qwen3_vl_memory_optimizations.model.plan import CompressionPlan, PlannedWeight
-from qwen3_vl_memory_optimizations.planning import make_plan, pack_model, plan_path
-from qwen3_vl_memory_optimizations.storage import Checkpoint
+from qwen3_vl_memory_optimizations.planning import make_plan, pack_model
+from qwen3_vl_memory_optimizations.storage import Checkpoint, PackedWriter
 
 from .model import tiny
 
@@ -84,6 +84,39 @@ def test_the_plan_is_kept_and_what_was_interrupted_goes_on_by_it(tmp_path):
     assert pack_model(tiny.DIRECTORY, config) == packed.directory
 
 
+def codecs_of(directory):
+    return json.loads(Checkpoint.open(directory).metadata[CODECS_KEY])
+
+
+def test_a_packing_that_was_interrupted_is_not_planned_again(tmp_path, monkeypatch):
+    config = MemoryConfig(cache_dir=tmp_path)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PackedWriter, "append", interrupted)
+        pack_model(tiny.DIRECTORY, config)
+    monkeypatch.setattr("qwen3_vl_memory_optimizations.planning.make_plan", None)
+    plan = CompressionPlan.load(plan_path(Checkpoint.open(tiny.DIRECTORY), config))
+    assert codecs_of(pack_model(tiny.DIRECTORY, config)) == {name: each.codec for name, each in plan.weights.items()}
+
+
+def test_a_plan_that_was_edited_where_it_is_kept_is_packed_again(tmp_path):
+    config = MemoryConfig(cache_dir=tmp_path)
+    directory = pack_model(tiny.DIRECTORY, config)
+    path = plan_path(Checkpoint.open(tiny.DIRECTORY), config)
+    content = json.loads(path.read_text())
+    content["weights"][UP]["codec"] = "int8"
+    path.write_text(json.dumps(content))
+    assert pack_model(tiny.DIRECTORY, config) == directory
+    assert codecs_of(directory)[UP] == "int8"
+    assert codecs_of(directory)[DOWN] == "int8_rotated"
+    written = path.stat().st_mtime_ns
+    assert pack_model(tiny.DIRECTORY, config) == directory
+    assert path.stat().st_mtime_ns == written, "what is packed already is not written to"
+
+
 def test_where_nothing_is_encoded_the_source_is_read_in_place(tmp_path):
     config = MemoryConfig(cache_dir=tmp_path)
     names = make_plan(Checkpoint.open(tiny.DIRECTORY), config).weights
@@ -96,7 +129,18 @@ def test_a_plan_of_another_checkpoint_is_refused(tmp_path):
     plan = CompressionPlan({"model.up": PlannedWeight("int8", "", {})}, 0.02, "nothing", "bytes")
     with pytest.raises(ConfigurationError, match="'model.up', which is no large weight"):
         pack_model(tiny.DIRECTORY, MemoryConfig(cache_dir=tmp_path), plan=plan)
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_a_plan_that_is_refused_leaves_the_one_that_is_kept(tmp_path):
+    config = MemoryConfig(cache_dir=tmp_path)
+    directory = pack_model(tiny.DIRECTORY, config)
+    path = plan_path(Checkpoint.open(tiny.DIRECTORY), config)
+    kept, packed = path.read_bytes(), codecs_of(directory)
+    other = CompressionPlan({"model.up": PlannedWeight("int8", "", {})}, 0.02, "nothing", "bytes")
+    with pytest.raises(ConfigurationError, match=r"model\.up"):
+        pack_model(tiny.DIRECTORY, config, plan=other)
+    assert (path.read_bytes(), codecs_of(directory)) == (kept, packed)
 
 
 def test_without_a_tokenizer_the_weights_alone_decide(tmp_path):

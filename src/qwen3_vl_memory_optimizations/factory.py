@@ -25,7 +25,7 @@ from .model.identity import ModelIdentity
 from .model.import_files import ImportFiles
 from .model.kv_generate import attach_kv_cache
 from .model.loading import WeightLoader
-from .model.packing import Progress, packed_directory
+from .model.packing import Progress, find_packed
 from .model.prefix_reuse import attach_prefix_reuse
 from .model.skeleton import build_skeleton, compute_dtype, compute_dtype_of, skeleton_of
 from .model.vision_reuse import attach_vision_reuse
@@ -274,8 +274,8 @@ def _packed_already(checkpoint: Checkpoint, config: MemoryConfig) -> Checkpoint:
     codec = config.weight_codec()
     if codec == "none" or checkpoint.packed:
         return checkpoint
-    directory = packed_directory(checkpoint, codec, config)
-    return Checkpoint.open(directory) if directory.is_dir() else checkpoint
+    packed = find_packed(checkpoint, codec, config)
+    return checkpoint if packed is None else Checkpoint.open(packed)
 
 
 def _attach_generation_config(model: Any, directory: Path) -> None:
@@ -297,7 +297,7 @@ def _finish(source: _Source, draft: Any, optimizer: MemoryOptimizer) -> Any:
     for each in (model,) if draft is None else (model, draft):
         if optimizer.config.fuses_modules():
             fuse_layers(each)
-        attach_kv_cache(each, optimizer.config.kv_codec, optimizer.pager)
+        attach_kv_cache(each, optimizer.config.cache_codec(), optimizer.pager)
         if limited:
             reserve_before_forwards(each, optimizer, source.dtype.itemsize, lowers=each is model)
         each.eval()
@@ -312,7 +312,7 @@ def _finish(source: _Source, draft: Any, optimizer: MemoryOptimizer) -> Any:
             def reserve(n_bytes: int) -> None:
                 optimizer.reserve_activations(max(n_bytes, optimizer.pager.ledger.held_bytes("activations")))
 
-            kv_form = optimizer.config.kv_codec
+            kv_form = optimizer.config.cache_codec()
             attach_prefix_reuse(model, optimizer.cache, identity, vision, reserve, kv_form)
     if draft is not None:
         attach_draft(model, draft)

@@ -16,7 +16,7 @@ from .errors import CheckpointError, MemoryBudgetExceeded
 from .model.activations import reserve_before_forwards
 from .model.codec_speeds import codec_speeds
 from .model.loading import WeightLoader
-from .model.packing import Progress, find_extent, pack_checkpoint, packed_directory, sample_rows
+from .model.packing import Progress, find_extent, find_packed, pack_checkpoint, plan_path, sample_rows
 from .model.plan import CompressionPlan, PlannedWeight
 from .model.skeleton import WeightSite, build_skeleton, compute_dtype_of, weight_sites
 from .optimizer import MemoryOptimizer
@@ -43,7 +43,7 @@ def pack_model(
     calibration: Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Pack a checkpoint as the settings say, once; `codec="auto"` makes a plan first and keeps it (see `plan_path`).
+    """Pack a checkpoint as the settings say, once; `codec="auto"` makes a plan first and keeps it (`plan_path`).
 
     Args:
         directory: a Hugging Face directory.
@@ -68,25 +68,14 @@ def pack_model(
         return pack_checkpoint(directory, codec=codec, config=config, progress=progress)
     path = plan_path(source, config)
     if plan is None and calibration is None:
-        packed = packed_directory(source, "auto", config)
-        if packed.is_dir():
+        packed = find_packed(source, "auto", config)
+        if packed is not None:
             return packed
-        # A packing that was interrupted goes on by the same plan.
-        plan = CompressionPlan.load(path) if path.is_file() else None
+        if path.is_file():  # the packing was interrupted and goes on by it, or the plan was edited since
+            plan = CompressionPlan.load(path)
     if plan is None:
         plan = make_plan(source, config, calibration=calibration, progress=progress)
-    if plan.encodes_nothing():
-        plan.save(path)
-        return source.directory
-    packed = pack_checkpoint(directory, plan=plan, config=config, progress=progress)
-    plan.save(path)
-    return packed
-
-
-def plan_path(source: Checkpoint, config: MemoryConfig) -> Path:
-    """Return where the plan of a checkpoint is kept: beside the packed form, `….plan.json`."""
-    packed = packed_directory(source, "auto", config)
-    return packed.with_name(f"{packed.name}.plan.json")
+    return pack_checkpoint(directory, plan=plan, config=config, progress=progress)
 
 
 def make_plan(

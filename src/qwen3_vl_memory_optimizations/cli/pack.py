@@ -66,9 +66,9 @@ def pack(
     if codec != "auto" and (plan or calibration):
         raise ConfigurationError(f"--plan and --calibration are for codec auto, not {codec!r}")
 
-    from ..model.packing import packed_directory
+    from ..model.packing import packed_directory, plan_path
     from ..model.plan import CompressionPlan
-    from ..planning import pack_model, plan_path
+    from ..planning import pack_model
     from ..storage import Checkpoint
 
     source = Checkpoint.open(model)

@@ -65,6 +65,23 @@ def packed_directory(source: Checkpoint, codec: str, config: MemoryConfig) -> Pa
     return config.packed_dir / f"{stem}-{source.fingerprint()[:12]}-{name}"
 
 
+def plan_path(source: Checkpoint, config: MemoryConfig) -> Path:
+    """Return where the plan of a checkpoint is kept: beside the packed form, `….plan.json`."""
+    packed = packed_directory(source, "auto", config)
+    return packed.with_name(f"{packed.name}.plan.json")
+
+
+def find_packed(source: Checkpoint, codec: str, config: MemoryConfig) -> Path | None:
+    """Return the directory of the packed form, where it is there and no other plan was put beside it since.
+
+    Raises:
+        ConfigurationError: the plan that is kept cannot be read.
+    """
+    directory, path = packed_directory(source, codec, config), plan_path(source, config)
+    plan = CompressionPlan.load(path) if codec == "auto" and path.is_file() else None
+    return directory if _is_packed(directory, plan) else None
+
+
 def pack_checkpoint(
     source_dir: str | Path,
     *,
@@ -81,12 +98,13 @@ def pack_checkpoint(
     Args:
         source_dir: a Hugging Face directory.
         codec: how large weights are encoded, without a plan.
-        plan: a codec for each; what another plan made of the checkpoint is replaced.
+        plan: a codec for each, kept beside the result before the work begins; what another plan made of the
+            checkpoint is replaced.
         config: says where packed checkpoints lie.
         progress: called as the work goes on.
 
     Returns:
-        The directory of the packed checkpoint.
+        The directory of the packed checkpoint; the source where the plan encodes nothing.
 
     Raises:
         CheckpointError: the source is not a usable checkpoint.
@@ -99,8 +117,8 @@ def pack_checkpoint(
         raise ConfigurationError(f"{source_dir} is packed already")
     final_dir = packed_directory(source, "auto" if plan else codec, config)
     if _is_packed(final_dir, plan):
+        _keep(plan, plan_path(source, config))
         return final_dir
-    final_dir.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     skeleton = build_skeleton(source.directory, source.config, torch.float32)
     sites = weight_sites(skeleton)
     codecs: dict[str, str] = {}
@@ -108,13 +126,30 @@ def pack_checkpoint(
         plan.require_names(site.name for site in sites if site.managed)
         codecs = {name: weight.codec for name, weight in plan.weights.items()}
         codec = MemoryConfig().unmeasured_codec()
+        if plan.encodes_nothing():
+            _keep(plan, plan_path(source, config))
+            return source.directory
     stored = _stored(source, sites, lambda name: create_codec(codecs.get(name, codec)))
     report = progress or (lambda description, done, total: None)
+    final_dir.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with pack_lock(final_dir):
         if not _is_packed(final_dir, plan):
+            _keep(plan, plan_path(source, config))
             _remove_stale(final_dir)
             _write(source, stored, plan, final_dir, report)
     return final_dir
+
+
+def _keep(plan: CompressionPlan | None, path: Path) -> None:
+    """Keep a plan, where it is not kept already: packed checkpoints may lie where nothing can be written."""
+    if plan is None:
+        return
+    try:
+        kept = CompressionPlan.load(path)
+    except ConfigurationError:
+        kept = None  # none yet, or one that nobody can read
+    if kept != plan:
+        plan.save(path)
 
 
 def _is_packed(directory: Path, plan: CompressionPlan | None) -> bool:
