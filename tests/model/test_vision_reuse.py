@@ -120,6 +120,21 @@ def test_one_image_twice_in_a_call_is_encoded_once(fresh):
 
 
 @torch.no_grad()
+def test_the_same_checkpoint_packed_by_another_plan_finds_nothing(fresh, tmp_path):
+    inputs = tiny.cases()["image"]
+    before = fresh(codec="auto")
+    before(**inputs)
+    before.memory_optimizer.close()
+    (path,) = (tmp_path / "cache" / "packed").glob("*.plan.json")
+    plan = path.read_text()
+    assert '"codec": "int8_rotated"' in plan
+    path.write_text(plan.replace('"codec": "int8_rotated"', '"codec": "fp16"'))
+    model = fresh(codec="auto")
+    model(**inputs)
+    assert model.encoded_patches == [64]
+
+
+@torch.no_grad()
 def test_a_changed_pixel_is_another_image(fresh):
     model, inputs = fresh(), tiny.cases()["image"]
     model(**inputs)

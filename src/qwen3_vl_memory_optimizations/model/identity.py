@@ -12,6 +12,7 @@ from ..cache import digest
 from ..config import MemoryConfig
 from ..paging import ManagedTensor, Pager, TensorEntry
 from ..storage import Checkpoint
+from .packing import CODECS_KEY
 
 _SOURCE_KEY = "qwen3vl_mem.source"
 
@@ -28,10 +29,11 @@ class ModelIdentity:
 
     def __init__(self, model: Any, pager: Pager, config: MemoryConfig, checkpoint: Checkpoint | None) -> None:
         self._process = uuid.uuid4().hex
-        source = None
+        self._source = None
         if checkpoint is not None:
-            source = checkpoint.metadata.get(_SOURCE_KEY) or checkpoint.fingerprint()
-        self._source = source
+            # With codec `auto` a plan can be edited: the same source, other codecs.
+            codecs = checkpoint.metadata.get(CODECS_KEY, "")
+            self._source = digest(checkpoint.metadata.get(_SOURCE_KEY) or checkpoint.fingerprint(), codecs)
         self._settings = (
             config.weight_codec(),
             config.fuses_modules(),
