@@ -1,5 +1,7 @@
 """Pictures are as large as the budget has room for, told before the work."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,9 +20,11 @@ LARGE = 16 * 2**20
 
 @pytest.fixture(scope="module")
 def processor():
-    """The processor of the tiny model, which takes images of up to 16 megapixels."""
+    """The processor of the tiny model, which takes images and videos of up to 16 megapixels."""
     processor = load_processor(tiny.DIRECTORY)
     processor.image_processor.size = {"shortest_edge": 64 * 64, "longest_edge": LARGE}
+    video = dataclasses.replace(processor.video, max_pixels=LARGE, max_tokens_per_frame=LARGE)
+    processor = dataclasses.replace(processor, video=video)
     return processor
 
 
@@ -96,16 +100,20 @@ def test_a_photo_is_refused_where_the_policy_says_so(processor):
         model.memory_optimizer.close()
 
 
-def test_a_video_is_scaled_down_too(processor):
+@pytest.mark.parametrize("n_images", [0, 1])
+def test_a_video_is_scaled_down_too(processor, n_images, monkeypatch):
     frames = [Image.new("RGB", (512, 512), (40 * index, 0, 0)) for index in range(4)]
-    model = load(ram_budget=rss_bytes() + 200_000_000)
+    images = [Image.new("RGB", (64, 64))] * n_images
+    model = load(ram_budget=rss_bytes() + 300_000_000)
     try:
-        model.memory_optimizer.measure_process()
-        free = model.memory_optimizer.free_for_activations()
         whole = processor.prepare(QUESTION, (), frames)
-        inputs, _ = prepare_within_budget(processor, model, QUESTION, (), frames)
+        free = picture_cost(model.config, whole["video_grid_thw"].tolist(), text_tokens=60, itemsize=4).n_bytes
+        # Of which nine tenths may be used.
+        monkeypatch.setattr(type(model.memory_optimizer), "free_for_activations", lambda self: free)
+        inputs, notes = prepare_within_budget(processor, model, QUESTION, images, frames)
         cost = picture_cost(model.config, inputs["video_grid_thw"].tolist(), text_tokens=60, itemsize=4)
-        assert cost.n_bytes <= free
-        assert inputs["video_grid_thw"].prod() <= whole["video_grid_thw"].prod()
+        assert cost.n_bytes < 0.9 * free
+        assert inputs["video_grid_thw"].prod() < whole["video_grid_thw"].prod()
+        assert [note for note in notes if "frames are scaled" in note]
     finally:
         model.memory_optimizer.close()

@@ -115,7 +115,7 @@ def prepare_within_budget(
                 f"{name}: {picture.width} x {picture.height} is scaled to {after[2] * patch} x {after[1] * patch}: "
                 "the memory budget has no room for more"
             )
-    if video is not None and limit != max_pixels and not pictures:
+    if video is not None and limit != max_pixels:
         notes.append(f"{video}: frames are scaled to {limit} pixels: the memory budget has no room for more")
     return tensors, notes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,11 @@ def collect_inputs(model: nn.Module, batch: dict[str, Any]) -> dict[str, torch.T
         return hook
 
     handles = [module.register_forward_pre_hook(keep(name)) for name, module in _layers(model).items()]
+    # Few logits where the model can leave the others out: they take more memory than all inputs.
+    options = {"logits_to_keep": INPUT_ROWS} if "logits_to_keep" in signature(model.forward).parameters else {}
     try:
         with torch.no_grad():
-            model(**batch, use_cache=False, logits_to_keep=INPUT_ROWS)
+            model(**batch, use_cache=False, **options)
     finally:
         for handle in handles:
             handle.remove()
