@@ -48,7 +48,7 @@ _CHOICES = {
     "swap_algorithm": SWAP_ALGORITHMS,
     "image_policy": IMAGE_POLICIES,
     "fused_modules": ("auto", "on", "off"),
-    "kv_codec": ("none", "int8", "int4"),
+    "kv_codec": ("auto", "none", "int8", "int4"),
     "reuse_codec": ("lossless", "int8"),
     "prefix_reuse": ("auto", "on", "off"),
 }
@@ -95,7 +95,7 @@ class MemoryConfig:
         codec: how large weights are stored: `auto` chooses for each by measurement (`planning.make_plan`), `none` keeps
             them as they are; else the name of a codec that is registered when the weights are loaded or packed.
         kv_codec: how keys and values are stored, all but the newest: `none` as they are, `int8` in half of 16 bits,
-            `int4` in a quarter.
+            `int4` in a quarter; `auto` is `int8` where there is a budget and weights are encoded with loss.
         fused_modules: decoder layers with fewer and larger operations (`model.fused`): `auto` is `on` where weights are
             encoded with loss; with `off`, results of codec `none` are those of transformers bit by bit.
         private: nothing that follows from prompts or images is written to the disk: no `l3` cache. (The swap file has
@@ -145,7 +145,7 @@ class MemoryConfig:
     reuse_codec: str = "lossless"
     prefix_reuse: str = "auto"
     codec: str = "auto"
-    kv_codec: str = "none"
+    kv_codec: str = "auto"
     swap_algorithm: str = "predictive"
     image_policy: str = "downsize"
     fused_modules: str = "auto"
@@ -199,6 +199,13 @@ class MemoryConfig:
         if codec != "auto":
             return codec
         return "int8_rotated" if self.enable_int8_quantization else "none"
+
+    def cache_codec(self) -> str:
+        """Return the codec of keys and values, with `auto` resolved."""
+        if self.kv_codec != "auto":
+            return self.kv_codec
+        limited = self.ram_budget is not None or self.tensor_budget is not None
+        return "int8" if limited and self.weight_codec() != "none" else "none"
 
     def reuses_prefixes(self) -> bool:
         """Return whether beginnings of prompts are reused, with `auto` and the switches resolved."""

@@ -204,7 +204,16 @@ def test_the_caches_of_a_model_and_its_draft_are_ours(tmp_path):
         model.memory_optimizer.close()
 
 
-@pytest.mark.parametrize(("chosen", "expected"), [({}, "none"), ({"kv_codec": "int8"}, "int8")])
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({}, "none"),
+        ({"kv_codec": "int8"}, "int8"),
+        ({"tensor_budget": 40 * MIB}, "int8"),
+        ({"tensor_budget": 40 * MIB, "codec": "none"}, "none"),
+        ({"tensor_budget": 40 * MIB, "kv_codec": "none"}, "none"),
+    ],
+)
 def test_the_codec_is_that_of_the_settings(chosen, expected, tmp_path):
     settings = {"codec": "int8", "cache_dir": tmp_path, **chosen}
     model = create_optimized_model(tiny.DIRECTORY, settings)
