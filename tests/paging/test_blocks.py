@@ -62,7 +62,7 @@ def test_in_a_cycle_what_fits_stays(make_optimizer):
         scan(space, blocks)
     settle(optimizer.pager)
     # By recency all ten would be read again at each scan.
-    assert (optimizer.pager.stats.bytes_read - before) / 4 <= 8 * MIB
+    assert (optimizer.pager.stats.bytes_read - before) / 4 <= 6 * MIB
 
 
 def test_blocks_are_read_before_they_are_asked_for(make_optimizer):

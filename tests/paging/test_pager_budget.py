@@ -169,6 +169,13 @@ def test_the_ledger_keeps_what_weights_need_at_least():
     assert ledger.held_bytes("workspace") == 15
 
 
+def test_the_ledger_refuses_more_than_there_is_where_nothing_needs_frames():
+    ledger = Ledger(100, None)
+    with pytest.raises(MemoryBudgetExceeded) as caught:
+        ledger.set("process", 130, PROCESS)
+    assert (caught.value.available_bytes, ledger.held_bytes("process")) == (100, 0)
+
+
 def test_growth_is_announced_before_it_and_reuse_is_not(make_optimizer, tmp_path):
     optimizer = make_optimizer(3 * FRAMES_BYTES)
     pager, grown = optimizer.pager, []
