@@ -7,6 +7,7 @@ import torch
 
 from qwen3_vl_memory_optimizations import create_optimized_model
 from qwen3_vl_memory_optimizations.errors import MemoryBudgetExceeded
+from qwen3_vl_memory_optimizations.process import rss_bytes
 
 from . import tiny
 
@@ -312,6 +313,21 @@ def test_what_takes_longer_to_load_than_to_compute_is_computed(fresh, monkeypatc
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_it_works_within_a_budget_of_the_process(fresh):
+    model = fresh(ram_budget=rss_bytes() + 1_000_000_000)
+    first_length(model, prompt_of("image", QUESTIONS[0]))
+    inputs = prompt_of("image", QUESTIONS[1])
+    assert first_length(model, inputs) < inputs["input_ids"].shape[1] // 2
+
+
+@torch.no_grad()
+def test_a_hook_that_may_change_results_turns_it_off(fresh):
+    model, inputs = fresh(), prompt_of("image", QUESTIONS[0])
+    model.model.language_model.layers[1].register_forward_hook(lambda module, args, output: output * 1.5)
+    assert [first_length(model, inputs) for _ in range(2)] == [inputs["input_ids"].shape[1]] * 2
+
+
 def test_it_is_off_where_results_are_those_of_transformers_and_on_where_weights_are_encoded(fresh):
     for settings, expected in (({"codec": "none", "prefix_reuse": "auto"}, False), ({"codec": "int8"}, True)):
         model, inputs = fresh(**settings), prompt_of("image", QUESTIONS[0])

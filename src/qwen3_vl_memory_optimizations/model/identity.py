@@ -56,7 +56,7 @@ class ModelIdentity:
             `None` where results cannot be told apart, and must not be kept: somebody holds views of weights and may
             write to them, hooks change what modules return, or gradients are asked for.
         """
-        if part.training or any(module._forward_hooks for module in part.modules()):
+        if part.training or any(map(_may_change, part.modules())):
             return None
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in part.parameters()):
             return None
@@ -82,3 +82,8 @@ class ModelIdentity:
         if not isinstance(parameter, ManagedTensor):
             return None
         return self._pager.entries.get(parameter.tensor_id)
+
+
+def _may_change(module: torch.nn.Module) -> bool:
+    """Whether a module has a hook that may return something else; those of this library say that they do not."""
+    return any(not getattr(hook, "changes_nothing", False) for hook in module._forward_hooks.values())
