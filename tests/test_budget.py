@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -65,6 +66,69 @@ def test_a_long_prompt_stays_in_the_budget(wide_checkpoint, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert (kills, peak <= limit) == (0, True)
     assert json.loads(done.stdout.splitlines()[-1])["rss_peak_bytes"] <= limit
+
+
+BESIDE_A_NEIGHBOUR = """
+import json, sys, time, torch
+from qwen3_vl_memory_optimizations import create_optimized_model
+model = create_optimized_model(sys.argv[1], {"codec": "none", "ram_budget": int(sys.argv[3]), "cache_dir": sys.argv[2]})
+ids = torch.arange(1000, 1032)[None]
+def answer():
+    with torch.no_grad():
+        return model.generate(input_ids=ids, max_new_tokens=12, min_new_tokens=12, do_sample=False).tolist()
+before = answer()
+print("ready", flush=True)
+sys.stdin.readline()
+beside = answer()
+budget = model.memory_optimizer.get_memory_efficiency_stats()["budget"]
+print(json.dumps({"same": before == beside, "budget": budget}), flush=True)
+sys.stdin.readline()
+deadline = time.monotonic() + 20
+while model.memory_optimizer.pager.ledger.held_bytes("pressure") and time.monotonic() < deadline:
+    time.sleep(0.1)
+print(json.dumps({"pressure": model.memory_optimizer.pager.ledger.held_bytes("pressure"), "same": answer() == before}))
+"""
+NEIGHBOUR = """
+import sys, time
+taken = []
+for _ in range(int(sys.argv[1]) >> 24):
+    taken.append(bytearray(b"x" * (1 << 24)))
+    time.sleep(0.03)
+print("taken", flush=True)
+sys.stdin.readline()
+"""
+
+
+@needs_control_group
+def test_a_neighbour_that_takes_memory_kills_nobody_and_changes_nothing(wide_checkpoint, tmp_path):
+    limit = 1_400_000_000
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    child = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT)))}
+    with control_group(limit) as group, contextlib.ExitStack() as ends:
+
+        def start(code, *arguments):
+            command = [sys.executable, "-c", code, *map(str, arguments)]
+            process = subprocess.Popen(command, env=child, preexec_fn=group.enter, **pipes)
+            ends.enter_context(process)
+            ends.callback(process.kill)
+            return process
+
+        def go_on(process):
+            process.stdin.write("\n")
+            process.stdin.flush()
+
+        model = start(BESIDE_A_NEIGHBOUR, wide_checkpoint, tmp_path, limit)
+        assert model.stdout.readline() == "ready\n"
+        neighbour = start(NEIGHBOUR, limit * 2 // 5)
+        go_on(model)
+        beside = json.loads(model.stdout.readline())
+        assert neighbour.stdout.readline() == "taken\n"
+        neighbour.communicate("\n")
+        after = json.loads(model.communicate("\n")[0])
+        assert (model.returncode, neighbour.returncode, group.kills()) == (0, 0, 0)
+    assert beside["same"] and after["same"]
+    assert beside["budget"]["frames_limit_bytes"] < 0.6 * beside["budget"]["frames_peak_bytes"]
+    assert after["pressure"] == 0
 
 
 TINY = """

@@ -78,13 +78,13 @@ def test_groups_of_version_1_are_read_from_the_inside_out(tmp_path):
     inner = {
         "memory.limit_in_bytes": "1000\n",
         "memory.usage_in_bytes": "900\n",
-        "memory.stat": "cache 1\ntotal_cache 300\ntotal_mapped_file 100\ntotal_inactive_file 50\n",
+        "memory.stat": "cache 1\ntotal_cache 300\ntotal_mapped_file 100\ntotal_inactive_file 50\ntotal_shmem 40\n",
     }
     outer = {"memory.limit_in_bytes": "5000\n", "memory.usage_in_bytes": "4000\n", "memory.stat": ""}
     unlimited = {"memory.limit_in_bytes": "9223372036854771712\n"}
     root = group_tree(tmp_path, "4:memory:/a/b\n0::/x\n", memory__a__b=inner, memory__a=outer, memory=unlimited)
     assert list(limiting_groups(root=root)) == [
-        GroupMemory(limit_bytes=1000, used_bytes=900, cached_bytes=200, droppable_bytes=50),
+        GroupMemory(limit_bytes=1000, used_bytes=900, cached_bytes=200, droppable_bytes=50, files_bytes=260),
         GroupMemory(limit_bytes=5000, used_bytes=4000, cached_bytes=0, droppable_bytes=0),
     ]
 
@@ -93,11 +93,11 @@ def test_groups_of_version_2_are_read(tmp_path):
     files = {
         "memory.max": "1000\n",
         "memory.current": "900\n",
-        "memory.stat": "anon 5\nfile 300\nfile_mapped 120\ninactive_file 50\n",
+        "memory.stat": "anon 5\nfile 300\nfile_mapped 120\ninactive_file 50\nshmem 20\n",
     }
     root = group_tree(tmp_path, "0::/job\n", job=files)
     assert list(limiting_groups(root=root)) == [
-        GroupMemory(limit_bytes=1000, used_bytes=900, cached_bytes=180, droppable_bytes=50)
+        GroupMemory(limit_bytes=1000, used_bytes=900, cached_bytes=180, droppable_bytes=50, files_bytes=280)
     ]
 
 

@@ -18,7 +18,7 @@ from .compression import RawCodec, create_codec
 from .config import MemoryConfig
 from .errors import ConfigurationError, MemoryBudgetExceeded, format_bytes
 from .hardware import HardwareProfile
-from .paging import PAGE_BYTES, Ledger, ManagedTensor, Pager, ProcessAccounts, TensorEntry
+from .paging import PAGE_BYTES, Ledger, ManagedTensor, Pager, PressureMonitor, ProcessAccounts, TensorEntry
 from .pools import AdvancedMemoryPool
 from .process import process_memory, rss_bytes
 
@@ -40,6 +40,7 @@ class MemoryOptimizer:
         pager: moves the bytes.
         pool: address ranges of runtime tensors.
         cache: results that are used again; `None` where `enable_cache_hierarchy` is off.
+        pressure: gives memory up when others take it; `None` without `ram_budget`.
 
     Raises:
         ConfigurationError: an unknown key or a bad value.
@@ -62,6 +63,9 @@ class MemoryOptimizer:
         self.pager = Pager(ledger, swap_dir=swap_dir, reuse_frames=self.config.enable_memory_pooling)
         budget = self.config.ram_budget
         self._accounts = None if budget is None else ProcessAccounts(self.pager, budget, self.baseline_bytes)
+        self.pressure = None if budget is None else PressureMonitor(self.pager, budget)
+        if self.pressure is not None:
+            self.pressure.start()
         self.pool = AdvancedMemoryPool(self.config.memory_pool_size)
         self.cache: HierarchicalCacheSystem | None = None
         if self.config.enable_cache_hierarchy:
@@ -235,6 +239,7 @@ class MemoryOptimizer:
                 "frames_limit_bytes": pager.frames.limit_bytes if ledger.limited else None,
                 "frames_used_bytes": pager.frames.used_bytes,
                 "frames_peak_bytes": pager.frames.peak_bytes,
+                "pressure_reliefs": 0 if self.pressure is None else self.pressure.reliefs,
                 "process_rss_bytes": memory.rss_bytes,
                 "process_peak_rss_bytes": memory.peak_rss_bytes,
             },
@@ -259,6 +264,8 @@ class MemoryOptimizer:
 
     def close(self) -> None:
         """Stop the I/O threads, remove the swap file, return the memory. Managed tensors are unusable afterwards."""
+        if self.pressure is not None:
+            self.pressure.close()
         if self.cache is not None:
             self.cache.close()
         if self.pager.close():

@@ -51,12 +51,14 @@ class GroupMemory:
         used_bytes: what they use: anonymous memory, cached files, memory of the kernel.
         cached_bytes: cached files that nobody maps; the kernel drops them when the group is at its limit.
         droppable_bytes: cached files that were not used of late.
+        files_bytes: all pages of files, mapped ones too: the kernel drops the code that runs before it gives in.
     """
 
     limit_bytes: int
     used_bytes: int
     cached_bytes: int
     droppable_bytes: int
+    files_bytes: int = 0
 
 
 def process_memory(*, root: str | os.PathLike[str] = "/") -> ProcessMemory:
@@ -87,8 +89,17 @@ def rss_bytes() -> int:
         return int(psutil.Process().memory_info().rss)
 
 
-def usable_memory(*, root: str | os.PathLike[str] = "/") -> tuple[int, int]:
-    """Return (usable, available now) bytes: the least that the machine and its control groups allow."""
+def major_faults() -> int:
+    """Return how often this process has waited for a page to be read, code of libraries most of all; 0: not known."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
+def usable_memory(*, root: str | os.PathLike[str] = "/", groups: bool = True) -> tuple[int, int]:
+    """Return (usable, available now) bytes: the least that the machine and (with `groups`) its control groups allow."""
     table = read_colon_table(Path(root) / "proc/meminfo")
     if "MemTotal" in table:
         total = _kilobytes(table["MemTotal"])
@@ -96,7 +107,7 @@ def usable_memory(*, root: str | os.PathLike[str] = "/") -> tuple[int, int]:
     else:
         machine = psutil.virtual_memory()
         total, available = machine.total, machine.available
-    for group in limiting_groups(root=root):
+    for group in limiting_groups(root=root) if groups else ():
         total = min(total, group.limit_bytes)
         available = max(0, min(available, group.limit_bytes - max(0, group.used_bytes - group.droppable_bytes)))
     return total, available
@@ -114,15 +125,16 @@ def limiting_groups(*, root: str | os.PathLike[str] = "/") -> Iterator[GroupMemo
         _, controllers, group = line.split(":", 2)
         if "memory" in controllers.split(","):
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            return _upwards(mount / "memory", group, *names, "total_cache", "total_mapped_file", "total_inactive_file")
+            kinds = ("total_cache", "total_mapped_file", "total_inactive_file", "total_shmem")
+            return _upwards(mount / "memory", group, *names, *kinds)
     unified = next((line.split(":", 2)[2] for line in groups if line.startswith("0::")), None)
     if unified is None:
         return iter(())
-    return _upwards(mount, unified, "memory.max", "memory.current", "file", "file_mapped", "inactive_file")
+    return _upwards(mount, unified, "memory.max", "memory.current", "file", "file_mapped", "inactive_file", "shmem")
 
 
 def _upwards(
-    mount: Path, group: str, limit_name: str, use_name: str, cached: str, mapped: str, inactive: str
+    mount: Path, group: str, limit_name: str, use_name: str, cached: str, mapped: str, inactive: str, shared: str
 ) -> Iterator[GroupMemory]:
     inner = mount / group.strip("/")
     # Inside a container the path is often the host's: then only the mount, its own group, exists.
@@ -135,6 +147,7 @@ def _upwards(
                 used_bytes=read_int(directory / use_name) or 0,
                 cached_bytes=max(0, int(table.get(cached, 0)) - int(table.get(mapped, 0))),
                 droppable_bytes=int(table.get(inactive, 0)),
+                files_bytes=max(0, int(table.get(cached, 0)) - int(table.get(shared, 0))),
             )
         if directory == mount:
             break

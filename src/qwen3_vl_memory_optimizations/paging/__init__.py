@@ -7,6 +7,7 @@ from .joined import JoinedEntries, join
 from .ledger import PROCESS, TENSORS, Ledger
 from .managed_tensor import ManagedTensor, linear_joined
 from .pager import Pager
+from .pressure import PressureMonitor
 from .residency import READ_AHEAD_BYTES
 from .stats import PagingStats
 
@@ -26,6 +27,7 @@ __all__ = [
     "PageState",
     "Pager",
     "PagingStats",
+    "PressureMonitor",
     "ProcessAccounts",
     "TensorEntry",
     "alias_memory",

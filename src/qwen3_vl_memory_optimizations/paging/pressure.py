@@ -1,0 +1,169 @@
+"""`PressureMonitor`: gives memory up when somebody else takes it, and takes it back when it is free again.
+
+What a forward needs is set aside before it runs (`accounts.py`). What the application takes between forwards (a photo
+that is decoded), and what other processes take, nobody announces. When a control group is full to the brim with memory
+that cannot be dropped, the kernel drops the code that runs, again and again: computing a second takes a minute.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+from ..errors import MemoryOptimizationError, format_bytes
+from ..process import limiting_groups, major_faults, usable_memory
+from .pager import Pager
+
+logger = logging.getLogger(__name__)
+
+OWNER = "pressure"
+"""The account of the ledger that holds what was given up."""
+
+_PERIOD_S = 0.1
+_CALM_S = 1.0
+_LEAST_ROOM_BYTES = 40 << 20
+"""For the code of libraries that runs (about 35 MB), and what the kernel reads around it."""
+_LEAST_AVAILABLE_BYTES = 256 << 20
+"""Of the machine: with less, systems begin to swap others out."""
+_ROOM_SHARE = 32
+"""In small groups, and on small machines, the least room is one part in 32."""
+_MORE_SHARE = 2
+"""Half as much again is given up, so that it is not asked for again at once."""
+_FULL_BYTES = 16 << 20
+"""A group with less than this left is full: the kernel drops a page of a file for each that it brings."""
+_MANY_FAULTS_A_S = 100
+_SETTLE_S = 0.5
+_MOST_ROOM_SHARE = 8
+"""Faults teach that more room is needed: 32 MiB more, up to one part in 8 of the group."""
+_LEARNT_STEP_BYTES = 32 << 20
+_LEFT_BYTES = 64 << 20
+"""Weights keep so much, however little room there is."""
+
+
+class PressureMonitor:
+    """A thread that looks ten times a second how much room is left for files, and reserves what is missing.
+
+    Args:
+        pager: lets pages leave; when it is collected, the thread ends.
+        budget_bytes: of the process.
+        period_s: between two looks.
+        timer: a monotonic clock in seconds.
+        major_faults: returns how often this process has waited for a page of a file so far.
+        root: of the system's files.
+
+    Attributes:
+        reliefs: how often memory was given up.
+        given_up_bytes: the most that was at a time.
+    """
+
+    def __init__(
+        self,
+        pager: Pager,
+        budget_bytes: int,
+        *,
+        period_s: float = _PERIOD_S,
+        timer: Callable[[], float] = time.monotonic,
+        major_faults: Callable[[], int] = major_faults,
+        root: str = "/",
+    ) -> None:
+        self.reliefs = 0
+        self.given_up_bytes = 0
+        self._pager = weakref.ref(pager)
+        self._budget_bytes = budget_bytes
+        self._period_s = period_s
+        self._timer = timer
+        self._major_faults = major_faults
+        self._root = root
+        self._learnt_bytes = 0
+        self._faults_before = (timer(), major_faults())
+        self._calm_since_s: float | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory-pressure", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop watching; what was given up stays with the Pager's account."""
+        self._ended.set()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._period_s):
+            if not self.look():
+                return
+
+    def look(self) -> bool:
+        """Look once, and give memory up or take it back.
+
+        Returns:
+            Whether there is still something to watch for.
+        """
+        pager = self._pager()
+        if pager is None:
+            return False
+        short, spare = self._room()
+        try:
+            if short > 0:
+                self._calm_since_s = None
+                self._give_up(pager, short)
+            elif pager.ledger.held_bytes(OWNER):
+                self._take_back(pager, spare)
+        except MemoryOptimizationError as error:  # pinned, or closed meanwhile; the next look is soon
+            logger.debug("no memory could be given up: %s", error)
+        return True
+
+    def _room(self) -> tuple[int, int]:
+        """Return by how much the room is too small, and how much there is beyond what is comfortable."""
+        short, spare, faulting = 0, self._budget_bytes, self._faulting()
+        for group in limiting_groups(root=self._root):
+            least = max(self._learnt_bytes, min(_LEAST_ROOM_BYTES, group.limit_bytes // _ROOM_SHARE))
+            room = group.limit_bytes - group.used_bytes + group.files_bytes
+            if faulting and group.limit_bytes - group.used_bytes < _FULL_BYTES:
+                least = min(max(least, room + _LEARNT_STEP_BYTES), group.limit_bytes // _MOST_ROOM_SHARE)
+                self._learnt_bytes = least
+            short, spare = _worse(short, spare, room, least)
+        total, available = usable_memory(root=self._root, groups=False)
+        return _worse(short, spare, available, min(_LEAST_AVAILABLE_BYTES, total // _ROOM_SHARE))
+
+    def _faulting(self) -> bool:
+        """Return whether this process waited for code again and again lately."""
+        now_s, faults = self._timer(), self._major_faults()
+        before_s, before = self._faults_before
+        if now_s - before_s < _SETTLE_S:
+            return False
+        self._faults_before = (now_s, faults)
+        return faults - before > _MANY_FAULTS_A_S * (now_s - before_s)
+
+    def _give_up(self, pager: Pager, n_bytes: int) -> None:
+        held = pager.ledger.held_bytes(OWNER)
+        wanted = min(held + n_bytes, pager.ledger.most_bytes(OWNER) - _LEFT_BYTES)
+        if wanted > held:
+            pager.reserve(OWNER, wanted)
+            self.reliefs += 1
+            self.given_up_bytes = max(self.given_up_bytes, wanted)
+            logger.info("memory is short: %s given up, %s in all", format_bytes(wanted - held), format_bytes(wanted))
+
+    def _take_back(self, pager: Pager, spare: int) -> None:
+        """Take back what is spare, after some time in which nothing was short; what was learnt is doubted then."""
+        now_s = self._timer()
+        if self._calm_since_s is None:
+            self._calm_since_s = now_s
+        if now_s - self._calm_since_s >= _CALM_S:
+            self._calm_since_s = now_s
+            self._learnt_bytes //= 2
+            held = pager.ledger.held_bytes(OWNER)
+            if spare > 0:
+                pager.reserve(OWNER, max(0, held - spare))
+
+
+def _worse(short: int, spare: int, room: int, least: int) -> tuple[int, int]:
+    enough = least + least // _MORE_SHARE
+    if room < least:
+        short = max(short, enough - room)
+    return short, min(spare, max(0, room - enough - _FULL_BYTES))
