@@ -29,6 +29,7 @@ from .model.packing import Progress, find_packed
 from .model.prefix_reuse import attach_prefix_reuse
 from .model.skeleton import build_skeleton, compute_dtype, compute_dtype_of, skeleton_of
 from .model.vision_reuse import attach_vision_reuse
+from .model.vision_steps import step_vision_tower
 from .optimizer import MemoryOptimizer
 from .paging import PAGE_BYTES
 from .planning import pack_model
@@ -297,6 +298,7 @@ def _finish(source: _Source, draft: Any, optimizer: MemoryOptimizer) -> Any:
     for each in (model,) if draft is None else (model, draft):
         if optimizer.config.fuses_modules():
             fuse_layers(each)
+        step_vision_tower(each)
         attach_kv_cache(each, optimizer.config.cache_codec(), optimizer.pager)
         if limited:
             reserve_before_forwards(each, optimizer, source.dtype.itemsize, lowers=each is model)

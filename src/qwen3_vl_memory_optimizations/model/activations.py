@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..process import trim_heap
+from .vision_steps import STEP_ROWS
 
 FIXED_RESERVE_BYTES = 24 * 2**20
 """Thread stacks, the workspaces of torch's own kernels, code that is read on the way."""
@@ -50,7 +51,9 @@ def estimate_activation_bytes(
     if vision is not None and patches:
         width, wide = vision.hidden_size, vision.intermediate_size
         merged = width * vision.spatial_merge_size**2
-        peak += patches * (10 * width * itemsize + wide * (2 * itemsize + 6) + merged * itemsize)
+        # Its MLP and the rotation of heads in fp32 take some rows after another (`vision_steps`).
+        in_step = min(patches, 2 * STEP_ROWS - 1)
+        peak += patches * (12 * width * itemsize + merged * itemsize) + in_step * wide * (2 * itemsize + 6)
     peak += int(_HEAP_WASTE * peak) + min(peak, _HEAP_SLACK_BYTES)
     return FIXED_RESERVE_BYTES + -(-peak // _QUANTUM_BYTES) * _QUANTUM_BYTES
 
@@ -112,6 +115,7 @@ def reserve_before_forwards(model: Any, optimizer: Any, itemsize: int, *, lowers
         if args and args[0].shape[:-1].numel() >= _MANY_TOKENS:
             trim_heap()
 
+    after_layer.changes_nothing = True  # type: ignore[attr-defined]
     model.register_forward_pre_hook(before_model, with_kwargs=True)
     for layer in list(getattr(model.get_decoder(), "layers", ()))[::_LAYERS_A_TRIM]:
         layer.register_forward_hook(after_layer)

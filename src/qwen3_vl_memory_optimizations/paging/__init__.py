@@ -5,7 +5,7 @@ from .blocks import Account, Block, BlockSpace
 from .entry import PAGE_BYTES, FileSource, Page, PageState, TensorEntry, alias_memory
 from .joined import JoinedEntries, join
 from .ledger import PROCESS, TENSORS, Ledger
-from .managed_tensor import ManagedTensor, linear_joined
+from .managed_tensor import ManagedTensor, linear_joined, whole_linears
 from .pager import Pager
 from .pressure import PressureMonitor
 from .residency import READ_AHEAD_BYTES
@@ -33,4 +33,5 @@ __all__ = [
     "alias_memory",
     "join",
     "linear_joined",
+    "whole_linears",
 ]

@@ -8,12 +8,14 @@ and then a view keeps them pinned for as long as it lives.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils import _pytree
 
 from ..compression import RawCodec, columns_of
@@ -141,7 +143,7 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         return NotImplemented
     if type(bias) is ManagedTensor:
         bias = _plain(bias)
-    return weight.pager.linear(weight.entry, input, bias)
+    return weight.pager.products.linear(weight.entry, input, bias)
 
 
 def linear_joined(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -150,8 +152,39 @@ def linear_joined(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Ten
     if type(first) is ManagedTensor and type(x) is not ManagedTensor:
         entries = [weight.entry for weight in weights if type(weight) is ManagedTensor and weight.pager is first.pager]
         if len(entries) == len(weights) and all(entry.rows_per_page and entry.pages for entry in entries):
-            return first.pager.linear_joined(entries, x)
+            return first.pager.products.linear_joined(entries, x)
     return torch.cat([F.linear(x, weight) for weight in weights], dim=-1)
+
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+@contextmanager
+def whole_linears(linears: Sequence[nn.Linear]) -> Iterator[list[Product] | None]:
+    """Have the weights of linear layers in memory for several products each, as one access to each, in this order.
+
+    Yields:
+        For each layer what gives `x @ W.T + bias` for any rows `x`; `None` where the weights have no room together.
+    """
+    weights: list[torch.Tensor] = [linear.weight for linear in linears]
+    managed = [weight for weight in weights if type(weight) is ManagedTensor]
+    usable = all(weight.entry.rows_per_page and weight.entry.pages for weight in managed)
+    if not managed or not usable or any(weight.pager is not managed[0].pager for weight in managed):
+        yield None if managed else [linear.forward for linear in linears]
+        return
+    pager = managed[0].pager
+    with pager.products.whole([weight.entry for weight in managed]) as there:
+        yield [_product(linear, pager) for linear in linears] if there else None
+
+
+def _product(linear: nn.Linear, pager: Pager) -> Product:
+    weight: torch.Tensor = linear.weight
+    bias: torch.Tensor | None = linear.bias
+    if type(weight) is not ManagedTensor:
+        return linear.forward
+    plain = _plain(bias) if type(bias) is ManagedTensor else bias
+    entry = weight.entry
+    return lambda x: pager.products.linear_of_whole(entry, x, plain)
 
 
 def _embedding(

@@ -4,6 +4,7 @@
     residency.py  which pages stay, which are read ahead, who leaves first
     room.py       room for pages under the limit, or a refusal
     access.py     who uses a tensor finds its pages in memory, pinned
+    products.py   products on the encoded form
     finalizers.py what the collector asks for
     pager.py      registration, the budget, the end
 
@@ -17,14 +18,13 @@ from __future__ import annotations
 import math
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from ..compression import LinearInput, Scratch
+from ..compression import Scratch
 from ..errors import UnknownTensorError
 from ..pools import FRAME_BYTES, FramePool, units_of
 from ..prediction import PassSchedule
@@ -34,12 +34,12 @@ from .entry import PAGE_BYTES, PageState, TensorEntry
 from .finalizers import FinalizerQueue
 from .ledger import PROCESS, TENSORS, Ledger
 from .moves import PageMover
+from .products import Products
 from .residency import Residency
 from .room import Room
 from .stats import PagingStats, TensorUse
 
 _LEAST_SCRATCH_BYTES = 1 << 16
-_WHOLE_SHARE = 4
 
 
 class Pager:
@@ -51,6 +51,9 @@ class Pager:
         swap_bytes: its largest size.
         reuse_frames: keep freed page frames for the next page (memory pooling).
         timer: a monotonic clock in seconds, for the stall counter.
+
+    Attributes:
+        products: computes with weights.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Pager:
             self._lock, self._changed, self._mover, self._room, self._residency, self.stats, self._release_freed, timer
         )
         self._local = threading.local()
+        self.products = Products(self._access, self.frames, lambda: self.scratch)
         self._adding = 0  # tensors that have memory and are not in `entries` yet
 
     @property
@@ -359,67 +363,6 @@ class Pager:
     def debit_later(self, owner: str, n_bytes: int, scope: str = TENSORS) -> None:
         """Do what `debit` does with fewer bytes, as a finalizer has to (see `free_later`)."""
         self._finalizers.add(lambda: self.ledger.add(owner, n_bytes, scope))
-
-    def linear(self, entry: TensorEntry, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Return `x @ W.T + bias`, computed on the encoded form, rows of W as they become resident."""
-        left, held = self._left_operand(x), (entry,)
-        if self._access.hold(held):
-            try:
-                out = entry.codec.linear(left, entry.encoded(0, entry.rows), bias, self.scratch)
-            finally:
-                self._access.let_go(held)
-        elif len(entry.pages) > 1 and entry.codec.wants_whole(left) and self._fits_whole(entry):
-            self.pin(entry)
-            try:
-                out = entry.codec.linear(left, entry.encoded(0, entry.rows), bias, self.scratch)
-            finally:
-                self.unpin(entry)
-        else:
-            out = self._linear_in_ranges(entry, left, bias)
-        return out if x.dim() == 2 else out.view(*x.shape[:-1], entry.rows)
-
-    def linear_joined(self, entries: Sequence[TensorEntry], x: torch.Tensor) -> torch.Tensor:
-        """Return `x @ W.T` for the rows of several tensors, one after the other: one product where they are joined.
-
-        (See `join`.) Where one of them is not in memory, each is computed by itself as its rows come.
-        """
-        joined = entries[0].joined
-        if joined is not None and joined.entries == tuple(entries) and self._access.hold(joined.entries):
-            try:
-                out = entries[0].codec.linear(self._left_operand(x), joined.encoded, None, self.scratch)
-            finally:
-                self._access.let_go(joined.entries)
-            return out if x.dim() == 2 else out.view(*x.shape[:-1], joined.rows)
-        return torch.cat([self.linear(entry, x, None) for entry in entries], dim=-1)
-
-    def _left_operand(self, x: torch.Tensor) -> LinearInput:
-        """Return what was derived from `x` for the product before, if that had the same input (q, k, v; gate, up)."""
-        if x.is_inference():  # has no version: it may have been written to since
-            return LinearInput(x)
-        last = getattr(self._local, "left", None)
-        if last is not None and last[0]() is x and last[1] == x._version:
-            return last[2]
-        left = LinearInput(x)
-        self._local.left = (weakref.ref(x), x._version, left)
-        return left
-
-    def _fits_whole(self, entry: TensorEntry) -> bool:
-        """Whether a tensor may displace others to be in memory whole; a larger one would displace most of them."""
-        return entry.missing == 0 or entry.n_bytes <= self.frames.limit_bytes // _WHOLE_SHARE
-
-    def _linear_in_ranges(self, entry: TensorEntry, left: LinearInput, bias: torch.Tensor | None) -> torch.Tensor:
-        out: torch.Tensor | None = None
-        for start, stop in self._access.row_ranges(entry):
-            part_bias = bias if bias is None else bias[start:stop]
-            part = entry.codec.linear(left, entry.encoded(start, stop), part_bias, self.scratch)
-            if stop - start == entry.rows:
-                out = part
-            else:
-                if out is None:
-                    out = part.new_empty((left.rows, entry.rows))
-                out[:, start:stop] = part
-        assert out is not None
-        return out
 
     def row_ranges(self, entry: TensorEntry) -> Iterator[tuple[int, int]]:
         """Yield ranges of rows, in order, each resident and pinned until the next is asked for."""

@@ -1,0 +1,116 @@
+"""`Products`: products with weights, computed on the encoded form while its pages are in memory."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from ..compression import LinearInput, Scratch
+from ..pools import FramePool
+from .access import Access
+from .entry import TensorEntry
+
+_WHOLE_SHARE = 4
+
+
+class Products:
+    """Computes with the weights of a Pager.
+
+    Args:
+        access: finds their pages in memory, pinned.
+        frames: whose limit says what may be in memory whole.
+        scratch: returns the workspace of the calling thread.
+    """
+
+    def __init__(self, access: Access, frames: FramePool, scratch: Callable[[], Scratch]) -> None:
+        self._access = access
+        self._frames = frames
+        self._scratch = scratch
+        self._local = threading.local()
+
+    def linear(self, entry: TensorEntry, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return `x @ W.T + bias`, computed on the encoded form, rows of W as they become resident."""
+        left, held = self._left_operand(x), (entry,)
+        if self._access.hold(held):
+            try:
+                out = entry.codec.linear(left, entry.encoded(0, entry.rows), bias, self._scratch())
+            finally:
+                self._access.let_go(held)
+        elif len(entry.pages) > 1 and entry.codec.wants_whole(left) and self._fits_whole(entry):
+            self._access.pin(entry)
+            try:
+                out = entry.codec.linear(left, entry.encoded(0, entry.rows), bias, self._scratch())
+            finally:
+                self._access.unpin(entry)
+        else:
+            out = self._linear_in_ranges(entry, left, bias)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], entry.rows)
+
+    def linear_joined(self, entries: Sequence[TensorEntry], x: torch.Tensor) -> torch.Tensor:
+        """Return `x @ W.T` for the rows of several tensors, one after the other: one product where they are joined.
+
+        (See `join`.) Where one of them is not in memory, each is computed by itself as its rows come.
+        """
+        joined = entries[0].joined
+        if joined is not None and joined.entries == tuple(entries) and self._access.hold(joined.entries):
+            try:
+                out = entries[0].codec.linear(self._left_operand(x), joined.encoded, None, self._scratch())
+            finally:
+                self._access.let_go(joined.entries)
+            return out if x.dim() == 2 else out.view(*x.shape[:-1], joined.rows)
+        return torch.cat([self.linear(entry, x, None) for entry in entries], dim=-1)
+
+    @contextmanager
+    def whole(self, entries: Sequence[TensorEntry]) -> Iterator[bool]:
+        """Have tensors in memory whole for several products, as one access to each, in this order.
+
+        Yields:
+            Whether they are: not where they would displace too much of what else is there.
+        """
+        missing_bytes = sum(entry.n_bytes for entry in entries if entry.missing)
+        if missing_bytes > self._frames.limit_bytes // _WHOLE_SHARE:
+            yield False
+            return
+        with ExitStack() as pins:
+            for entry in entries:
+                self._access.pin(entry)
+                pins.callback(self._access.unpin, entry)
+            yield True
+
+    def linear_of_whole(self, entry: TensorEntry, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return `x @ W.T + bias` within `whole`, which counted the access."""
+        out = entry.codec.linear(self._left_operand(x), entry.encoded(0, entry.rows), bias, self._scratch())
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], entry.rows)
+
+    def _left_operand(self, x: torch.Tensor) -> LinearInput:
+        """Return what was derived from `x` for the product before, if that had the same input (q, k, v; gate, up)."""
+        if x.is_inference():  # has no version: it may have been written to since
+            return LinearInput(x)
+        last = getattr(self._local, "left", None)
+        if last is not None and last[0]() is x and last[1] == x._version:
+            return last[2]
+        left = LinearInput(x)
+        self._local.left = (weakref.ref(x), x._version, left)
+        return left
+
+    def _fits_whole(self, entry: TensorEntry) -> bool:
+        """Whether a tensor may displace others to be in memory whole; a larger one would displace most of them."""
+        return entry.missing == 0 or entry.n_bytes <= self._frames.limit_bytes // _WHOLE_SHARE
+
+    def _linear_in_ranges(self, entry: TensorEntry, left: LinearInput, bias: torch.Tensor | None) -> torch.Tensor:
+        out: torch.Tensor | None = None
+        for start, stop in self._access.row_ranges(entry):
+            part_bias = bias if bias is None else bias[start:stop]
+            part = entry.codec.linear(left, entry.encoded(start, stop), part_bias, self._scratch())
+            if stop - start == entry.rows:
+                out = part
+            else:
+                if out is None:
+                    out = part.new_empty((left.rows, entry.rows))
+                out[:, start:stop] = part
+        assert out is not None
+        return out
