@@ -21,6 +21,7 @@ from .hardware import HardwareProfile
 from .paging import PAGE_BYTES, Ledger, ManagedTensor, Pager, PressureMonitor, ProcessAccounts, TensorEntry
 from .pools import AdvancedMemoryPool
 from .process import process_memory, rss_bytes
+from .swapping import MemorySwappingSystem
 
 TENSOR_KINDS = ("kv_cache", "vision_features", "text_embeddings", "general")
 
@@ -41,6 +42,7 @@ class MemoryOptimizer:
         pool: address ranges of runtime tensors.
         cache: results that are used again; `None` where `enable_cache_hierarchy` is off.
         pressure: gives memory up when others take it; `None` without `ram_budget`.
+        swapping: says which runtime tensors leave first; `None`: switched off, and the longest unused do.
 
     Raises:
         ConfigurationError: an unknown key or a bad value.
@@ -60,10 +62,18 @@ class MemoryOptimizer:
         self._check_budget()
         swap_dir = self.config.cache_dir or Path(tempfile.gettempdir())
         swap_dir.mkdir(parents=True, exist_ok=True)
-        self.pager = Pager(ledger, swap_dir=swap_dir, reuse_frames=self.config.enable_memory_pooling)
+        self.swapping: MemorySwappingSystem | None = None
+        if self.config.enable_swapping and self.config.enable_memory_swapping:
+            self.swapping = MemorySwappingSystem(self.config.swap_pressure_threshold, self.config.swap_algorithm)
+        order = None if self.swapping is None else self.swapping.algorithm
+        self.pager = Pager(ledger, swap_dir=swap_dir, reuse_frames=self.config.enable_memory_pooling, order=order)
         budget = self.config.ram_budget
         self._accounts = None if budget is None else ProcessAccounts(self.pager, budget, self.baseline_bytes)
-        self.pressure = None if budget is None else PressureMonitor(self.pager, budget)
+        self.pressure = (
+            None
+            if budget is None
+            else PressureMonitor(self.pager, budget, also=None if self.swapping is None else self.swapping.look)
+        )
         if self.pressure is not None:
             self.pressure.start()
         self.pool = AdvancedMemoryPool(self.config.memory_pool_size)

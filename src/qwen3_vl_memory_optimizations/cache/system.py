@@ -36,6 +36,7 @@ class HierarchicalCacheSystem:
 
     Attributes:
         l1_cache, l2_cache, l3_cache: the levels; `None`: switched off.
+        recorder: called at each use of an entry with its key, its bytes and what it is: found, or new.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class HierarchicalCacheSystem:
             self.l3_cache = SSDCache(
                 config.l3_cache_size, directory or config.reuse_dir, codec=config.reuse_codec, timer=timer
             )
+        self.recorder: Callable[[str, int, str], None] | None = None
         self._timer = timer
         self._counts = UseCounts()
         self._counts_lock = threading.Lock()
@@ -74,6 +76,12 @@ class HierarchicalCacheSystem:
             compute_s: what computing it again is expected to take; `None`: what it took when it was kept.
             copy: in memory of its own; otherwise it may share memory with the cache, and is only to be read.
         """
+        item = self._found(key, compute_s, copy)
+        if item is not None and self.recorder is not None:
+            self.recorder(key, item.n_bytes, "cached")
+        return item
+
+    def _found(self, key: str, compute_s: float | None, copy: bool) -> CacheItem | None:
         with self._counts_lock:
             self._counts.record(key)
             uses = self._counts.of(key)
@@ -115,6 +123,8 @@ class HierarchicalCacheSystem:
             persist: also to the SSD.
         """
         uses = self._counts.of(key)
+        if self.recorder is not None:
+            self.recorder(key, item.n_bytes, "cached")
         if self.l1_cache is not None and self.l1_cache.available:
             self.l1_cache.store(key, item, saved_s=saved_s, uses=uses)
         if self.l2_cache is not None:

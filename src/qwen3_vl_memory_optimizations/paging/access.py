@@ -31,6 +31,9 @@ class Access:
         stats: hits, misses, faults and stalls are counted here.
         release: called with a freed tensor when a pin of it went.
         timer: a monotonic clock in seconds, for the stall counter.
+
+    Attributes:
+        recorder: called at each access with the id, the encoded bytes and the kind of the tensor, under the lock.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Access:
         self._release = release
         self._timer = timer
         self._clock = 0
+        self.recorder: Callable[[str, int, str], None] | None = None
 
     def record(self, entry: TensorEntry) -> None:
         """Note an access that needs no byte."""
@@ -60,6 +64,8 @@ class Access:
             self._clock += 1
             for page in entry.pages:
                 page.last_access = self._clock
+            if entry.kind != "weights":
+                self._residency.mentioned(entry)
 
     def row_ranges(self, entry: TensorEntry) -> Iterator[tuple[int, int]]:
         """Yield ranges of rows, in order, each resident and pinned until the next is asked for."""
@@ -283,8 +289,12 @@ class Access:
             else:
                 stats.hits += 1
                 stats.hit_bytes += page.n_bytes
+        if self.recorder is not None:
+            self.recorder(entry.tensor_id, entry.n_bytes, entry.kind)
         if entry.kind == "weights":
             self._residency.record(entry)
+        else:
+            self._residency.used(entry)
 
     def _await(self, page: Page) -> None:
         """Wait until a page is resident; start its load where nobody has."""

@@ -43,6 +43,7 @@ class PageMover:
         write_error: why a page could not leave; it is for whoever needs the room.
         closed: nothing comes or leaves any more.
         on_growth: see `Pager.on_growth`.
+        on_left: called with the tensor of each page that is not in memory any more, or could not come.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class PageMover:
         self.write_error: Exception | None = None
         self.closed = False
         self.on_growth: Callable[[int], None] | None = None
+        self.on_left: Callable[[TensorEntry], None] | None = None
         self._changed = changed
         self._frames = frames
         self._swap = swap
@@ -85,6 +87,8 @@ class PageMover:
         elif state is PageState.SWAPPED:
             self._count_resident(page, -page.n_bytes)
         page.state = state
+        if state is PageState.SWAPPED and self.on_left is not None:
+            self.on_left(page.entry)
 
     def _count_resident(self, page: Page, n_bytes: int) -> None:
         if page.entry.kind == "weights":

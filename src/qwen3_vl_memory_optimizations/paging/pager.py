@@ -35,7 +35,7 @@ from .finalizers import FinalizerQueue
 from .ledger import PROCESS, TENSORS, Ledger
 from .moves import PageMover
 from .products import Products
-from .residency import Residency
+from .residency import Residency, VictimOrder
 from .room import Room
 from .stats import PagingStats, TensorUse
 
@@ -50,6 +50,7 @@ class Pager:
         swap_dir: where the swap file goes, should dirty pages have to leave.
         swap_bytes: its largest size.
         reuse_frames: keep freed page frames for the next page (memory pooling).
+        order: which runtime tensors leave first; `None`: those that were not used longest.
         timer: a monotonic clock in seconds, for the stall counter.
 
     Attributes:
@@ -63,6 +64,7 @@ class Pager:
         swap_dir: Path,
         swap_bytes: int = 1 << 40,
         reuse_frames: bool = True,
+        order: VictimOrder | None = None,
         timer: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.ledger = ledger
@@ -74,7 +76,7 @@ class Pager:
         self._finalizers = FinalizerQueue(self._lock)
         self._swap = SwapFile(swap_dir, swap_bytes)
         self._mover = PageMover(self._changed, self.frames, self._swap, self.stats, self._release_freed, timer)
-        self._residency = Residency(self.entries, self.frames, self._mover)
+        self._residency = Residency(self.entries, self.frames, self._mover, order)
         self._room = Room(
             self._changed, ledger, self.entries, self.frames, self._mover, self._residency, self._finalizers
         )
@@ -112,6 +114,17 @@ class Pager:
     @on_growth.setter
     def on_growth(self, hook: Callable[[int], None] | None) -> None:
         self._mover.on_growth = hook
+
+    @contextmanager
+    def recording(self, recorder: Callable[[str, int, str], None]) -> Iterator[None]:
+        """Call `recorder` at each access in a block, with the id, the encoded bytes and the kind of the tensor."""
+        with self._lock:
+            before, self._access.recorder = self._access.recorder, recorder
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._access.recorder = before
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -291,6 +304,15 @@ class Pager:
         """Bring the frames under the limit that the ledger now leaves."""
         with self._lock:
             self._room.refit()
+
+    def swap_ahead(self, share: float) -> int:
+        """Let runtime tensors leave until they fill at most a share of the memory; what is used in a cycle stays.
+
+        Returns:
+            The bytes that leave. Returns at once: they are written meanwhile.
+        """
+        with self._lock:
+            return 0 if self._mover.closed else self._residency.swap_ahead(share)
 
     def trim(self) -> None:
         """Return free page frames to the system."""

@@ -49,6 +49,7 @@ class PressureMonitor:
     Args:
         pager: lets pages leave; when it is collected, the thread ends.
         budget_bytes: of the process.
+        also: called with the Pager at each look.
         period_s: between two looks.
         timer: a monotonic clock in seconds.
         major_faults: returns how often this process has waited for a page of a file so far.
@@ -64,6 +65,7 @@ class PressureMonitor:
         pager: Pager,
         budget_bytes: int,
         *,
+        also: Callable[[Pager], None] | None = None,
         period_s: float = _PERIOD_S,
         timer: Callable[[], float] = time.monotonic,
         major_faults: Callable[[], int] = major_faults,
@@ -73,6 +75,7 @@ class PressureMonitor:
         self.given_up_bytes = 0
         self._pager = weakref.ref(pager)
         self._budget_bytes = budget_bytes
+        self._also = also
         self._period_s = period_s
         self._timer = timer
         self._major_faults = major_faults
@@ -109,6 +112,8 @@ class PressureMonitor:
             return False
         short, spare = self._room()
         try:
+            if self._also is not None:
+                self._also(pager)
             if short > 0:
                 self._calm_since_s = None
                 self._give_up(pager, short)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 from ..errors import MemoryBudgetExceeded
 from ..pools import FramePool
@@ -17,6 +18,27 @@ _READ_AHEAD_SHARE = 8
 _LOOK_AHEAD_TENSORS = 64
 
 
+class VictimOrder(Protocol):
+    """Which of the runtime tensors in memory leave first (`swapping.SwappingAlgorithm` has the rules)."""
+
+    n_bytes: dict[Hashable, int]
+
+    def insert(self, key: Hashable, n_bytes: int, kind: str = "general") -> None:
+        """Note that a tensor came into memory because it is used."""
+
+    def touch(self, key: Hashable) -> None:
+        """Note a use."""
+
+    def left(self, key: Hashable) -> None:
+        """Note that a tensor left memory."""
+
+    def remove(self, key: Hashable) -> None:
+        """Forget a tensor."""
+
+    def order(self) -> Iterator[Hashable]:
+        """Yield the tensors in memory, first to leave first."""
+
+
 class Residency:
     """Follows the accesses to weights and lets pages come and go by what is expected next.
 
@@ -26,19 +48,28 @@ class Residency:
         entries: the tensors, by id; the Pager adds and removes them.
         frames: the memory of the pages.
         mover: moves them.
+        order: of runtime tensors that are not used in a cycle; `None`: the longest unused leave first.
 
     Attributes:
         schedule: the order of accesses, as far as it is known.
         on_pass: called when an access began a pass.
     """
 
-    def __init__(self, entries: Mapping[str, TensorEntry], frames: FramePool, mover: PageMover) -> None:
+    def __init__(
+        self,
+        entries: Mapping[str, TensorEntry],
+        frames: FramePool,
+        mover: PageMover,
+        order: VictimOrder | None = None,
+    ) -> None:
         self.schedule = PassSchedule()
         self.on_pass: Callable[[], None] | None = None
         self._entries = entries
         self._frames = frames
         self._mover = mover
         self._order: list[str] = []
+        self._runtime = order
+        mover.on_left = self._left
         self._order_changed = False
         self._expected_bytes = 0
         self._read_ahead_bytes = READ_AHEAD_BYTES
@@ -231,8 +262,28 @@ class Residency:
             self._cycle.pop(page, None)
             self._cycle[page] = None
 
+    def used(self, entry: TensorEntry) -> None:
+        """Note a use of a runtime tensor."""
+        if self._runtime is not None:
+            if entry.tensor_id in self._runtime.n_bytes:
+                self._runtime.touch(entry.tensor_id)
+            else:
+                self._runtime.insert(entry.tensor_id, entry.n_bytes, entry.kind)
+
+    def mentioned(self, entry: TensorEntry) -> None:
+        """Note a use of a runtime tensor for which it need not be in memory."""
+        if self._runtime is not None and entry.tensor_id in self._runtime.n_bytes:
+            self._runtime.touch(entry.tensor_id)
+
+    def _left(self, entry: TensorEntry) -> None:
+        """Note that a page left memory."""
+        if self._runtime is not None and entry.missing == len(entry.pages) and entry.tensor_id in self._runtime.n_bytes:
+            self._runtime.left(entry.tensor_id)
+
     def forget(self, entry: TensorEntry) -> None:
         """Expect a runtime tensor no more."""
+        if self._runtime is not None:
+            self._runtime.remove(entry.tensor_id)
         for page in entry.pages:
             self._cycle.pop(page, None)
 
@@ -259,11 +310,14 @@ class Residency:
     def victims(self) -> list[Page]:
         """Return what may leave, best first: streamed pages, then idle tensors, then weights by farthest next use."""
         distances = self.schedule.distances()
+        ranks = self._runtime_ranks()
         never = len(self._order) * 4
 
         def rank(page: Page) -> tuple[int, int]:
             if page.entry.kind != "weights":
-                return (1, -page.last_access if page in self._cycle else page.last_access)
+                if page in self._cycle:
+                    return (1, -page.last_access)
+                return (1, ranks.get(page.entry.tensor_id, page.last_access))
             distance = distances.get(page.entry.tensor_id, never)
             if not page.kept and not page.unused:
                 return (0, -distance)
@@ -271,3 +325,23 @@ class Residency:
 
         pages = (page for entry in self._entries.values() for page in entry.pages)
         return sorted((p for p in pages if p.state is PageState.RESIDENT and not (p.pins or p.awaited)), key=rank)
+
+    def swap_ahead(self, share: float) -> int:
+        """Let runtime tensors leave until they fill at most a share of the memory; return the bytes that leave."""
+        in_memory = (PageState.RESIDENT, PageState.LOADING)
+        runtime = (page for entry in self._entries.values() if entry.kind != "weights" for page in entry.pages)
+        over = sum(page.n_bytes for page in runtime if page.state in in_memory) - int(share * self._frames.limit_bytes)
+        leaving = 0
+        for page in self.victims() if over > 0 else ():
+            if leaving >= over:
+                break
+            if page.entry.kind != "weights" and page not in self._cycle:
+                self._mover.evict(page)
+                leaving += page.n_bytes
+        return leaving
+
+    def _runtime_ranks(self) -> dict[Hashable, int]:
+        """Return the place of each runtime tensor in the order of leaving; empty: the longest unused leave first."""
+        if self._runtime is None:
+            return {}
+        return {key: rank for rank, key in enumerate(self._runtime.order())}
