@@ -160,3 +160,27 @@ def test_background_jobs_run_one_at_a_time_beside_others():
             time.sleep(0.001)
         release.set()
     assert most == 1 and running == 0
+
+
+def test_closing_waits_for_background_jobs_and_for_no_thread_that_has_nothing_to_do():
+    for _ in range(3):
+        queue, running, go = IOQueue(4), threading.Event(), threading.Event()
+        done = []
+
+        def first(running=running, go=go, done=done):
+            running.set()
+            go.wait(5)
+            done.append("first")
+
+        queue.submit(first, BACKGROUND)
+        assert running.wait(5)
+        for _ in range(2):  # long enough for those that were woken to wait again
+            queue.submit(lambda done=done: (time.sleep(0.02), done.append("later")), BACKGROUND)
+        closing = threading.Thread(target=queue.close, daemon=True)
+        closing.start()
+        while not queue._closed:
+            time.sleep(0.001)
+        go.set()
+        closing.join(5)
+        assert not closing.is_alive(), "a worker waits for good"
+        assert done == ["first", "later", "later"]

@@ -136,7 +136,7 @@ class IOQueue:
                 self._pending -= 1
                 if priority == BACKGROUND:
                     self._background = False
-                    self._changed.notify()
+                    self._changed.notify_all()  # closed, each of those that wait must see that nothing is left
 
     def _next_job(self) -> tuple[Callable[[], None], int] | None:
         with self._changed:
