@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         MemorySwappingSystem,
         PredictiveSwappingAlgorithm,
     )
+    from .tiering import LightweightMLPredictor, MemoryTieringSystem
 
 # torch takes seconds to import; the command line and `--help` do without it.
 _LAZY = {
@@ -57,11 +58,13 @@ _LAZY = {
     "HierarchicalCacheSystem": ".cache",
     "INT8QuantizationCompressor": ".compression",
     "LRUSwappingAlgorithm": ".swapping",
+    "LightweightMLPredictor": ".tiering",
     "ManagedTensor": ".paging",
     "MemoryCompressionManager": ".compression",
     "MemoryConfig": ".config",
     "MemoryOptimizer": ".optimizer",
     "MemorySwappingSystem": ".swapping",
+    "MemoryTieringSystem": ".tiering",
     "OptimizedTextDecoder": ".integration",
     "OptimizedVisionEncoder": ".integration",
     "OptimizedVisionLanguageModel": ".integration",
@@ -90,6 +93,7 @@ __all__ = [
     "InputError",
     "InsufficientDiskSpaceError",
     "LRUSwappingAlgorithm",
+    "LightweightMLPredictor",
     "ManagedTensor",
     "MemoryBudgetExceeded",
     "MemoryCompressionManager",
@@ -97,6 +101,7 @@ __all__ = [
     "MemoryOptimizationError",
     "MemoryOptimizer",
     "MemorySwappingSystem",
+    "MemoryTieringSystem",
     "OptimizedTextDecoder",
     "OptimizedVisionEncoder",
     "OptimizedVisionLanguageModel",

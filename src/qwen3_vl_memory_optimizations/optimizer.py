@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import tempfile
 import threading
 import weakref
@@ -20,8 +21,9 @@ from .errors import ConfigurationError, MemoryBudgetExceeded, format_bytes
 from .hardware import HardwareProfile
 from .paging import PAGE_BYTES, Ledger, ManagedTensor, Pager, PressureMonitor, ProcessAccounts, TensorEntry
 from .pools import AdvancedMemoryPool
-from .process import process_memory, rss_bytes
+from .process import process_memory, rss_bytes, usable_memory
 from .swapping import MemorySwappingSystem
+from .tiering import MemoryTieringSystem
 
 TENSOR_KINDS = ("kv_cache", "vision_features", "text_embeddings", "general")
 
@@ -42,6 +44,7 @@ class MemoryOptimizer:
         pool: address ranges of runtime tensors.
         cache: results that are used again; `None` where `enable_cache_hierarchy` is off.
         pressure: gives memory up when others take it; `None` without `ram_budget`.
+        tiering: brings runtime tensors back before they are used; `None`: switched off, or without a budget.
         swapping: says which runtime tensors leave first; `None`: switched off, and the longest unused do.
 
     Raises:
@@ -76,6 +79,12 @@ class MemoryOptimizer:
         )
         if self.pressure is not None:
             self.pressure.start()
+        self.tiering: MemoryTieringSystem | None = None
+        if ledger.limited and self.config.enable_tiering and self.config.enable_memory_tiering:
+            ram_bytes, ssd_bytes = usable_memory()[0], shutil.disk_usage(swap_dir).total
+            self.tiering = MemoryTieringSystem({"gpu": None, "cpu": ram_bytes, "ssd": ssd_bytes})
+            self.pager.listen(self.tiering.note)
+            self.tiering.start(self.pager, self.config.tier_migration_interval)
         self.pool = AdvancedMemoryPool(self.config.memory_pool_size)
         self.cache: HierarchicalCacheSystem | None = None
         if self.config.enable_cache_hierarchy:
@@ -258,6 +267,8 @@ class MemoryOptimizer:
                 "gpu": None,  # no device tier in this process
                 "cpu": {"resident_bytes": resident},
                 "ssd": {"only_there_bytes": encoded - resident, "swap_used_bytes": pager.swap_used_bytes},
+                "migrations": None if self.tiering is None else self.tiering.migrations,
+                "migrations_used": None if self.tiering is None else self.tiering.useful_migrations,
             },
             "pools": self.pool.stats() if self.config.enable_memory_pooling else {},
             "kinds": kinds,
@@ -274,8 +285,9 @@ class MemoryOptimizer:
 
     def close(self) -> None:
         """Stop the I/O threads, remove the swap file, return the memory. Managed tensors are unusable afterwards."""
-        if self.pressure is not None:
-            self.pressure.close()
+        for system in (self.pressure, self.tiering):
+            if system is not None:
+                system.close()
         if self.cache is not None:
             self.cache.close()
         if self.pager.close():

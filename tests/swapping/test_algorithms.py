@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_vl_memory_optimizations import ConfigurationError, MemorySwappingSystem
+from qwen3_vl_memory_optimizations.prediction import NextUse
 from qwen3_vl_memory_optimizations.swapping import (
-    NextUse,
     PredictiveSwappingAlgorithm,
     Trace,
     TraceRecorder,

@@ -33,7 +33,7 @@ class Access:
         timer: a monotonic clock in seconds, for the stall counter.
 
     Attributes:
-        recorder: called at each access with the id, the encoded bytes and the kind of the tensor, under the lock.
+        listeners: called at each access with the id, the encoded bytes and the kind of the tensor, under the lock.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Access:
         self._release = release
         self._timer = timer
         self._clock = 0
-        self.recorder: Callable[[str, int, str], None] | None = None
+        self.listeners: tuple[Callable[[str, int, str], None], ...] = ()
 
     def record(self, entry: TensorEntry) -> None:
         """Note an access that needs no byte."""
@@ -289,8 +289,8 @@ class Access:
             else:
                 stats.hits += 1
                 stats.hit_bytes += page.n_bytes
-        if self.recorder is not None:
-            self.recorder(entry.tensor_id, entry.n_bytes, entry.kind)
+        for listener in self.listeners:
+            listener(entry.tensor_id, entry.n_bytes, entry.kind)
         if entry.kind == "weights":
             self._residency.record(entry)
         else:

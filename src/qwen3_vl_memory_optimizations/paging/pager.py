@@ -118,13 +118,17 @@ class Pager:
     @contextmanager
     def recording(self, recorder: Callable[[str, int, str], None]) -> Iterator[None]:
         """Call `recorder` at each access in a block, with the id, the encoded bytes and the kind of the tensor."""
-        with self._lock:
-            before, self._access.recorder = self._access.recorder, recorder
+        self.listen(recorder)
         try:
             yield
         finally:
             with self._lock:
-                self._access.recorder = before
+                self._access.listeners = tuple(each for each in self._access.listeners if each is not recorder)
+
+    def listen(self, listener: Callable[[str, int, str], None]) -> None:
+        """Call `listener` at each access from now on, under the lock, as `recording` does."""
+        with self._lock:
+            self._access.listeners = (*self._access.listeners, listener)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -313,6 +317,28 @@ class Pager:
         """
         with self._lock:
             return 0 if self._mover.closed else self._residency.swap_ahead(share)
+
+    def swapped_out(self) -> list[str]:
+        """Return the ids of runtime tensors of which nothing is in memory."""
+        with self._lock:
+            runtime = (entry for entry in self.entries.values() if entry.kind != "weights")
+            return [
+                entry.tensor_id for entry in runtime if all(page.state is PageState.SWAPPED for page in entry.pages)
+            ]
+
+    def bring(self, tensor_ids: Sequence[str]) -> list[str]:
+        """Read runtime tensors into memory that nobody uses, one page at a time and behind all other reads.
+
+        Args:
+            tensor_ids: in the order in which they are wanted; unknown ones are skipped.
+
+        Returns:
+            Those that are on their way: none where weights still wait for room.
+        """
+        with self._lock:
+            self._finalizers.run()
+            entries = (self.entries.get(tensor_id) for tensor_id in tensor_ids)
+            return [entry.tensor_id for entry in entries if entry is not None and self._residency.bring(entry)]
 
     def trim(self) -> None:
         """Return free page frames to the system."""

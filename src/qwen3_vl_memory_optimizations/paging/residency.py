@@ -9,7 +9,7 @@ from typing import Protocol
 from ..errors import MemoryBudgetExceeded
 from ..pools import FramePool
 from ..prediction import PassSchedule, choose_kept
-from ..storage import PREFETCH
+from ..storage import BACKGROUND, PREFETCH
 from .entry import PAGE_BYTES, Page, PageState, TensorEntry, model_of
 from .moves import PageMover
 
@@ -325,6 +325,24 @@ class Residency:
 
         pages = (page for entry in self._entries.values() for page in entry.pages)
         return sorted((p for p in pages if p.state is PageState.RESIDENT and not (p.pins or p.awaited)), key=rank)
+
+    def bring(self, entry: TensorEntry) -> bool:
+        """Start to read a runtime tensor into memory that is free; return whether all of it is on its way."""
+        away = [page for page in entry.pages if page.state is PageState.SWAPPED and page.error is None]
+        needed = sum(page.n_bytes for page in away)
+        if not away or self._mover.closed or self._mover.weights_resident_bytes < self._expected_bytes:
+            return False
+        if needed > self._frames.available_bytes:
+            return False
+        try:
+            self._mover.announce(needed)
+        except MemoryBudgetExceeded:
+            return False
+        for page in away:  # the announcement may have given the lock up
+            if page.state is not PageState.SWAPPED or page.n_bytes > self._frames.available_bytes:
+                return False
+            self._mover.load(page, BACKGROUND)
+        return True
 
     def swap_ahead(self, share: float) -> int:
         """Let runtime tensors leave until they fill at most a share of the memory; return the bytes that leave."""

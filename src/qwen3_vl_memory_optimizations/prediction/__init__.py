@@ -1,7 +1,18 @@
 """Access history -> next use. Pure: fed events, asked questions; no I/O, no lock, no clock."""
 
+from .mlp import LightweightMLPredictor
+from .next_use import NextUse, UseHistory
 from .residency import choose_kept
 from .reuse import UseCounts, choose_victims, worth
 from .schedule import PassSchedule
 
-__all__ = ["PassSchedule", "UseCounts", "choose_kept", "choose_victims", "worth"]
+__all__ = [
+    "LightweightMLPredictor",
+    "NextUse",
+    "PassSchedule",
+    "UseCounts",
+    "UseHistory",
+    "choose_kept",
+    "choose_victims",
+    "worth",
+]

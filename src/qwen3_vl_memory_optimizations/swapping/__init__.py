@@ -1,7 +1,7 @@
 """Which tensors leave memory first, and what a recorded run would have found in memory."""
 
 from .base import SwappingAlgorithm
-from .predictive import NextUse, PredictiveSwappingAlgorithm
+from .predictive import PredictiveSwappingAlgorithm
 from .recency import ClockSwappingAlgorithm, LRUSwappingAlgorithm
 from .replay import Replayed, Trace, TraceRecorder, replay, replay_belady
 from .system import ALGORITHMS, MemorySwappingSystem, create_swapping_algorithm
@@ -11,7 +11,6 @@ __all__ = [
     "ClockSwappingAlgorithm",
     "LRUSwappingAlgorithm",
     "MemorySwappingSystem",
-    "NextUse",
     "PredictiveSwappingAlgorithm",
     "Replayed",
     "SwappingAlgorithm",

@@ -1,0 +1,169 @@
+"""`LightweightMLPredictor`: a small network that learns from its own past how long a key waits for its next use."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigurationError
+from .next_use import UseHistory
+
+KINDS = ("weights", "kv_cache", "vision_features", "text_embeddings", "general")
+FEATURES = ("age", "gap", "unsteadiness", "uses", "life", "bytes", *KINDS)
+_HIDDEN = 16
+_EXAMPLES = 4096
+_BATCH = 64
+_LEAST_EXAMPLES = 256
+_RATE, _BETA1, _BETA2, _EPSILON = 0.01, 0.9, 0.999, 1e-8
+_MOST_LOG = 30.0
+_FORMAT = "qwen3vl-mem wait predictor, version 1"
+
+
+def features_of(history: UseHistory, now: int, n_bytes: int, kind: str) -> list[float]:
+    """Return what the network is given: recency, gaps, counts, size and kind, on scales of about 0 to 1.
+
+    Args:
+        history: of the key.
+        now: in uses of all keys, not before its last use.
+        n_bytes: what it takes.
+        kind: of the tensor; an unknown one is like none of `KINDS`.
+    """
+    return [
+        math.log1p(now - history.last) / 8,
+        math.log1p(history.gap) / 8,
+        math.log1p(history.spread) / 8,
+        math.log1p(history.weight) / 4,
+        math.log1p(now - history.first) / 8,
+        math.log2(max(n_bytes, 1)) / 32,
+        *(float(kind == each) for each in KINDS),
+    ]
+
+
+class LightweightMLPredictor:
+    """One hidden layer of 16, trained with Adam on examples from a ring of 4,096.
+
+    Each use of a key gives an example: the features that it had at a random moment since its use before, and the wait
+    from then on, as a logarithm. Keys that never come back give none. Below 256 examples nothing is predicted.
+
+    Args:
+        seed: of the first weights and of what is drawn.
+
+    Attributes:
+        n_examples: seen so far.
+        error: mean absolute error of the last batch before it was learnt, in logarithms to base e; `None`: none yet.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self._draw = np.random.default_rng(seed)
+        n = len(FEATURES)
+        self._parameters = {
+            "w1": self._draw.normal(0, 1 / math.sqrt(n), (n, _HIDDEN)),
+            "b1": np.zeros(_HIDDEN),
+            "w2": self._draw.normal(0, 1 / math.sqrt(_HIDDEN), _HIDDEN),
+            "b2": np.zeros(1),
+        }
+        self._moments = {name: (np.zeros_like(value), np.zeros_like(value)) for name, value in self._parameters.items()}
+        self._steps = 0
+        self._inputs = np.zeros((_EXAMPLES, n))
+        self._labels = np.zeros(_EXAMPLES)
+        self.n_examples = 0
+        self.error: float | None = None
+
+    def observe(self, history: UseHistory, now: int, n_bytes: int, kind: str) -> None:
+        """Learn from a use, by and by.
+
+        Args:
+            history: of the key, without this use.
+            now: when it is used, in uses of all keys.
+            n_bytes, kind: of the key.
+        """
+        gap = now - history.last
+        if gap < 1:
+            return
+        moment = history.last + int(self._draw.integers(gap))
+        place = self.n_examples % _EXAMPLES
+        self._inputs[place] = features_of(history, moment, n_bytes, kind)
+        self._labels[place] = math.log1p(now - moment)
+        self.n_examples += 1
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has seen enough to predict."""
+        return self._steps > 0 and self.n_examples >= _LEAST_EXAMPLES
+
+    def train(self, steps: int = 8) -> None:
+        """Take some steps on examples drawn from the ring; does nothing before there are enough."""
+        there = min(self.n_examples, _EXAMPLES)
+        for _ in range(steps if there >= _LEAST_EXAMPLES else 0):
+            chosen = self._draw.integers(there, size=_BATCH)
+            self._step(self._inputs[chosen], self._labels[chosen])
+
+    def predict(self, features: Sequence[Sequence[float]]) -> np.ndarray:
+        """Return the wait of each row of features (`features_of`) in uses of all keys, float64 `[rows]`."""
+        rows = np.asarray(features, np.float64).reshape(-1, len(FEATURES))
+        return np.expm1(np.clip(self._forward(rows)[1], 0.0, _MOST_LOG))
+
+    def explain(self) -> dict[str, float]:
+        """Return how much each feature moves the prediction: its mean effect times how much it varies, by name."""
+        there = self._inputs[: min(self.n_examples, _EXAMPLES)]
+        if not len(there):
+            return dict.fromkeys(FEATURES, 0.0)
+        hidden, _ = self._forward(there)
+        slopes = ((1 - hidden**2) * self._parameters["w2"]) @ self._parameters["w1"].T
+        return dict(zip(FEATURES, (np.abs(slopes).mean(axis=0) * there.std(axis=0)).tolist(), strict=True))
+
+    def save(self, path: Path) -> None:
+        """Write the weights as `.npz`."""
+        arrays: dict[str, Any] = {"format": np.array(_FORMAT), **self._parameters}
+        np.savez_compressed(path, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> LightweightMLPredictor:
+        """Return a predictor that was saved; nothing in the file is executed. It goes on learning.
+
+        Raises:
+            ConfigurationError: no such file, or it holds no predictor of this form.
+        """
+        predictor = cls()
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                if str(stored["format"]) != _FORMAT:
+                    raise ValueError(f"its format is not {_FORMAT!r}")
+                for name, value in predictor._parameters.items():
+                    found = stored[name].astype(np.float64)
+                    if found.shape != value.shape or not np.isfinite(found).all():
+                        raise ValueError(f"{name} has shape {found.shape}, or is not finite")
+                    predictor._parameters[name] = found
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigurationError(f"{path}: no predictor ({type(error).__name__}: {error})") from error
+        predictor._steps = 1
+        return predictor
+
+    def _forward(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        hidden = np.tanh(rows @ self._parameters["w1"] + self._parameters["b1"])
+        return hidden, hidden @ self._parameters["w2"] + self._parameters["b2"][0]
+
+    def _step(self, rows: np.ndarray, labels: np.ndarray) -> None:
+        hidden, found = self._forward(rows)
+        difference = found - labels
+        self.error = float(np.abs(difference).mean())
+        # Huber: a wait that nothing foretold must not throw the others over.
+        slope = np.clip(difference, -1.0, 1.0) / len(rows)
+        inner = slope[:, None] * self._parameters["w2"] * (1 - hidden**2)
+        gradients = {
+            "w1": rows.T @ inner,
+            "b1": inner.sum(axis=0),
+            "w2": hidden.T @ slope,
+            "b2": np.array([slope.sum()]),
+        }
+        self._steps += 1
+        for name, gradient in gradients.items():
+            first, second = self._moments[name]
+            first += (1 - _BETA1) * (gradient - first)
+            second += (1 - _BETA2) * (gradient**2 - second)
+            unbiased = first / (1 - _BETA1**self._steps), second / (1 - _BETA2**self._steps)
+            self._parameters[name] = self._parameters[name] - _RATE * unbiased[0] / (np.sqrt(unbiased[1]) + _EPSILON)

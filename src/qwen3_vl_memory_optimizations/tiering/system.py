@@ -1,0 +1,128 @@
+"""`MemoryTieringSystem`: tensors on the SSD come back before they are used, where there is room (specification 2.5)."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import MemoryOptimizationError
+from ..paging import Pager
+from ..prediction import LightweightMLPredictor, NextUse
+from ..prediction.mlp import features_of
+
+_SHARES = {"gpu": (0.7, 1), "cpu": (0.5, 2), "ssd": (0.8, 3)}
+_MOST_BROUGHT = 8
+"""A round: what is predicted for later may have changed by then."""
+
+
+class MemoryTieringSystem:
+    """Follows the uses of runtime tensors and, each interval, brings those back that are expected soonest.
+
+    Only memory that nobody uses is filled, one read at a time and behind all others, so nothing leaves and nobody
+    waits for it. (What leaves, and when, is `MemorySwappingSystem`'s; weights follow their schedule.) Until the network
+    has seen enough, the expectation from each tensor's own history ranks them (`NextUse`).
+
+    Args:
+        memory: what the tiers have in bytes, by name; `None` or missing: there is none. Default: the SSD and RAM are
+            taken as they are found, without figures.
+
+    Attributes:
+        tiers: name -> `capacity` (a share of what is there, in bytes, or `None`) and `priority`.
+        predictor: of waits.
+        migrations: tensors that were brought back; `useful_migrations`: those of them that were used before they left.
+    """
+
+    def __init__(self, memory: Mapping[str, int | None] | None = None) -> None:
+        there = memory or {}
+        self.tiers: dict[str, dict[str, Any]] = {}
+        for name, (share, priority) in _SHARES.items():
+            n_bytes = there.get(name)
+            self.tiers[name] = {"capacity": None if n_bytes is None else int(share * n_bytes), "priority": priority}
+        self.predictor = LightweightMLPredictor()
+        self.migrations = 0
+        self.useful_migrations = 0
+        self._next_use = NextUse()
+        self._known: dict[str, tuple[int, str]] = {}  # id -> bytes, kind
+        self._brought: set[str] = set()
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def note(self, tensor_id: str, n_bytes: int, kind: str) -> None:
+        """Note a use; those of weights are none of this system's business."""
+        if kind == "weights":
+            return
+        with self._lock:
+            history = self._next_use.history(tensor_id)
+            if history is not None:
+                self.predictor.observe(history, self._next_use.now + 1, n_bytes, kind)
+            self._next_use.use(tensor_id, len(self._known))
+            self._known[tensor_id] = (n_bytes, kind)
+            if tensor_id in self._brought:
+                self._brought.discard(tensor_id)
+                self.useful_migrations += 1
+
+    def forget(self, tensor_id: str) -> None:
+        """Forget a tensor that was freed."""
+        with self._lock:
+            self._known.pop(tensor_id, None)
+            self._brought.discard(tensor_id)
+            self._next_use.forget(tensor_id)
+
+    def effectiveness(self) -> float | None:
+        """Return the share of migrations that came before a use; `None` before the first."""
+        return self.useful_migrations / self.migrations if self.migrations else None
+
+    def waits(self, tensor_ids: list[str]) -> dict[str, float]:
+        """Return when tensors are expected, in uses of all runtime tensors from now; unknown ones are left out."""
+        with self._lock:
+            known = [(each, self._next_use.history(each)) for each in tensor_ids if each in self._known]
+            there = [(each, history) for each, history in known if history is not None]
+            if not self.predictor.ready:
+                return {each: self._next_use.wait(each) for each, _ in there}
+            now = self._next_use.now
+            rows = [features_of(history, now, *self._known[each]) for each, history in there]
+            return dict(zip((each for each, _ in there), self.predictor.predict(rows).tolist(), strict=True))
+
+    def migrate(self, pager: Pager) -> int:
+        """Learn a little, and bring back what is expected soonest; return how many tensors are on their way."""
+        with self._lock:
+            self.predictor.train()
+            gone = [each for each in self._known if each not in pager.entries]
+        for each in gone:
+            self.forget(each)
+        away = pager.swapped_out()
+        waits = self.waits(away)
+        wanted = sorted(waits, key=lambda each: waits[each])[:_MOST_BROUGHT]
+        brought = pager.bring(wanted)
+        with self._lock:
+            self._brought.update(brought)
+            self.migrations += len(brought)
+            self._brought.intersection_update(self._known)
+        return len(brought)
+
+    def start(self, pager: Pager, interval_s: float) -> None:
+        """Migrate each interval, in a thread that ends with the Pager or `close`."""
+        reference = weakref.ref(pager)
+
+        def work() -> None:
+            while not self._ended.wait(interval_s):
+                pager = reference()
+                if pager is None:
+                    return
+                try:
+                    self.migrate(pager)
+                except MemoryOptimizationError:  # closed meanwhile
+                    return
+                del pager
+
+        self._thread = threading.Thread(target=work, name="memory-tiering", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._ended.set()
+        if self._thread is not None and threading.current_thread() is not self._thread:
+            self._thread.join()

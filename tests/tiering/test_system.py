@@ -1,0 +1,149 @@
+"""Tensors on the SSD come back into memory that nobody uses, those first that are expected soonest."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from qwen3_vl_memory_optimizations import MemoryOptimizer, MemoryTieringSystem
+from tests.paging.weights import FRAMES_BYTES, random_weights, register, settle
+
+MIB = 2**20
+
+
+@pytest.fixture
+def make(tmp_path):
+    made = []
+
+    def make(budget, **settings):
+        settings = {"tier_migration_interval": 1000.0, "swap_algorithm": "lru", **settings}
+        config = {"cache_dir": tmp_path, "enable_cache_hierarchy": False, "tensor_budget": budget, **settings}
+        made.append(MemoryOptimizer(memory_config=config))
+        return made[-1]
+
+    yield make
+    for optimizer in made:
+        optimizer.close()
+
+
+def fill(optimizer, n_tensors):
+    tensors = []
+    for number in range(n_tensors):
+        tensors.append(optimizer.allocate_tensor((MIB,), torch.uint8))
+        tensors[-1].fill_(number)
+    return tensors
+
+
+def tiers(tensors):
+    return [tensor.tier for tensor in tensors]
+
+
+def test_what_is_used_often_comes_back_when_there_is_room_and_is_not_waited_for(make):
+    optimizer = make(6 * MIB)
+    tensors = fill(optimizer, 4)
+    for _ in range(12):
+        tensors[1].sum()
+    others = fill(optimizer, 6)
+    settle(optimizer.pager)
+    assert tiers(tensors) == ["ssd"] * 4
+    assert optimizer.tiering.migrate(optimizer.pager) == 0, "nothing leaves for it"
+    del others[:]
+    gc.collect()
+    optimizer.pager.usage()  # what was collected is freed
+    keep = fill(optimizer, 5)
+    assert optimizer.tiering.migrate(optimizer.pager) == 1
+    settle(optimizer.pager)
+    assert tiers(tensors) == ["ssd", "cpu", "ssd", "ssd"]
+    faults = optimizer.pager.stats.faults
+    assert int(tensors[1][0]) == 1
+    assert optimizer.pager.stats.faults == faults
+    assert (optimizer.tiering.migrations, optimizer.tiering.effectiveness()) == (1, 1.0)
+    assert len(keep) == 5
+
+
+def test_all_come_back_and_their_bytes_are_what_they_were(make):
+    optimizer = make(8 * MIB)
+    tensors = fill(optimizer, 6)
+    others = fill(optimizer, 8)
+    del others[:]
+    gc.collect()
+    optimizer.pager.usage()
+    assert optimizer.tiering.migrate(optimizer.pager) == 6
+    settle(optimizer.pager)
+    assert tiers(tensors) == ["cpu"] * 6
+    assert [int(tensor.max()) for tensor in tensors] == list(range(6))
+    assert optimizer.get_memory_efficiency_stats()["tiers"]["migrations_used"] == 6
+
+
+def test_weights_that_are_missing_come_first(make, tmp_path):
+    optimizer = make(8 * MIB)
+    tensors = fill(optimizer, 3)
+    fill(optimizer, 8)
+    settle(optimizer.pager)
+    gc.collect()
+    optimizer.pager.usage()
+    register(optimizer.pager, random_weights(150), tmp_path / "w.safetensors")
+    assert 150 * FRAMES_BYTES > 8 * MIB
+    optimizer.pager.read_ahead([f"w{number}" for number in range(150)])
+    settle(optimizer.pager)
+    optimizer.pager.frames.set_limit(10 * MIB)  # room that the weights have not taken yet
+    assert optimizer.tiering.migrate(optimizer.pager) == 0
+    assert tiers(tensors) == ["ssd"] * 3
+
+
+def test_it_runs_by_itself_and_ends(make):
+    optimizer = make(8 * MIB, tier_migration_interval=0.01)
+    tensors = fill(optimizer, 4)
+    others = fill(optimizer, 8)
+    del others[:]
+    gc.collect()
+    for _ in range(500):
+        if tiers(tensors) == ["cpu"] * 4:
+            break
+        optimizer.tiering._ended.wait(0.01)
+    assert tiers(tensors) == ["cpu"] * 4
+    optimizer.close()
+    assert not optimizer.tiering._thread.is_alive()
+
+
+def test_what_was_freed_is_forgotten(make):
+    optimizer = make(8 * MIB)
+    tensors = fill(optimizer, 4)
+    name = tensors[0].tensor_id
+    assert name in optimizer.tiering.waits([name])
+    del tensors[:]
+    gc.collect()
+    optimizer.tiering.migrate(optimizer.pager)
+    assert optimizer.tiering.waits([name]) == {}
+
+
+def test_once_it_has_learnt_the_network_ranks(make):
+    optimizer = make(64 * MIB)
+    tensors = fill(optimizer, 6)
+    for number in range(400):
+        tensors[number % 3].sum()
+        if number % 40 == 0:
+            tensors[3 + number // 40 % 3].sum()
+        if number % 20 == 0:
+            optimizer.tiering.migrate(optimizer.pager)
+    assert optimizer.tiering.predictor.ready
+    waits = optimizer.tiering.waits([tensor.tensor_id for tensor in tensors])
+    assert max(waits[tensor.tensor_id] for tensor in tensors[:3]) < min(waits[t.tensor_id] for t in tensors[3:])
+
+
+@pytest.mark.parametrize("switch", ["enable_tiering", "enable_memory_tiering"])
+def test_it_may_be_off(make, switch):
+    assert make(8 * MIB, **{switch: False}).tiering is None
+    assert make(None).tiering is None, "without a budget nothing leaves"
+
+
+def test_the_tiers_of_the_specification():
+    tiers = MemoryTieringSystem({"gpu": None, "cpu": 8_000_000_000, "ssd": 100_000_000_000}).tiers
+    assert tiers == {
+        "gpu": {"capacity": None, "priority": 1},
+        "cpu": {"capacity": 4_000_000_000, "priority": 2},
+        "ssd": {"capacity": 80_000_000_000, "priority": 3},
+    }
+    assert set(MemoryTieringSystem().tiers) == {"gpu", "cpu", "ssd"}
