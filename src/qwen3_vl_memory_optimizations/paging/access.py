@@ -33,7 +33,8 @@ class Access:
         timer: a monotonic clock in seconds, for the stall counter.
 
     Attributes:
-        listeners: called at each access with the id, the encoded bytes and the kind of the tensor, under the lock.
+        recorders: called at each access with the id, the encoded bytes and the kind of the tensor, under the lock.
+        listeners: the same for runtime tensors that are not used in a cycle.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Access:
         self._release = release
         self._timer = timer
         self._clock = 0
+        self.recorders: tuple[Callable[[str, int, str], None], ...] = ()
         self.listeners: tuple[Callable[[str, int, str], None], ...] = ()
 
     def record(self, entry: TensorEntry) -> None:
@@ -196,7 +198,7 @@ class Access:
 
             try:
                 for entry in entries:
-                    self._begin(entry)
+                    self._begin(entry, in_cycle=True)
                     for page in entry.pages:
                         if page.resident:
                             pin(page)
@@ -275,7 +277,7 @@ class Access:
         raw = entry.source.file.read_bytes(entry.source.offset_bytes + row * n_bytes, n_bytes)
         return torch.frombuffer(bytearray(raw), dtype=dtype)
 
-    def _begin(self, entry: TensorEntry) -> None:
+    def _begin(self, entry: TensorEntry, *, in_cycle: bool = False) -> None:
         if entry.freed or self._mover.closed:
             raise _freed(entry)
         self._clock += 1
@@ -289,11 +291,13 @@ class Access:
             else:
                 stats.hits += 1
                 stats.hit_bytes += page.n_bytes
-        for listener in self.listeners:
-            listener(entry.tensor_id, entry.n_bytes, entry.kind)
+        for recorder in self.recorders:
+            recorder(entry.tensor_id, entry.n_bytes, entry.kind)
         if entry.kind == "weights":
             self._residency.record(entry)
-        else:
+        elif not in_cycle:  # what is used in a cycle needs no prediction, and a token uses thousands of them
+            for listener in self.listeners:
+                listener(entry.tensor_id, entry.n_bytes, entry.kind)
             self._residency.used(entry)
 
     def _await(self, page: Page) -> None:

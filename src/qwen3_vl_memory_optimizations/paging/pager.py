@@ -118,15 +118,16 @@ class Pager:
     @contextmanager
     def recording(self, recorder: Callable[[str, int, str], None]) -> Iterator[None]:
         """Call `recorder` at each access in a block, with the id, the encoded bytes and the kind of the tensor."""
-        self.listen(recorder)
+        with self._lock:
+            self._access.recorders = (*self._access.recorders, recorder)
         try:
             yield
         finally:
             with self._lock:
-                self._access.listeners = tuple(each for each in self._access.listeners if each is not recorder)
+                self._access.recorders = tuple(each for each in self._access.recorders if each is not recorder)
 
     def listen(self, listener: Callable[[str, int, str], None]) -> None:
-        """Call `listener` at each access from now on, under the lock, as `recording` does."""
+        """Call `listener` at each access to a runtime tensor that is not used in a cycle, as `recording` does."""
         with self._lock:
             self._access.listeners = (*self._access.listeners, listener)
 
