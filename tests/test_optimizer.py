@@ -43,7 +43,8 @@ def get_memory_stats():
 
 @pytest.fixture
 def optimizer(tmp_path):
-    with MemoryOptimizer(memory_config={"tensor_budget": 8 * MIB, "cache_dir": tmp_path}) as made:
+    settings = {"tensor_budget": 8 * MIB, "cache_dir": tmp_path, "tier_migration_interval": 1000.0}
+    with MemoryOptimizer(memory_config=settings) as made:
         yield made
 
 

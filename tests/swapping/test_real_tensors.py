@@ -18,7 +18,8 @@ def make(tmp_path):
     made = []
 
     def make(**settings):
-        made.append(MemoryOptimizer(memory_config={"cache_dir": tmp_path, "enable_cache_hierarchy": False, **settings}))
+        quiet = {"enable_cache_hierarchy": False, "tier_migration_interval": 1000.0}
+        made.append(MemoryOptimizer(memory_config={"cache_dir": tmp_path, **quiet, **settings}))
         return made[-1]
 
     yield make
