@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 OWNER = "pressure"
 """The account of the ledger that holds what was given up."""
 
-_PERIOD_S = 0.1
+_PERIOD_S = 0.2
 _CALM_S = 1.0
 _LEAST_ROOM_BYTES = 40 << 20
 """For the code of libraries that runs (about 35 MB), and what the kernel reads around it."""
@@ -44,7 +44,7 @@ _LEFT_BYTES = 64 << 20
 
 
 class PressureMonitor:
-    """A thread that looks ten times a second how much room is left for files, and reserves what is missing.
+    """A thread that looks five times a second how much room is left for files, and reserves what is missing.
 
     Args:
         pager: lets pages leave; when it is collected, the thread ends.
@@ -82,6 +82,7 @@ class PressureMonitor:
         self._root = root
         self._learnt_bytes = 0
         self._faults_before = (timer(), major_faults())
+        self._faulted = False
         self._calm_since_s: float | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="memory-pressure", daemon=True)
@@ -137,13 +138,17 @@ class PressureMonitor:
         return _worse(short, spare, available, min(_LEAST_AVAILABLE_BYTES, total // _ROOM_SHARE))
 
     def _faulting(self) -> bool:
-        """Return whether this process waited for code again and again lately."""
+        """Return whether this process waited for code again and again lately, and the half second before too.
+
+        Once is no sign: after the first pass code is given back on purpose, and what is needed comes again.
+        """
         now_s, faults = self._timer(), self._major_faults()
         before_s, before = self._faults_before
         if now_s - before_s < _SETTLE_S:
             return False
         self._faults_before = (now_s, faults)
-        return faults - before > _MANY_FAULTS_A_S * (now_s - before_s)
+        faulted, self._faulted = self._faulted, faults - before > _MANY_FAULTS_A_S * (now_s - before_s)
+        return faulted and self._faulted
 
     def _give_up(self, pager: Pager, n_bytes: int) -> None:
         held = pager.ledger.held_bytes(OWNER)
