@@ -11,13 +11,15 @@ import torch
 
 from ..errors import MemoryBudgetExceeded, format_bytes
 from .activations import estimate_activation_bytes
-from .media import ImageSource, VideoSource, load_image
+from .media import ImageSource, VideoSource, decoded_bytes, load_image
 from .processing import Processor
 
-_USABLE = 0.9
+_USABLE = 0.8
 """Share of what is free that pictures may take: the estimates are not exact, and decoding wants some weights."""
 _STEP = 1.05
 _TEXT_TOKENS_OF_A_PICTURE = 2
+_VIDEO_BYTES = 128 << 20
+"""Set aside for frames while they are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ def prepare_within_budget(
     optimizer, config = model.memory_optimizer, model.config
     if not images and video is None:
         return processor.prepare(prompt, images, video, system, max_pixels=max_pixels), []
+    _set_aside(optimizer, sum(decoded_bytes(source) for source in images))
     pictures = [load_image(source) for source in images]
     optimizer.measure_process()
     free = optimizer.free_for_activations()
@@ -103,6 +106,8 @@ def prepare_within_budget(
     if pictures and not fits(limit):
         limit = _largest_that_fits(processor, pictures, limit, fits)
         _require(limit, optimizer, cost(grids(max_pixels)), free)
+    # Scaling and cutting into patches takes less than the forward that follows; a video is not known yet.
+    _set_aside(optimizer, cost(grids(limit)).n_bytes + (0 if video is None else _VIDEO_BYTES))
     tensors = processor.prepare(prompt, pictures, video, system, max_pixels=limit)
     if video is not None and free is not None:
         tensors, limit = _with_smaller_video(processor, model, prompt, pictures, video, system, limit, tensors, free)
@@ -118,6 +123,14 @@ def prepare_within_budget(
     if video is not None and limit != max_pixels:
         notes.append(f"{video}: frames are scaled to {limit} pixels: the memory budget has no room for more")
     return tensors, notes
+
+
+def _set_aside(optimizer: Any, n_bytes: int) -> None:
+    """Have memory free before it is taken: weights fill all that nobody has set aside."""
+    free = optimizer.free_for_activations()
+    if free is not None:
+        held = optimizer.pager.ledger.held_bytes("activations")
+        optimizer.reserve_activations(max(held, min(n_bytes, free)))
 
 
 def _text_tokens(processor: Processor, prompt: str, system: str | None) -> int:
