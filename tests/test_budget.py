@@ -93,7 +93,7 @@ import sys, time
 taken = []
 for _ in range(int(sys.argv[1]) >> 24):
     taken.append(bytearray(b"x" * (1 << 24)))
-    time.sleep(0.03)
+    time.sleep(0.05)
 print("taken", flush=True)
 sys.stdin.readline()
 """

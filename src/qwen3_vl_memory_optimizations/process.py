@@ -89,6 +89,15 @@ def rss_bytes() -> int:
         return int(psutil.Process().memory_info().rss)
 
 
+def mapped_file_bytes() -> int:
+    """Return the part of `rss_bytes` that files back, code of libraries most of all; about 10 us."""
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as statm:
+            return int(statm.read().split()[2]) * os.sysconf("SC_PAGE_SIZE")
+    except FileNotFoundError:
+        return 0
+
+
 def major_faults() -> int:
     """Return how often this process has waited for a page to be read, code of libraries most of all; 0: not known."""
     try:

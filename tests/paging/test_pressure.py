@@ -102,6 +102,15 @@ def test_code_that_is_read_again_and_again_teaches_that_more_room_is_needed(page
     assert held(pager) < 20 * MIB, "what was learnt is doubted after some calm"
 
 
+def test_short_again_at_the_next_look_more_is_given_up(pager, machine):
+    monitor, given = watch(pager, machine), []
+    for _ in range(4):
+        before, machine.taken = held(pager), LIMIT - 10 * MIB
+        monitor.look()
+        given.append((held(pager) - before) // MIB)
+    assert given == [50, 100, 200, 200]
+
+
 def test_a_machine_that_runs_short_counts_too(pager, machine):
     monitor = watch(pager, machine)
     machine.available = 100 * MIB

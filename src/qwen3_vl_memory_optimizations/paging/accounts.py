@@ -6,6 +6,7 @@ from ..process import (
     GroupMemory,
     drop_cached_libraries,
     limiting_groups,
+    mapped_file_bytes,
     release_library_pages,
     rss_bytes,
     trim_heap,
@@ -16,6 +17,9 @@ _SLACK_BYTES = 8 * 2**20
 _KERNEL_SHARE = 64
 """One part in 64 of the budget is for page tables and file buffers that the kernel holds for the process; control
 groups count them, the resident set does not. Where there is a group, what it says counts."""
+_LEAST_CODE_BYTES = 48 * 2**20
+_CODE_SHARE = 32
+"""Of the code of libraries that computing runs (35 to 45 MB), or one part in 32 of a small budget."""
 _CACHE_SHARE = 16
 """Cached files that a group holds count up to this part of the budget: more of them is left to the kernel to drop."""
 _CACHE_SLACK_BYTES = 16 * 2**20
@@ -80,7 +84,10 @@ class ProcessAccounts:
     def _unmanaged_bytes(self) -> int:
         ledger = self._pager.ledger
         counted = sum(ledger.held_bytes(owner) for owner in ("small weights", "workspace", "kv_cache", "cache"))
-        return max(0, rss_bytes() - self._pager.touched_bytes - counted)
+        # Right after library code was given back hardly any is there: what will be needed again counts already.
+        code_bytes = max(mapped_file_bytes(), min(_LEAST_CODE_BYTES, self._budget_bytes // _CODE_SHARE))
+        used_bytes = rss_bytes() - mapped_file_bytes() + code_bytes
+        return max(0, used_bytes - self._pager.touched_bytes - counted)
 
     def _system_bytes(self) -> int:
         """What the kernel and others in the control group of the process take, as far as the budget is less for it."""
