@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -136,3 +138,53 @@ def test_a_part_with_hooks_runs_as_it_was_written(load, widest_rows):
         assert torch.equal(part, whole)
     assert [shape[0] for shape in seen] == [512, 512]
     assert widest_rows[0] == 512 and set(widest_rows[1:]) == {STEP_ROWS}
+
+
+class Shifted(torch.nn.Module):
+    """What an adapter does: another module in the place of a layer, with the layer inside and its weight handed out."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    @property
+    def weight(self):
+        return self.layer.weight
+
+    @property
+    def bias(self):
+        return self.layer.bias
+
+    def forward(self, x):
+        return self.layer(x) + 0.5
+
+
+@pytest.mark.parametrize(
+    "owner, name", [("mlp", "linear_fc1"), ("mlp", "linear_fc2"), ("attn", "qkv"), ("attn", "proj")]
+)
+@torch.no_grad()
+def test_a_layer_that_was_replaced_is_the_one_that_computes(load, monkeypatch, owner, name):
+    model, inputs, reference = load(), eight_images(), copy.deepcopy(tiny.reference())
+    plain = encode(reference, inputs)
+    for each in (model, reference):
+        part = getattr(each.model.visual.blocks[1], owner)
+        setattr(part, name, Shifted(getattr(part, name)))
+    expected = encode(reference, inputs)
+    assert not torch.equal(expected[0], plain[0])
+    for part, whole in zip(encode(model, inputs), expected, strict=True):
+        assert torch.equal(part, whole)
+
+
+@torch.no_grad()
+def test_a_forward_that_somebody_replaced_before_stays(tmp_path):
+    given = copy.deepcopy(tiny.reference())
+    calls = []
+    mlp = given.model.visual.blocks[0].mlp
+    mlp.forward = lambda x: (calls.append(len(x)), type(mlp).forward(mlp, x))[1]
+    inputs = eight_images()
+    model = create_optimized_model(given, {"codec": "none", "enable_cache_hierarchy": False, "cache_dir": tmp_path})
+    try:
+        encode(model, inputs)
+        assert calls == [512]
+    finally:
+        model.memory_optimizer.close()

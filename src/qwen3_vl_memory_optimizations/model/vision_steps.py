@@ -1,9 +1,9 @@
 """The vision tower in steps of rows, so that its transient memory does not grow with what is widest in it.
 
-In one block the MLP is several times as wide as the rest, and rotating heads takes fp32 copies of them: together three
-quarters of the memory that a large image takes. Both treat each row by itself. Here they take some rows after another,
-with the weights held in memory meanwhile; the products are those of transformers, bit by bit. What attends, attends to
-all rows as before. A block of which a part was replaced or carries hooks runs as transformers wrote it.
+In one block the MLP is several times as wide as the rest, and rotating heads takes fp32 copies of them: a quarter to a
+third of the memory that an image takes. Both treat each row by itself. Here they take some rows after another, with the
+weights held in memory meanwhile; the products are those of transformers, bit by bit. What attends, attends to all rows
+as before. A part that somebody replaced or that carries hooks runs as it was written.
 """
 
 from __future__ import annotations
@@ -23,19 +23,25 @@ STEP_ROWS = 1024
 def step_vision_tower(model: Any) -> int:
     """Replace the forward of MLP and attention in the vision blocks that are known here; return how many blocks."""
     tower = getattr(getattr(model, "model", None), "visual", None)
-    blocks = [block for block in getattr(tower, "blocks", ()) if _is_known(block)]
+    blocks = [
+        block
+        for block in getattr(tower, "blocks", ())
+        if _is_known(block.mlp, "Qwen3VLVisionMLP") and _is_known(block.attn, "Qwen3VLVisionAttention")
+    ]
     for block in blocks:
         block.mlp.forward = MethodType(_mlp, block.mlp)
         block.attn.forward = MethodType(_attention, block.attn)
     return len(blocks)
 
 
-def _is_known(block: Any) -> bool:
-    return type(block).__name__ == "Qwen3VLVisionBlock" and type(block).__module__.split(".")[0] == "transformers"
+def _is_known(part: nn.Module, name: str) -> bool:
+    """Whether a part is that of transformers, with the forward that it has there."""
+    kind = type(part)
+    return kind.__name__ == name and kind.__module__.split(".")[0] == "transformers" and "forward" not in part.__dict__
 
 
 def _changed(part: nn.Module) -> bool:
-    """Whether somebody replaced a layer of a part, or wants to see what goes into or comes out of it."""
+    """Whether somebody replaced the forward of a layer of a part, or wants to see what goes into or comes out of it."""
     return any(
         child._forward_hooks or child._forward_pre_hooks or "forward" in child.__dict__ for child in part.children()
     )
@@ -48,7 +54,7 @@ def _mlp(mlp: Any, hidden_state: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(hidden_state)
     with whole_linears((mlp.linear_fc1, mlp.linear_fc2)) as products:
         for rows in steps:
-            if products is None:  # no room for both weights: they are read again for each step
+            if products is None:  # replaced, or no room for both weights: they are read again for each step
                 out[rows] = type(mlp).forward(mlp, hidden_state[rows])
             else:
                 widen, narrow = products
@@ -68,10 +74,12 @@ def _attention(
 
     steps = _steps(hidden_states)
     name = attention.config._attn_implementation
-    if len(steps) == 1 or position_embeddings is None or name != "sdpa" or _changed(attention):
+    unusual = position_embeddings is None or name != "sdpa"
+    if len(steps) == 1 or unusual or _changed(attention):
         return type(attention).forward(attention, hidden_states, cu_seqlens, position_embeddings, **kwargs)
     length = hidden_states.shape[0]
     heads = attention.qkv(hidden_states).view(length, 3, attention.num_heads, -1)
+    assert position_embeddings is not None
     cos, sin = position_embeddings
     for rows in steps:
         query, key = apply_rotary_pos_emb_vision(heads[rows, 0], heads[rows, 1], cos[rows], sin[rows])

@@ -164,8 +164,12 @@ def whole_linears(linears: Sequence[nn.Linear]) -> Iterator[list[Product] | None
     """Have the weights of linear layers in memory for several products each, as one access to each, in this order.
 
     Yields:
-        For each layer what gives `x @ W.T + bias` for any rows `x`; `None` where the weights have no room together.
+        For each layer what gives `x @ W.T + bias` for any rows `x`; `None` where the weights have no room together, or
+        one of them is no plain `nn.Linear`: what stands in its place may compute something else.
     """
+    if any(type(linear) is not nn.Linear for linear in linears):
+        yield None
+        return
     weights: list[torch.Tensor] = [linear.weight for linear in linears]
     managed = [weight for weight in weights if type(weight) is ManagedTensor]
     usable = all(weight.entry.rows_per_page and weight.entry.pages for weight in managed)
