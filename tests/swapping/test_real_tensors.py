@@ -5,26 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen3_vl_memory_optimizations import MemoryOptimizer
 from qwen3_vl_memory_optimizations.paging import PressureMonitor
 from qwen3_vl_memory_optimizations.swapping import TraceRecorder, create_swapping_algorithm, replay
 from tests.paging.weights import settle
 
 MIB = 2**20
-
-
-@pytest.fixture
-def make(tmp_path):
-    made = []
-
-    def make(**settings):
-        quiet = {"enable_cache_hierarchy": False, "tier_migration_interval": 1000.0}
-        made.append(MemoryOptimizer(memory_config={"cache_dir": tmp_path, **quiet, **settings}))
-        return made[-1]
-
-    yield make
-    for optimizer in made:
-        optimizer.close()
 
 
 def fill(optimizer, n_tensors):
@@ -36,8 +21,8 @@ def fill(optimizer, n_tensors):
 
 
 @pytest.mark.parametrize("algorithm", ["lru", "clock", "predictive"])
-def test_each_algorithm_moves_tensors_bit_by_bit(make, algorithm):
-    optimizer = make(tensor_budget=8 * MIB, swap_algorithm=algorithm)
+def test_each_algorithm_moves_tensors_bit_by_bit(make_optimizer, algorithm):
+    optimizer = make_optimizer(8 * MIB, swap_algorithm=algorithm)
     tensors = fill(optimizer, 14)
     draw = torch.Generator().manual_seed(0)
     for _ in range(120):
@@ -57,10 +42,10 @@ def scan(optimizer, tensors, rounds):
     return optimizer.pager.stats.swap_reads - before
 
 
-def test_in_a_cycle_prediction_reads_what_is_missing_and_recency_everything(make):
+def test_in_a_cycle_prediction_reads_what_is_missing_and_recency_everything(make_optimizer):
     reads = {}
     for algorithm in ("lru", "clock", "predictive"):
-        optimizer = make(tensor_budget=8 * MIB, swap_algorithm=algorithm)
+        optimizer = make_optimizer(8 * MIB, swap_algorithm=algorithm)
         tensors = fill(optimizer, 10)
         scan(optimizer, tensors, 4)
         reads[algorithm] = scan(optimizer, tensors, 10)
@@ -69,8 +54,8 @@ def test_in_a_cycle_prediction_reads_what_is_missing_and_recency_everything(make
 
 
 @pytest.mark.parametrize("algorithm", ["lru", "clock"])
-def test_a_replay_of_the_trace_finds_what_the_run_found(make, algorithm):
-    optimizer = make(tensor_budget=8 * MIB, swap_algorithm=algorithm)
+def test_a_replay_of_the_trace_finds_what_the_run_found(make_optimizer, algorithm):
+    optimizer = make_optimizer(8 * MIB, swap_algorithm=algorithm)
     tensors = fill(optimizer, 12)
     recorder, draw = TraceRecorder(), torch.Generator().manual_seed(1)
     stats = optimizer.pager.stats
@@ -86,8 +71,8 @@ def test_a_replay_of_the_trace_finds_what_the_run_found(make, algorithm):
     assert (stats.hits - before[0]) / uses == pytest.approx(found, abs=0.03)  # it began with an empty memory
 
 
-def test_above_the_threshold_tensors_leave_before_the_room_is_needed(make):
-    optimizer = make(tensor_budget=10 * MIB, swap_pressure_threshold=0.5, swap_algorithm="lru")
+def test_above_the_threshold_tensors_leave_before_the_room_is_needed(make_optimizer):
+    optimizer = make_optimizer(10 * MIB, swap_pressure_threshold=0.5, swap_algorithm="lru")
     tensors = fill(optimizer, 8)
     monitor = PressureMonitor(optimizer.pager, 1 << 40, also=optimizer.swapping.look)
     assert monitor.look()
@@ -100,8 +85,8 @@ def test_above_the_threshold_tensors_leave_before_the_room_is_needed(make):
 
 
 @pytest.mark.parametrize("switch", ["enable_swapping", "enable_memory_swapping"])
-def test_switched_off_the_longest_unused_leave(make, switch):
-    optimizer = make(tensor_budget=3 * MIB, **{switch: False})
+def test_switched_off_the_longest_unused_leave(make_optimizer, switch):
+    optimizer = make_optimizer(3 * MIB, **{switch: False})
     assert optimizer.swapping is None
     tensors = fill(optimizer, 3)
     tensors[0].sum()

@@ -7,25 +7,16 @@ import gc
 import pytest
 import torch
 
-from qwen3_vl_memory_optimizations import MemoryOptimizer, MemoryTieringSystem
+from qwen3_vl_memory_optimizations import MemoryTieringSystem
 from tests.paging.weights import FRAMES_BYTES, random_weights, register, settle
 
 MIB = 2**20
 
 
 @pytest.fixture
-def make(tmp_path):
-    made = []
-
-    def make(budget, **settings):
-        settings = {"tier_migration_interval": 1000.0, "swap_algorithm": "lru", **settings}
-        config = {"cache_dir": tmp_path, "enable_cache_hierarchy": False, "tensor_budget": budget, **settings}
-        made.append(MemoryOptimizer(memory_config=config))
-        return made[-1]
-
-    yield make
-    for optimizer in made:
-        optimizer.close()
+def make(make_optimizer):
+    """Make optimizers in which the longest unused leave: what comes back is this system's business alone."""
+    return lambda budget, **settings: make_optimizer(budget, **{"swap_algorithm": "lru", **settings})
 
 
 def fill(optimizer, n_tensors):
@@ -75,6 +66,20 @@ def test_all_come_back_and_their_bytes_are_what_they_were(make):
     assert tiers(tensors) == ["cpu"] * 6
     assert [int(tensor.max()) for tensor in tensors] == list(range(6))
     assert optimizer.get_memory_efficiency_stats()["tiers"]["migrations_used"] == 6
+
+
+def test_runtime_tensors_fill_no_more_than_their_share_of_the_memory(make):
+    optimizer = make(8 * MIB)
+    tensors = fill(optimizer, 6)
+    others = fill(optimizer, 8)
+    del others[:]
+    gc.collect()
+    optimizer.pager.usage()
+    optimizer.tiering.tiers["cpu"]["capacity"] = 2 * MIB + 1000
+    for _ in range(3):
+        optimizer.tiering.migrate(optimizer.pager)
+        settle(optimizer.pager)
+    assert sorted(tiers(tensors)) == ["cpu"] * 2 + ["ssd"] * 4
 
 
 def test_weights_that_are_missing_come_first(make, tmp_path):

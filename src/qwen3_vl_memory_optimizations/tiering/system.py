@@ -20,9 +20,9 @@ _MOST_BROUGHT = 8
 class MemoryTieringSystem:
     """Follows the uses of runtime tensors and, each interval, brings those back that are expected soonest.
 
-    Only memory that nobody uses is filled, one read at a time and behind all others, so nothing leaves and nobody
-    waits for it. (What leaves, and when, is `MemorySwappingSystem`'s; weights follow their schedule.) Until the network
-    has seen enough, the expectation from each tensor's own history ranks them (`NextUse`).
+    Only memory that nobody uses is filled, up to the capacity of the tier, one read at a time and behind all others, so
+    nothing leaves and nobody waits for it. (What leaves, and when, is `MemorySwappingSystem`'s; weights follow their
+    schedule.) Until the network has seen enough, the expectation from each tensor's own history ranks them (`NextUse`).
 
     Args:
         memory: what the tiers have in bytes, by name; `None` or missing: there is none. Default: the SSD and RAM are
@@ -96,12 +96,26 @@ class MemoryTieringSystem:
         away = pager.swapped_out()
         waits = self.waits(away)
         wanted = sorted(waits, key=lambda each: waits[each])[:_MOST_BROUGHT]
-        brought = pager.bring(wanted)
+        brought = pager.bring(self._within_capacity(pager, wanted))
         with self._lock:
             self._brought.update(brought)
             self.migrations += len(brought)
             self._brought.intersection_update(self._known)
         return len(brought)
+
+    def _within_capacity(self, pager: Pager, tensor_ids: list[str]) -> list[str]:
+        """Return the first of some tensors, as many as runtime tensors may have of the memory."""
+        capacity = self.tiers["cpu"]["capacity"]
+        if capacity is None:
+            return tensor_ids
+        room = capacity - sum(use.resident_bytes for use in pager.usage() if use.kind != "weights")
+        fitting = []
+        for tensor_id in tensor_ids:
+            room -= self._known.get(tensor_id, (0, ""))[0]
+            if room < 0:
+                break
+            fitting.append(tensor_id)
+        return fitting
 
     def start(self, pager: Pager, interval_s: float) -> None:
         """Migrate each interval, in a thread that ends with the Pager or `close`."""
