@@ -109,6 +109,13 @@ class MemoryConfig:
         enable_memory_pooling: page frames and blocks are reused instead of returned to the system at once.
         enable_compression: with `False`, `codec="auto"` means `"none"`.
         enable_int8_quantization, enable_sparse_compression: with `False`, `codec="auto"` does not choose these.
+        swap_algorithm: which runtime tensors leave memory first: `lru`, `clock` or `predictive`.
+        swap_pressure_threshold: with `ram_budget`, the share of the memory for tensors above which runtime tensors are
+            swapped out before the room is needed.
+        enable_swapping, enable_memory_swapping: with either `False`, the longest unused leave, and none ahead of need.
+        enable_tiering, enable_memory_tiering: runtime tensors come back before they are used, where there is room;
+            looked at each `tier_migration_interval` seconds.
+        image_policy: pictures that the budget has no room for are scaled down (`downsize`) or refused (`refuse`).
         memory_pool_size: address space reserved for each pool of runtime tensors.
 
     Raises:

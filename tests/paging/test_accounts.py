@@ -50,6 +50,14 @@ def test_the_group_leaves_room_for_what_lives_beside_the_process(group, pager):
     assert pager.frames.limit_bytes >= limit + 900 * MIB
 
 
+def test_code_that_was_given_back_counts_before_it_is_read_again(group, pager, monkeypatch):
+    accounted = ProcessAccounts(pager, BUDGET, group["rss"])
+    there = accounted.measure()
+    monkeypatch.setattr(accounts, "mapped_file_bytes", lambda: 5 * MIB)
+    group["rss"] -= 60 * MIB  # of code
+    assert accounted.measure() == there - 60 * MIB + 43 * MIB
+
+
 def test_a_large_group_takes_nothing_but_the_share_of_the_kernel(group, pager):
     group["limit"] = 4 * BUDGET
     ProcessAccounts(pager, BUDGET, group["rss"])

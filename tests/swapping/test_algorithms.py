@@ -168,7 +168,7 @@ def test_recency_finds_nothing_in_a_cycle_and_prediction_nearly_all_that_can_be_
         best = replay_belady(trace, capacity).hit_rate
         assert replay(trace, create_swapping_algorithm("lru"), capacity).hit_rate == 0
         assert replay(trace, create_swapping_algorithm("clock"), capacity).hit_rate == 0
-        assert replay(trace, create_swapping_algorithm("predictive"), capacity).hit_rate >= 0.96 * best
+        assert replay(trace, create_swapping_algorithm("predictive"), capacity).hit_rate >= 0.97 * best
 
 
 @pytest.mark.parametrize(

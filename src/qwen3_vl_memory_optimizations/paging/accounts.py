@@ -85,9 +85,8 @@ class ProcessAccounts:
         ledger = self._pager.ledger
         counted = sum(ledger.held_bytes(owner) for owner in ("small weights", "workspace", "kv_cache", "cache"))
         # Right after library code was given back hardly any is there: what will be needed again counts already.
-        code_bytes = max(mapped_file_bytes(), min(_LEAST_CODE_BYTES, self._budget_bytes // _CODE_SHARE))
-        used_bytes = rss_bytes() - mapped_file_bytes() + code_bytes
-        return max(0, used_bytes - self._pager.touched_bytes - counted)
+        missing_code = max(0, min(_LEAST_CODE_BYTES, self._budget_bytes // _CODE_SHARE) - mapped_file_bytes())
+        return max(0, rss_bytes() + missing_code - self._pager.touched_bytes - counted)
 
     def _system_bytes(self) -> int:
         """What the kernel and others in the control group of the process take, as far as the budget is less for it."""

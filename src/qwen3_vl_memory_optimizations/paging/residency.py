@@ -23,7 +23,7 @@ class VictimOrder(Protocol):
 
     n_bytes: dict[Hashable, int]
 
-    def insert(self, key: Hashable, n_bytes: int, kind: str = "general") -> None:
+    def insert(self, key: Hashable, n_bytes: int) -> None:
         """Note that a tensor came into memory because it is used."""
 
     def touch(self, key: Hashable) -> None:
@@ -268,7 +268,7 @@ class Residency:
             if entry.tensor_id in self._runtime.n_bytes:
                 self._runtime.touch(entry.tensor_id)
             else:
-                self._runtime.insert(entry.tensor_id, entry.n_bytes, entry.kind)
+                self._runtime.insert(entry.tensor_id, entry.n_bytes)
 
     def mentioned(self, entry: TensorEntry) -> None:
         """Note a use of a runtime tensor for which it need not be in memory."""

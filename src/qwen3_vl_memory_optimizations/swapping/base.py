@@ -23,18 +23,17 @@ class SwappingAlgorithm(ABC):
         """Key -> bytes, of what is in memory."""
         self.resident_bytes = 0
 
-    def insert(self, key: Hashable, n_bytes: int, kind: str = "general") -> None:
+    def insert(self, key: Hashable, n_bytes: int) -> None:
         """Note that something came into memory because it is used.
 
         Args:
             key: not in memory so far.
             n_bytes: what it takes.
-            kind: of the tensor.
         """
         assert key not in self.n_bytes, key
         self.n_bytes[key] = n_bytes
         self.resident_bytes += n_bytes
-        self._inserted(key, kind)
+        self._inserted(key)
 
     def touch(self, key: Hashable) -> None:
         """Note a use of something in memory."""
@@ -81,7 +80,7 @@ class SwappingAlgorithm(ABC):
         """Yield all keys in memory, first to leave first. Changes nothing."""
 
     @abstractmethod
-    def _inserted(self, key: Hashable, kind: str) -> None: ...
+    def _inserted(self, key: Hashable) -> None: ...
 
     @abstractmethod
     def _touched(self, key: Hashable) -> None: ...

@@ -65,9 +65,9 @@ class PredictiveSwappingAlgorithm(SwappingAlgorithm):
             return
         yield from farthest_first(list(self.n_bytes), self.next_use, self._random)
 
-    def _inserted(self, key: Hashable, kind: str) -> None:
+    def _inserted(self, key: Hashable) -> None:
         for rule in self._rules.values():
-            rule.insert(key, self.n_bytes[key], kind)
+            rule.insert(key, self.n_bytes[key])
         self._use(key)
 
     def _touched(self, key: Hashable) -> None:
@@ -113,7 +113,7 @@ class _Waits(SwappingAlgorithm):
         """Yield all keys in memory, first to leave first."""
         yield from farthest_first(list(self.n_bytes), self._of.next_use, self._random)
 
-    def _inserted(self, key: Hashable, kind: str) -> None:
+    def _inserted(self, key: Hashable) -> None:
         pass
 
     def _touched(self, key: Hashable) -> None:

@@ -21,7 +21,7 @@ class LRUSwappingAlgorithm(SwappingAlgorithm):
         """Yield all keys in memory, first to leave first."""
         yield from list(self._last_used_first)
 
-    def _inserted(self, key: Hashable, kind: str) -> None:
+    def _inserted(self, key: Hashable) -> None:
         self._last_used_first[key] = None
 
     def _touched(self, key: Hashable) -> None:
@@ -46,7 +46,7 @@ class ClockSwappingAlgorithm(SwappingAlgorithm):
         yield from [key for key, used in ring if not used]
         yield from [key for key, used in ring if used]
 
-    def _inserted(self, key: Hashable, kind: str) -> None:
+    def _inserted(self, key: Hashable) -> None:
         self._used[key] = False
 
     def _touched(self, key: Hashable) -> None:

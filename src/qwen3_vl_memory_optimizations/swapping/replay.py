@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +64,7 @@ class Replayed:
 
 def replay(trace: Trace, algorithm: SwappingAlgorithm, capacity_bytes: int) -> Replayed:
     """Run a trace; each key that is not in memory comes in, unless it is larger than all memory."""
-    sizes, kinds = trace.n_bytes.tolist(), trace.kinds.tolist()
+    sizes = trace.n_bytes.tolist()
     hits = hit_bytes = 0
     for key in trace.keys.tolist():
         if key in algorithm.n_bytes:
@@ -74,7 +73,7 @@ def replay(trace: Trace, algorithm: SwappingAlgorithm, capacity_bytes: int) -> R
             algorithm.touch(key)
         elif sizes[key] <= capacity_bytes:
             assert algorithm.evict(algorithm.resident_bytes + sizes[key] - capacity_bytes) is not None
-            algorithm.insert(key, sizes[key], kinds[key])
+            algorithm.insert(key, sizes[key])
     return _replayed(trace, hits, hit_bytes)
 
 
@@ -136,9 +135,6 @@ class TraceRecorder:
     def trace(self) -> Trace:
         """Return what was noted so far."""
         return Trace(np.array(self._keys, np.int32), np.array(self._n_bytes, np.int64), np.array(self._kinds, np.str_))
-
-
-Recorder = Callable[[str, int, str], None]
 
 
 def _replayed(trace: Trace, hits: int, hit_bytes: int) -> Replayed:
