@@ -22,6 +22,7 @@ from .hardware import HardwareProfile
 from .paging import PAGE_BYTES, Ledger, ManagedTensor, Pager, PressureMonitor, ProcessAccounts, TensorEntry
 from .pools import AdvancedMemoryPool
 from .process import process_memory, rss_bytes, usable_memory
+from .profiles import configure
 from .swapping import MemorySwappingSystem
 from .tiering import MemoryTieringSystem
 
@@ -38,7 +39,7 @@ class MemoryOptimizer:
         memory_config: the keys of `MemoryConfig`, as a dict or an instance.
 
     Attributes:
-        config: the settings.
+        config: the settings, those of a profile among them.
         hardware: the machine.
         pager: moves the bytes.
         pool: address ranges of runtime tensors.
@@ -57,9 +58,9 @@ class MemoryOptimizer:
         hardware_config: Mapping[str, Any] | None = None,
         memory_config: Mapping[str, Any] | MemoryConfig | None = None,
     ) -> None:
-        self.config = MemoryConfig.from_mapping(memory_config)
-        create_codec(self.config.unmeasured_codec())  # refuses a name that is not known
         self.hardware = HardwareProfile.from_mapping(hardware_config or {})
+        self.config = configure(memory_config, self.hardware)
+        create_codec(self.config.unmeasured_codec())  # refuses a name that is not known
         self.baseline_bytes = rss_bytes()
         ledger = Ledger(self.config.ram_budget, self.config.tensor_budget)
         self._check_budget()
