@@ -13,12 +13,12 @@ from typing import Any
 
 from ..errors import MemoryOptimizationError
 from ..prediction import SimpleMLPredictor, Situation
-from .lifecycle import TensorLife, TensorLifecycleTracker
+from .lifecycle import IDLE, TensorLife, TensorLifecycleTracker
 from .store import CollectableStore, Held
 
 logger = logging.getLogger(__name__)
 
-_CALM = {"compress": 0.7, "swap": 0.8, "free": 0.95}
+_CALM = {"compress": 0.75, "swap": 0.85, "free": 0.95}
 """How sure it must be that something is not used within the horizon, with all memory free,"""
 _PRESSED = {"compress": 0.5, "swap": 0.6, "free": 0.8}
 """and with none."""
@@ -28,6 +28,7 @@ _MOST_COMPRESSED_BYTES = 64 << 20
 """A collection: packing takes time that a question may need."""
 _REMEMBERED_HORIZONS = 8
 _MOST_REMEMBERED = 8192
+_JUDGED = 256
 _FORGET = 0.98
 _PRIOR_HALF_LIFE = 0.4
 """Of the horizon: after so much of it idle, a use is half as likely. Decides until the regression proves better."""
@@ -42,8 +43,7 @@ class CollectionStats:
         compressed, swapped, freed: things; the bytes of memory that each gave back.
         decided: things swapped or freed of which it is known by now whether they were needed within the horizon.
         needed_again: those of them that were, or that were needed later.
-        predictions, right: uses within the horizon foretold, or that there will be none; those that came true.
-        reused: those of `predictions` where there was one.
+        predictions: of which it is known by now whether they came true.
     """
 
     rounds: int = 0
@@ -57,8 +57,6 @@ class CollectionStats:
     decided: int = 0
     needed_again: int = 0
     predictions: int = 0
-    right: int = 0
-    reused: int = 0
 
 
 @dataclass(slots=True)
@@ -100,6 +98,7 @@ class PredictiveGarbageCollector:
         self._events: deque[tuple[Hashable, int, str] | None] = deque()  # uses, and ends of rounds
         self._questions: dict[Hashable, deque[_Question]] = {}
         self._collected: OrderedDict[Hashable, tuple[int, bool]] = OrderedDict()  # -> round, decided
+        self._outcomes: deque[tuple[bool, bool]] = deque(maxlen=_JUDGED)  # came true, was used
         self._errors = {"rule": 0.25, "regression": 0.25}
         self._random = random.Random(0)
         self._active = False
@@ -230,8 +229,7 @@ class PredictiveGarbageCollector:
     def _answer(self, question: _Question, *, used: bool) -> None:
         counters = self.counters
         counters.predictions += 1
-        counters.right += (question.answers[question.decided] >= 0.5) == used
-        counters.reused += used
+        self._outcomes.append(((question.answers[question.decided] >= 0.5) == used, used))
         for name, given in question.answers.items():
             self._errors[name] += (1 - _FORGET) * ((given - used) ** 2 - self._errors[name])
         self.ml_predictor.observe(question.features, question.creator, used)
@@ -260,17 +258,16 @@ class PredictiveGarbageCollector:
         tracker = self.tensor_lifecycle_tracker
         pressure = min(max(store.pressure(), 0.0), 1.0)
         sure = {stage: calm + pressure * (_PRESSED[stage] - calm) for stage, calm in _CALM.items()}
-        quiet = not tracker.sessions_open  # packing would take the processor from who computes
-        freed, left = 0, _MOST_COMPRESSED_BYTES if quiet else 0
+        # Packing would take the processor from who computes.
+        freed, left = 0, _MOST_COMPRESSED_BYTES if tracker.phase == IDLE else 0
         for key, held in store.held().items():
             life = tracker.lives.get(key)
             if life is None or life.last_use == tracker.now:
                 continue
             unused = 1 - self._answers(tracker.situation(life))[self.decides]
-            if not held.compressed and unused >= sure["compress"]:
-                if held.n_bytes <= left:
-                    left -= held.n_bytes
-                    freed += self._compress(store, key)
+            if not held.compressed and unused >= sure["compress"] and held.n_bytes <= left:
+                left -= held.n_bytes
+                freed += self._compress(store, key)
             elif unused >= sure["swap"]:
                 freed += self._let_go(store, key, held, life, may_free=unused >= sure["free"])
         return freed
@@ -310,19 +307,20 @@ class PredictiveGarbageCollector:
         return 1 - self.counters.needed_again / decided if decided else None
 
     def lifetime_accuracy(self) -> float | None:
-        """Return the share of predictions (is it used within the horizon?) that came true; `None` before the first."""
-        return self.counters.right / self.counters.predictions if self.counters.predictions else None
+        """Return the share of the last 256 predictions (used within the horizon, or not) that came true, if any."""
+        with self._lock:
+            return sum(right for right, _ in self._outcomes) / len(self._outcomes) if self._outcomes else None
 
     def stats(self) -> dict[str, Any]:
         """Return counters, ratios, what predicts and why, and the lives of things.
 
-        `base_rate` is the accuracy that always saying the commoner outcome would have had.
+        `base_rate` is the accuracy that always saying the commoner outcome would have had in the same predictions.
         """
         with self._lock:
-            counters = self.counters
-            share = counters.reused / counters.predictions if counters.predictions else None
+            n = len(self._outcomes)
+            share = sum(used for _, used in self._outcomes) / n if n else None
             return {
-                **asdict(counters),
+                **asdict(self.counters),
                 "success_rate": self.success_rate(),
                 "lifetime_accuracy": self.lifetime_accuracy(),
                 "base_rate": None if share is None else max(share, 1 - share),

@@ -118,8 +118,7 @@ class TensorLifecycleTracker:
             number = self._session()
             assert number is not None
             del self._open[number]
-            if not self._open:
-                self._phase = IDLE
+            self._phase = IDLE
             found = [
                 Leak(str(life.key), life.kind, life.n_bytes, life.creator, number, life.phase)
                 for life in self.lives.values()
@@ -140,7 +139,7 @@ class TensorLifecycleTracker:
 
     @property
     def phase(self) -> str:
-        """What is being computed: `vision`, `prefill`, `decode`, or `idle` outside of sessions."""
+        """What is being computed: `vision`, `prefill`, `decode`; `idle` once a session ended."""
         return self._phase
 
     def enter_phase(self, phase: str) -> None:
