@@ -95,10 +95,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--side-px", type=int, default=448)
     parser.add_argument("--packed-dir", required=True, help="where packed checkpoints lie")
+    parser.add_argument("--private", action="store_true", help="nothing is kept on the SSD")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.packed_dir) as directory:
         (Path(directory) / "packed").symlink_to(Path(arguments.packed_dir).resolve() / "packed")
-        settings = {"cache_dir": directory, "enable_predictive_gc": arguments.collect == "on"}
+        settings = {"cache_dir": directory, "private": arguments.private}
+        settings["enable_predictive_gc"] = arguments.collect == "on"
         model = create_optimized_model(arguments.model, settings)
         optimizer = model.memory_optimizer
         first_s, answers = [], []
@@ -123,7 +125,7 @@ def main() -> None:
                 "questions_s": sum(first_s),
                 "hits": stats["cache"]["hits"],
                 "hit_rate": stats["cache"]["hit_rate"],
-                "ssd_hits": stats["cache"]["levels"]["ssd"]["hits"],
+                "ssd_hits": 0 if arguments.private else stats["cache"]["levels"]["ssd"]["hits"],
                 "gc": stats["gc"],
                 "answers": answers,
             }
