@@ -1,4 +1,4 @@
-"""Measure what the predictive collector saves in a session of 50 questions about pictures: with it and without, in turns.
+"""Measure what predictive collection saves in a session of 50 questions about pictures: with it and without, in turns.
 
 Results go to one JSON file after each run; then the table in README.md is written from it, between its markers (with
 another `--json`, it is printed).
@@ -75,7 +75,7 @@ def report(content: dict) -> Iterator[str]:
     yield ""
     yield (
         "| kept | seed | peak without, MB | with, MB | saved | mean without, MB | with, MB | let go of | needed again "
-        "| success | foretold rightly | always the commoner | hits without, with | of them from the SSD | same answers |"
+        "| success | foretold rightly | always the commoner | hits without, with | from the SSD | same answers |"
     )
     yield "|" + "---|" * 15
     pairs = list(zip(runs[::2], runs[1::2], strict=True))
@@ -85,7 +85,8 @@ def report(content: dict) -> Iterator[str]:
     success = [collected["gc"]["success_rate"] for _, collected in pairs]
     yield ""
     yield (
-        f"- Saved of the peak: {100 * statistics.median(saved):.0f} % ({100 * min(saved):.0f} to {100 * max(saved):.0f}); "
+        f"- Saved of the peak: {100 * statistics.median(saved):.0f} % "
+        f"({100 * min(saved):.0f} to {100 * max(saved):.0f}); "
         f"success rate {statistics.median(success):.3f} ({min(success):.3f} to {max(success):.3f})."
     )
 
