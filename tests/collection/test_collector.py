@@ -16,11 +16,16 @@ class MemoryStore:
 
     def __init__(self, full=0.0, below=True):
         self.full, self.below = full, below
-        self.things = {}
+        self.things, self.stored = {}, set()
         self.log = []
 
     def put(self, key, n_bytes=100, *, compressed=False, stored=False):
-        self.things[key] = Held(n_bytes, compressed=compressed, stored=stored)
+        self.things[key] = Held(n_bytes, compressed)
+        if stored:
+            self.stored.add(key)
+
+    def is_stored(self, key):
+        return key in self.stored
 
     def held(self):
         return dict(self.things)
@@ -33,7 +38,7 @@ class MemoryStore:
 
     def compress(self, key):
         held = self.things[key]
-        self.things[key] = Held(held.n_bytes // 2, compressed=True, stored=held.stored)
+        self.things[key] = Held(held.n_bytes // 2, True)
         self.log.append(("compress", key))
         return held.n_bytes - held.n_bytes // 2
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from ..errors import MemoryOptimizationError
 from ..prediction import SimpleMLPredictor, Situation
-from .lifecycle import IDLE, TensorLife, TensorLifecycleTracker
-from .store import CollectableStore, Held
+from .lifecycle import IDLE, TensorLifecycleTracker
+from .store import CollectableStore
 
 logger = logging.getLogger(__name__)
 
@@ -269,7 +269,7 @@ class PredictiveGarbageCollector:
                 left -= held.n_bytes
                 freed += self._compress(store, key)
             elif unused >= sure["swap"]:
-                freed += self._let_go(store, key, held, life, may_free=unused >= sure["free"])
+                freed += self._let_go(store, key, may_free=unused >= sure["free"] and not life.owned)
         return freed
 
     def _compress(self, store: CollectableStore, key: Hashable) -> int:
@@ -278,9 +278,9 @@ class PredictiveGarbageCollector:
         self.counters.compressed_bytes += n_bytes
         return n_bytes
 
-    def _let_go(self, store: CollectableStore, key: Hashable, held: Held, life: TensorLife, *, may_free: bool) -> int:
+    def _let_go(self, store: CollectableStore, key: Hashable, *, may_free: bool) -> int:
         """Have something on the SSD alone; or nowhere, where it is nobody's and would first have to be written."""
-        frees = may_free and not held.stored and not life.owned
+        frees = may_free and not store.is_stored(key)
         n_bytes = store.free(key) if frees else store.swap(key)
         if n_bytes:
             self._collected[key] = (self.tensor_lifecycle_tracker.now, False)
