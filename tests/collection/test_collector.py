@@ -74,11 +74,11 @@ def test_something_unused_goes_down_one_stage_a_collection_in_order():
     store = MemoryStore()
     collector = make(store)
     use(collector, store, "a")
-    rounds(collector, 7)
+    rounds(collector, 13)
     assert store.log == []
     rounds(collector, 2)
     assert store.log == [("compress", "a")]
-    rounds(collector, 8)
+    rounds(collector, 4)
     assert store.log == [("compress", "a"), ("swap", "a")] and collector.has_collected("a")
     stats = collector.stats()
     assert (stats["compressed"], stats["compressed_bytes"]) == (1, 50)
@@ -89,7 +89,7 @@ def test_what_would_first_have_to_be_written_is_forgotten_when_nobody_can_want_i
     store = MemoryStore(below=False)
     collector = make(store)
     use(collector, store, "a", compressed=True)
-    rounds(collector, 17)
+    rounds(collector, 20)
     assert store.log == []
     rounds(collector, 4)
     assert store.log == [("free", "a")] and collector.stats()["freed_bytes"] == 100
@@ -153,7 +153,7 @@ def test_success_is_what_was_not_needed_again():
     assert collector.success_rate() is None
     for name in "abcd":
         use(collector, store, name, compressed=True)
-    rounds(collector, 15)
+    rounds(collector, 19)
     assert len(store.log) == 4
     assert collector.success_rate() is None  # nobody knows yet
     use(collector, store, "a")  # needed within the horizon
