@@ -27,6 +27,7 @@ from .model.kv_generate import attach_kv_cache
 from .model.loading import WeightLoader
 from .model.packing import Progress, find_packed
 from .model.prefix_reuse import attach_prefix_reuse
+from .model.response_times import attach_response_times
 from .model.skeleton import build_skeleton, compute_dtype, compute_dtype_of, skeleton_of
 from .model.vision_reuse import attach_vision_reuse
 from .model.vision_steps import step_vision_tower
@@ -318,6 +319,7 @@ def _finish(source: _Source, draft: Any, optimizer: MemoryOptimizer) -> Any:
             attach_prefix_reuse(model, optimizer.cache, identity, vision, reserve, kv_form)
     if draft is not None:
         attach_draft(model, draft)
+    attach_response_times(model, optimizer.figures.responses)
     return model
 
 

@@ -18,6 +18,7 @@ from .cache import HierarchicalCacheSystem, LedgerBudget
 from .compression import RawCodec, create_codec
 from .config import MemoryConfig
 from .errors import ConfigurationError, MemoryBudgetExceeded, format_bytes
+from .figures import FigureMethods, MemoryFigures
 from .hardware import HardwareProfile
 from .paging import PAGE_BYTES, Ledger, ManagedTensor, Pager, PressureMonitor, ProcessAccounts, TensorEntry
 from .pools import AdvancedMemoryPool
@@ -30,7 +31,7 @@ TENSOR_KINDS = ("kv_cache", "vision_features", "text_embeddings", "general")
 _LEAST_FRAMES_BYTES = 2 * PAGE_BYTES
 
 
-class MemoryOptimizer:
+class MemoryOptimizer(FigureMethods):
     """Owns the bytes of managed tensors, and keeps them, or the whole process, within a budget.
 
     Args:
@@ -91,6 +92,7 @@ class MemoryOptimizer:
             self.cache = HierarchicalCacheSystem(self.config, budget=LedgerBudget(self.pager))
             if self._accounts is None:  # else it makes room before each forward
                 self.pager.on_pass = self.cache.make_room
+        self.figures = MemoryFigures(self.pager, self.pool if self.config.enable_memory_pooling else None, self.cache)
         self._ids = itertools.count()
         self._sessions = 0
         self._session_lock = threading.Lock()
@@ -276,10 +278,6 @@ class MemoryOptimizer:
             "cache": None if self.cache is None else self.cache.stats(),
             "sessions_open": self._sessions,
         }
-
-    def get_cache_hit_rate(self) -> float | None:
-        """Return the share of look-ups that some level of the cache answered; `None` before the first."""
-        return None if self.cache is None else self.cache.stats()["hit_rate"]
 
     # --- end --------------------------------------------------------------------------------------------------------
 
