@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from .base import Codec
+from .kv import KVBlock, KVCodec
+from .selection import relative_error
+
+_SAMPLED_BLOCKS = 64
+_SAMPLED_HEADS = 2
+_SAMPLED_ROWS = 64
 
 
 @dataclass(slots=True)
-class Encoded:
+class EncodingCounters:
     """What was encoded of one kind of tensor since the start.
 
     Attributes:
@@ -40,7 +52,7 @@ class EncodingLog:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kinds: dict[str, Encoded] = {}
+        self._kinds: dict[str, EncodingCounters] = {}
         self.weight_errors: dict[str, float] = {}
 
     def note(
@@ -61,7 +73,7 @@ class EncodingLog:
             relative_error: where it is known.
         """
         with self._lock:
-            row = self._kinds.setdefault(kind, Encoded())
+            row = self._kinds.setdefault(kind, EncodingCounters())
             row.encodes += 1
             row.original_bytes += original_bytes
             row.encoded_bytes += encoded_bytes
@@ -70,13 +82,51 @@ class EncodingLog:
                 row.sampled_bytes += original_bytes
                 row.error_bytes += relative_error * original_bytes
 
-    def sampled(self, kind: str, *, every: int) -> bool:
-        """Return whether the next of a kind is one whose error is to be measured: the first, and one of `every`."""
+    def encode_block(self, kind: str, codec: KVCodec, keys: torch.Tensor, values: torch.Tensor, block: KVBlock) -> None:
+        """Encode keys and values `[n, tokens, head_dim]` into a block, and note it.
+
+        The error is measured on two heads of the first block and of one in 64.
+
+        Raises:
+            CodecError: values that this codec cannot represent.
+        """
+        start_s = time.perf_counter()
+        codec.encode(keys, values, block)
+        seconds = time.perf_counter() - start_s
+        error = 0.0 if codec.lossless else None
+        if error is None and self._is_sampled(kind):
+            decoded = torch.empty_like(keys), torch.empty_like(values)
+            codec.decode(block, *decoded)
+            exact = torch.cat([keys[:_SAMPLED_HEADS], values[:_SAMPLED_HEADS]])
+            error = relative_error(exact, torch.cat([part[:_SAMPLED_HEADS] for part in decoded]))
+        n_bytes = sum(segment.nbytes for segment in block.segments.values())
+        self.note(
+            kind,
+            original_bytes=keys.nbytes + values.nbytes,
+            encoded_bytes=n_bytes,
+            seconds=seconds,
+            relative_error=error,
+        )
+
+    def _is_sampled(self, kind: str) -> bool:
         with self._lock:
             row = self._kinds.get(kind)
-            return row is None or row.encodes % every == 0
+            return row is None or row.encodes % _SAMPLED_BLOCKS == 0
 
-    def rows(self) -> dict[str, Encoded]:
+    def sample_weight(
+        self, weight_id: str, codec: Codec, weight: torch.Tensor, encoded: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Note the error of a weight `[rows, columns]` that was encoded, as measured on its first rows."""
+        if codec.lossless:
+            return
+        block = codec.row_block(tuple(weight.shape))
+        rows = min(len(weight), -(-_SAMPLED_ROWS // block) * block)
+        shared = {segment.name for segment in codec.segments(tuple(weight.shape), weight.dtype) if segment.shared}
+        part = {name: segment if name in shared else segment[:rows] for name, segment in encoded.items()}
+        exact = weight[:rows].reshape(rows, -1)
+        self.weight_errors[weight_id] = relative_error(exact, codec.decode(part, torch.empty_like(exact)))
+
+    def rows(self) -> dict[str, EncodingCounters]:
         """Return the counters by kind, as they are now."""
         with self._lock:
-            return {kind: Encoded(**asdict(row)) for kind, row in self._kinds.items()}
+            return {kind: replace(row) for kind, row in self._kinds.items()}

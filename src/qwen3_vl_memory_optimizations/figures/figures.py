@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..cache import HierarchicalCacheSystem
-from ..compression import Encoded, EncodingLog
+from ..compression import EncodingCounters, EncodingLog
 from ..errors import ConfigurationError, MemoryBudgetExceeded
 from ..model.plan import CompressionPlan
 from ..model.response_times import ResponseTimes
@@ -182,14 +182,14 @@ class MemoryFigures:
         sampled = sum(row.sampled_bytes for row in rows)
         return 1 - sum(row.error_bytes for row in rows) / sampled if sampled else None
 
-    def compression(self, uses: Iterable[TensorUse] | None = None) -> dict[str, Encoded]:
+    def compression(self, uses: Iterable[TensorUse] | None = None) -> dict[str, EncodingCounters]:
         """Return what was encoded, by kind: weights as they are managed now, all else since the start.
 
         The error of a weight is that of the plan it was packed by, or was sampled when it was encoded. Where that of
         one is not known, nothing is said of weights.
         """
         rows = self.encodings.rows()
-        weights = Encoded()
+        weights = EncodingCounters()
         all_known, errors = True, self._weight_errors()
         for use in self.pager.usage() if uses is None else uses:
             if use.kind == "weights":

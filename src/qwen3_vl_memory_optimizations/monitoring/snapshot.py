@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from ..compression import Encoded
+from ..compression import EncodingCounters
 from ..model.response_times import Response
 from ..optimizer import MemoryOptimizer
 
@@ -115,11 +115,11 @@ def _memory_map(uses: list[Any]) -> list[dict[str, Any]]:
     return [rows[key] for key in sorted(rows)]
 
 
-def _kinds(held: dict[str, dict[str, int]], encoded: dict[str, Encoded]) -> dict[str, dict[str, Any]]:
+def _kinds(held: dict[str, dict[str, int]], encoded: dict[str, EncodingCounters]) -> dict[str, dict[str, Any]]:
     nothing = {"tensors": 0, "logical_bytes": 0, "encoded_bytes": 0, "resident_bytes": 0}
     kinds: dict[str, dict[str, Any]] = {}
     for kind in sorted({*held, *encoded}):
-        row = encoded.get(kind, Encoded())
+        row = encoded.get(kind, EncodingCounters())
         kinds[kind] = {
             **(held.get(kind) or nothing),
             "encodes": row.encodes,
