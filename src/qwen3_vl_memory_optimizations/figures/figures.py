@@ -257,12 +257,18 @@ class MemoryFigures:
         """
         responses = self.responses.recent()
         seconds = sum(each.decode_s for each in responses)
-        bandwidth = self._once(
-            "memory_bandwidth", BANDWIDTH_BYTES, lambda: memory_bandwidth(BANDWIDTH_BYTES), measure and seconds > 0
-        )
+        bandwidth = self._bandwidth(measure=measure and seconds > 0)
         if bandwidth is None or seconds <= 0:
             return None
         return sum(each.decode_bytes for each in responses) / seconds / bandwidth
+
+    def measure(self) -> None:
+        """Measure what `metrics` need a measurement for, if it was not: 0.3 s, and up to 64 MiB meanwhile."""
+        self.allocation_speedup()
+        self._bandwidth(measure=True)
+
+    def _bandwidth(self, *, measure: bool) -> float | None:
+        return self._once("memory_bandwidth", BANDWIDTH_BYTES, lambda: memory_bandwidth(BANDWIDTH_BYTES), measure)
 
     def _once(self, name: str, n_bytes: int, run: Callable[[], float], measure: bool) -> float | None:
         """Return what was measured, or measure it where the budget has room for what that takes."""

@@ -13,6 +13,8 @@ from ..optimizer import MemoryOptimizer
 SCHEMA = 1
 """Grows when a key changes its meaning or goes."""
 
+_LATELY_S = 300.0
+
 
 def take_snapshot(optimizer: MemoryOptimizer, *, measure: bool = False) -> dict[str, Any]:
     """Return the state and the counters of an optimizer; a figure that is not there is `None`.
@@ -42,9 +44,11 @@ def take_snapshot(optimizer: MemoryOptimizer, *, measure: bool = False) -> dict[
         migrations: `pages` moved between tiers; `tensors` brought back by the tiering system, `tensors_used` of them.
         prediction: `prefetch_accuracy`, `tier_effectiveness`, `improvement_over_lru`.
         gc: counters of the collector; `None`: there is none.
-        responses: `count`, `tokens`, `seconds` in all; `running_s`; `last`; `tokens_per_s`, `cpu_s_per_token` and mean
-            `first_token_s` of the last 64.
+        responses: `count`, `tokens`, `seconds` in all; `running_s`; `last`; `current_s` for the alert: the time of the
+            last one where it ended in the last five minutes, or of one under way if that is longer; `tokens_per_s`,
+            `cpu_s_per_token` and mean `first_token_s` of the last 64.
         metrics: the keys of section 7.1.
+        alerts: empty; `AlertMonitor` has them (`alert_rows`).
     """
     figures, memory = optimizer.figures, optimizer.get_memory_efficiency_stats()
     uses = optimizer.pager.usage()
@@ -98,6 +102,7 @@ def take_snapshot(optimizer: MemoryOptimizer, *, measure: bool = False) -> dict[
         "responses": _responses(optimizer),
         "sessions_open": memory["sessions_open"],
         "metrics": metrics,
+        "alerts": [],
     }
 
 
@@ -132,7 +137,7 @@ def _kinds(held: dict[str, dict[str, int]], encoded: dict[str, EncodingCounters]
 
 def _responses(optimizer: MemoryOptimizer) -> dict[str, Any]:
     times = optimizer.figures.responses
-    recent = times.recent()
+    recent, running_s, now_s = times.recent(), times.running_s(), times.timer()
     generated = [each for each in recent if each.generated and each.new_tokens]
     tokens = sum(each.new_tokens for each in generated)
     decode_s = sum(each.decode_s for each in recent)
@@ -140,14 +145,22 @@ def _responses(optimizer: MemoryOptimizer) -> dict[str, Any]:
     first = [each.first_token_s for each in recent if each.first_token_s is not None]
     return {
         "count": times.responses,
+        "current_s": _current_s(recent, running_s, now_s),
         "tokens": times.tokens,
         "seconds": times.seconds,
-        "running_s": times.running_s(),
-        "last": _response(recent[-1], times.timer()) if recent else None,
+        "running_s": running_s,
+        "last": _response(recent[-1], now_s) if recent else None,
         "tokens_per_s": steps / decode_s if decode_s else None,
         "first_token_s": sum(first) / len(first) if first else None,
         "cpu_s_per_token": sum(each.cpu_s for each in generated) / tokens if tokens else None,
     }
+
+
+def _current_s(recent: list[Response], running_s: float | None, now_s: float) -> float | None:
+    """Return the time of the last response if it ended lately, or of one under way if that is longer already."""
+    lately = recent and now_s - recent[-1].ended_s < _LATELY_S
+    times = [running_s or 0.0, recent[-1].wall_s if lately else 0.0]
+    return max(times) if lately or running_s is not None else None
 
 
 def _response(response: Response, now_s: float) -> dict[str, Any]:
