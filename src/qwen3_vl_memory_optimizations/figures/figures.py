@@ -195,7 +195,7 @@ class MemoryFigures:
             if use.kind == "weights":
                 weights.encodes += 1
                 weights.original_bytes += use.logical_bytes
-                weights.encoded_bytes += use.encoded_bytes
+                weights.encoded_bytes += use.encoded_bytes + use.beside_bytes
                 error = 0.0 if use.lossless else errors.get(use.tensor_id)
                 all_known = all_known and error is not None
                 weights.error_bytes += (error or 0.0) * use.logical_bytes

@@ -370,6 +370,7 @@ class Pager:
                     entry.codec.lossless,
                     math.prod(entry.shape) * entry.dtype.itemsize,
                     entry.n_bytes,
+                    entry.beside_bytes,
                     sum(page.stop_bytes - page.start_bytes for page in entry.pages if page.state in _IN_MEMORY),
                     sum(
                         page.stop_bytes - page.start_bytes

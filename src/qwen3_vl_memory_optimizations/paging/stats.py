@@ -11,7 +11,8 @@ class TensorUse:
 
     Attributes:
         lossless: whether its codec gives the same bits back.
-        logical_bytes: its size as the model sees it; `encoded_bytes`: as it is stored.
+        logical_bytes: its size as the model sees it; `encoded_bytes`: that of what is paged of its encoded form.
+        beside_bytes: of the rest of it, such as scales, which stays in memory.
         resident_bytes: how much of that is in memory.
         undroppable_bytes: how much of that cannot leave at once: it is in use, or would have to be written first.
     """
@@ -22,6 +23,7 @@ class TensorUse:
     lossless: bool
     logical_bytes: int
     encoded_bytes: int
+    beside_bytes: int
     resident_bytes: int
     undroppable_bytes: int
 
