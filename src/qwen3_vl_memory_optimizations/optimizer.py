@@ -272,7 +272,7 @@ class MemoryOptimizer(FigureMethods):
                 "migrations": None if self.tiering is None else self.tiering.migrations,
                 "migrations_used": None if self.tiering is None else self.tiering.useful_migrations,
             },
-            "pools": self.pool.stats() if self.config.enable_memory_pooling else {},
+            "pools": self.figures.pools(),
             "kinds": kinds,
             "codecs": codecs,
             "cache": None if self.cache is None else self.cache.stats(),

@@ -83,6 +83,21 @@ def test_a_generate_inside_of_another_is_part_of_it(model, times):
     assert len(times.recent()) == 1
 
 
+def test_a_forward_that_fails_is_no_response_even_where_it_never_began(model, times):
+    def refuse(module, args):
+        raise MemoryError("mine")
+
+    handle = model.register_forward_pre_hook(refuse, prepend=True)
+    try:
+        with pytest.raises(MemoryError, match="mine"):
+            model(input_ids=IDS)
+    finally:
+        handle.remove()
+    with pytest.raises(IndexError):
+        model(input_ids=IDS + 10**9)
+    assert times.recent() == [] and times.running_s() is None
+
+
 def test_only_the_last_64_are_kept(model, times):
     for _ in range(70):
         times.forward_begins()

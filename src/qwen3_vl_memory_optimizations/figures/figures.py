@@ -121,19 +121,23 @@ class MemoryFigures:
 
     # --- section 7.1 --------------------------------------------------------------------------------------------------
 
-    def metrics(self, *, measure: bool = True) -> dict[str, float | int | None]:
+    def metrics(
+        self, *, measure: bool = True, uses: Iterable[TensorUse] | None = None
+    ) -> dict[str, float | int | None]:
         """Return all figures by the keys of section 7.1.
 
         Args:
             measure: also what has to be measured (once, in about 0.3 s); otherwise only where it was.
+            uses: what the Pager said of its tensors, where that is known already.
         """
+        uses = self.pager.usage() if uses is None else uses
         values = (
             self.pool_utilization(),
             self.allocation_speedup(measure=measure),
             self.cache_hit_rate(),
             self.cache_efficiency(),
-            self.compression_ratio(),
-            self.compression_quality(),
+            self.compression_ratio(uses),
+            self.compression_quality(uses),
             self.swap_count(),
             self.swap_efficiency(),
             self.tier_migration_rate(),
@@ -147,9 +151,9 @@ class MemoryFigures:
 
     def pool_utilization(self) -> float | None:
         """Return the bytes granted by the typed pools over their address space, now; `None` without pooling."""
-        if self.pool is None:
+        rows = self.pools().values()
+        if not rows:
             return None
-        rows = self.pool.stats().values()
         return sum(row["used_bytes"] or 0 for row in rows) / sum(row["size_bytes"] or 0 for row in rows)
 
     def allocation_speedup(self, *, measure: bool = True) -> float | None:
@@ -176,9 +180,9 @@ class MemoryFigures:
         encoded = sum(row.encoded_bytes for row in rows.values())
         return sum(row.original_bytes for row in rows.values()) / encoded if encoded else None
 
-    def compression_quality(self) -> float | None:
+    def compression_quality(self, uses: Iterable[TensorUse] | None = None) -> float | None:
         """Return 1 - the mean relative error by bytes, over all of which an error is known."""
-        rows = self.compression().values()
+        rows = self.compression(uses).values()
         sampled = sum(row.sampled_bytes for row in rows)
         return 1 - sum(row.error_bytes for row in rows) / sampled if sampled else None
 
@@ -291,10 +295,15 @@ class MemoryFigures:
 
         Page frames are moved between addresses, so that free ones always serve, and have none.
         """
-        if self.pool is None:
-            return None
-        shares = (row["external_fragmentation"] for row in self.pool.stats().values())
+        shares = (row["external_fragmentation"] for row in self.pools().values())
         return max((share for share in shares if share is not None), default=None)
+
+    def pools(self) -> dict[str, dict[str, float | int | None]]:
+        """Return the figures of each typed pool; none without pooling."""
+        if self.pool is None:
+            return {}
+        with self.pager.exclusive():  # which is what pools change under
+            return self.pool.stats()
 
     def occupancy(self, uses: Iterable[TensorUse] | None = None) -> Occupancy:
         """Return the memory that cannot be given up at once.

@@ -135,16 +135,17 @@ class ResponseTimes:
                 self._running[threading.get_ident()] = self._local.forward[0]
 
     def forward_ended(self, *, failed: bool = False) -> None:
-        """Note that it ended."""
+        """Note that it ended; one that failed is no response."""
         run = getattr(self._local, "run", None)
+        if failed:  # perhaps before it began: by a hook that comes before this one
+            if run is None:
+                with self._lock:
+                    self._running.pop(threading.get_ident(), None)
+            return
         if run is None:
             start_s, start_cpu_s = self._local.forward
             now_s = self.timer()
-            if failed:
-                with self._lock:
-                    self._running.pop(threading.get_ident(), None)
-            else:
-                self._keep(Response(False, now_s, now_s - start_s, self._cpu_timer() - start_cpu_s, None, 0, 0.0, 0, 0))
+            self._keep(Response(False, now_s, now_s - start_s, self._cpu_timer() - start_cpu_s, None, 0, 0.0, 0, 0))
             return
         run.last_s, run.last_bytes = self.timer(), self._used_bytes()
         if run.first_s is None:

@@ -54,7 +54,7 @@ def take_snapshot(optimizer: MemoryOptimizer, *, measure: bool = False) -> dict[
     uses = optimizer.pager.usage()
     occupancy = figures.occupancy(uses)
     budget, tiers, cache = memory["budget"], memory["tiers"], memory["cache"]
-    metrics = figures.metrics(measure=measure)
+    metrics = figures.metrics(measure=measure, uses=uses)
     collector, swapping, pressure = figures.collector, optimizer.swapping, optimizer.pressure
     return {
         "schema": SCHEMA,
