@@ -24,6 +24,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .cache import CPUCache, GPUCache, HierarchicalCacheSystem, SSDCache
+    from .collection import PredictiveGarbageCollector, SimpleMLPredictor, TensorLifecycleTracker
     from .compression import (
         CompressionMethodSelector,
         FP16QuantizationCompressor,
@@ -68,10 +69,13 @@ _LAZY = {
     "OptimizedTextDecoder": ".integration",
     "OptimizedVisionEncoder": ".integration",
     "OptimizedVisionLanguageModel": ".integration",
+    "PredictiveGarbageCollector": ".collection",
     "PredictiveSwappingAlgorithm": ".swapping",
     "SSDCache": ".cache",
     "SVDDecompositionCompressor": ".compression",
+    "SimpleMLPredictor": ".collection",
     "SparseCompressionCompressor": ".compression",
+    "TensorLifecycleTracker": ".collection",
     "calculate_metrics": ".evaluation",
     "create_optimized_model": ".factory",
     "evaluate_accuracy_impact": ".evaluation",
@@ -105,13 +109,16 @@ __all__ = [
     "OptimizedTextDecoder",
     "OptimizedVisionEncoder",
     "OptimizedVisionLanguageModel",
+    "PredictiveGarbageCollector",
     "PredictiveSwappingAlgorithm",
     "SSDCache",
     "SVDDecompositionCompressor",
     "ShortIOError",
+    "SimpleMLPredictor",
     "SparseCompressionCompressor",
     "StorageError",
     "TensorFreedError",
+    "TensorLifecycleTracker",
     "UnknownTensorError",
     "__version__",
     "calculate_metrics",

@@ -28,6 +28,7 @@ from .model.loading import WeightLoader
 from .model.packing import Progress, find_packed, plan_path_of
 from .model.prefix_reuse import attach_prefix_reuse
 from .model.response_times import attach_response_times
+from .model.sessions import attach_sessions
 from .model.skeleton import build_skeleton, compute_dtype, compute_dtype_of, skeleton_of
 from .model.vision_reuse import attach_vision_reuse
 from .model.vision_steps import step_vision_tower
@@ -322,7 +323,8 @@ def _finish(source: _Source, draft: _Source | None, optimizer: MemoryOptimizer) 
             attach_prefix_reuse(model, optimizer.cache, identity, vision, reserve, kv_form)
     if draft is not None:
         attach_draft(model, draft.model)
-    attach_response_times(model, optimizer.figures.responses)
+    attach_sessions(model, optimizer.generation, optimizer.lifecycle.enter_phase)
+    attach_response_times(model, optimizer.figures.responses)  # last: around all that the others do
     return model
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import sys
 import tempfile
-import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from .cache import HierarchicalCacheSystem, LedgerBudget
+from .collection import PredictiveGarbageCollector, RuntimeStore, TensorLifecycleTracker
 from .compression import RawCodec, create_codec
 from .config import MemoryConfig
 from .errors import ConfigurationError, MemoryBudgetExceeded, format_bytes
@@ -44,6 +46,8 @@ class MemoryOptimizer(FigureMethods):
         pager: moves the bytes.
         pool: address ranges of runtime tensors.
         cache: results that are used again; `None` where `enable_cache_hierarchy` is off.
+        collector: lets go of what is not expected to be used again; `None` where `enable_predictive_gc` is off.
+        lifecycle: who made which runtime tensor, in which session, and what outlives it.
         pressure: gives memory up when others take it; `None` without `ram_budget`.
         tiering: brings runtime tensors back before they are used; `None`: switched off, or without a budget.
         swapping: says which runtime tensors leave first; `None`: switched off, and the longest unused do.
@@ -92,10 +96,27 @@ class MemoryOptimizer(FigureMethods):
             self.cache = HierarchicalCacheSystem(self.config, budget=LedgerBudget(self.pager))
             if self._accounts is None:  # else it makes room before each forward
                 self.pager.on_pass = self.cache.make_room
-        self.figures = MemoryFigures(self.pager, self.pool if self.config.enable_memory_pooling else None, self.cache)
+        self.lifecycle = TensorLifecycleTracker()
+        self.pager.lives = self.lifecycle
+        self.collector: PredictiveGarbageCollector | None = None
+        if self.config.enable_predictive_gc:
+            self.collector = self._start_collector()
+        pool = self.pool if self.config.enable_memory_pooling else None
+        self.figures = MemoryFigures(self.pager, pool, self.cache, self.collector)
         self._ids = itertools.count()
-        self._sessions = 0
-        self._session_lock = threading.Lock()
+
+    def _start_collector(self) -> PredictiveGarbageCollector:
+        collector = PredictiveGarbageCollector(tracker=self.lifecycle)
+        if self.swapping is not None:
+            collector.stores.append(RuntimeStore(self.pager))
+        cached = None if self.cache is None else self.cache.collectable()
+        if self.cache is not None and cached is not None:
+            collector.stores.append(cached)
+            self.cache.listen(collector.note)
+        if self.tiering is not None:
+            self.tiering.unwanted = collector.has_collected
+        collector.start(self.config.gc_collection_interval)
+        return collector
 
     def _check_budget(self) -> None:
         budget = self.config.ram_budget
@@ -161,6 +182,7 @@ class MemoryOptimizer(FigureMethods):
                 pool.free(address)
             raise
         tensor = ManagedTensor(self.pager, entry)
+        self.lifecycle.refer(entry.tensor_id, tensor, _caller())
         weakref.finalize(tensor, _drop, self.pager, pool, entry, address)
         tensor.zero_()
         return tensor
@@ -182,28 +204,43 @@ class MemoryOptimizer(FigureMethods):
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
-    def start_inference_session(self) -> None:
-        """Open a session. Sessions nest, and may overlap in threads."""
-        with self._session_lock:
-            self._sessions += 1
+    def start_inference_session(self) -> int:
+        """Open a session and return its number. Sessions nest, and may overlap in threads."""
+        return self.lifecycle.begin_session()
 
     def end_inference_session(self) -> None:
-        """Close a session; with the last one, free page frames go back to the system.
+        """Close the latest session of this thread; with the last one, free page frames go back to the system.
+
+        What was allocated in it and is still referenced is reported by `lifecycle.leaks`.
 
         Raises:
             ConfigurationError: none is open.
         """
-        with self._session_lock:
-            if self._sessions == 0:
-                raise ConfigurationError("end_inference_session: no session is open")
-            self._sessions -= 1
-            last = self._sessions == 0
-        if last:
+        self.lifecycle.end_session()
+        if self.collector is not None:
+            self.collector.end_round()
+        if not self.lifecycle.sessions_open:
             self.pager.trim()
 
-    def inference_session(self) -> _Session:
-        """Return a context manager around `start_inference_session` and `end_inference_session`."""
-        return _Session(self)
+    @contextmanager
+    def inference_session(self) -> Iterator[MemoryOptimizer]:
+        """Open a session for a block."""
+        self.start_inference_session()
+        try:
+            yield self
+        finally:
+            self.end_inference_session()
+
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """Open a session for one `generate`; free page frames stay for the next."""
+        self.lifecycle.begin_session()
+        try:
+            yield
+        finally:
+            self.lifecycle.end_session()
+            if self.collector is not None:
+                self.collector.end_round()
 
     # --- budget -------------------------------------------------------------------------------------------------------
 
@@ -236,7 +273,7 @@ class MemoryOptimizer(FigureMethods):
     def get_memory_efficiency_stats(self) -> dict[str, Any]:
         """Return what is held where, and what happened.
 
-        The keys: `budget`, `paging`, `tiers`, `pools`, `kinds`, `codecs`, `cache`, `sessions_open`.
+        The keys: `budget`, `paging`, `tiers`, `pools`, `kinds`, `codecs`, `cache`, `gc`, `sessions_open`.
         """
         memory = process_memory()
         pager, ledger = self.pager, self.pager.ledger
@@ -276,14 +313,15 @@ class MemoryOptimizer(FigureMethods):
             "kinds": kinds,
             "codecs": codecs,
             "cache": None if self.cache is None else self.cache.stats(),
-            "sessions_open": self._sessions,
+            "gc": None if self.collector is None else self.collector.stats(),
+            "sessions_open": self.lifecycle.sessions_open,
         }
 
     # --- end --------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Stop the I/O threads, remove the swap file, return the memory. Managed tensors are unusable afterwards."""
-        for system in (self.pressure, self.tiering):
+        for system in (self.pressure, self.tiering, self.collector):
             if system is not None:
                 system.close()
         if self.cache is not None:
@@ -300,16 +338,12 @@ class MemoryOptimizer(FigureMethods):
         self.close()
 
 
-class _Session:
-    def __init__(self, optimizer: MemoryOptimizer) -> None:
-        self._optimizer = optimizer
-
-    def __enter__(self) -> MemoryOptimizer:
-        self._optimizer.start_inference_session()
-        return self._optimizer
-
-    def __exit__(self, *_: object) -> None:
-        self._optimizer.end_inference_session()
+def _caller() -> str:
+    """Return the place in the code that called into this module."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"
 
 
 def _drop(pager: Pager, pool: Any, entry: TensorEntry, address: int) -> None:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -37,10 +38,21 @@ from .moves import PageMover
 from .products import Products
 from .residency import Residency, VictimOrder
 from .room import Room
+from .runtime import RuntimeTensors
 from .stats import PagingStats, TensorUse
 
 _LEAST_SCRATCH_BYTES = 1 << 16
 _IN_MEMORY = (PageState.RESIDENT, PageState.LOADING, PageState.WRITING)
+
+
+class Lives(Protocol):
+    """What follows the lives of runtime tensors; it must not ask the Pager anything, nor wait."""
+
+    def born(self, key: str, kind: str, n_bytes: int, creator: str, *, owned: bool) -> object:
+        """Note that a tensor came."""
+
+    def died(self, key: str) -> None:
+        """Note that it is gone."""
 
 
 class Pager:
@@ -57,6 +69,8 @@ class Pager:
     Attributes:
         products: computes with weights.
         encodings: what was encoded for its tensors; those who encode note it.
+        runtime: the tensors that are no weights.
+        lives: told, under the lock, of runtime tensors that come and go; `None`: nobody.
     """
 
     def __init__(
@@ -86,6 +100,8 @@ class Pager:
         self._access = Access(
             self._lock, self._changed, self._mover, self._room, self._residency, self.stats, self._release_freed, timer
         )
+        self.runtime = RuntimeTensors(self._lock, self.entries, self.frames, self._mover, self._finalizers)
+        self.lives: Lives | None = None
         self._local = threading.local()
         self.products = Products(self._access, self.frames, lambda: self.scratch)
         self._adding = 0  # tensors that have memory and are not in `entries` yet
@@ -178,6 +194,8 @@ class Pager:
                     self._mover.weights_resident_bytes += sum(page.n_bytes for page in entry.pages)
                 largest = max((page.n_bytes for page in entry.pages), default=0)
                 self.ledger.frames_floor_bytes = max(self.ledger.frames_floor_bytes, largest)
+            elif self.lives is not None:
+                self.lives.born(entry.tensor_id, entry.kind, entry.n_bytes, entry.kind, owned=True)
 
     def _back(self, entry: TensorEntry, resident: bool) -> None:
         """Put memory behind the frames of an entry that always stay, and behind its pages if they are `resident`."""
@@ -226,6 +244,8 @@ class Pager:
                 self._residency.remove(entry)
             else:
                 self._residency.forget(entry)
+                if self.lives is not None:
+                    self.lives.died(tensor_id)
             entry.on_released = then or entry.on_released
             self._release_freed(entry)
 

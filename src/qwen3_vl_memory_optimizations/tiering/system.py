@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import MemoryOptimizationError
@@ -31,6 +31,7 @@ class MemoryTieringSystem:
     Attributes:
         tiers: name -> `capacity` (a share of what is there, in bytes, or `None`) and `priority`.
         predictor: of waits.
+        unwanted: says of a tensor on the SSD that no use of it is expected, and it is to stay there.
         migrations: tensors that were brought back; `useful_migrations`: those of them that were used before they left.
     """
 
@@ -41,6 +42,7 @@ class MemoryTieringSystem:
             n_bytes = there.get(name)
             self.tiers[name] = {"capacity": None if n_bytes is None else int(share * n_bytes), "priority": priority}
         self.predictor = LightweightMLPredictor()
+        self.unwanted: Callable[[str], bool] | None = None
         self.migrations = 0
         self.useful_migrations = 0
         self._next_use = NextUse()
@@ -93,7 +95,7 @@ class MemoryTieringSystem:
             gone = [each for each in self._known if each not in pager.entries]
         for each in gone:
             self.forget(each)
-        away = pager.swapped_out()
+        away = [each for each in pager.swapped_out() if self.unwanted is None or not self.unwanted(each)]
         waits = self.waits(away)
         wanted = sorted(waits, key=lambda each: waits[each])[:_MOST_BROUGHT]
         brought = pager.bring(self._within_capacity(pager, wanted))
