@@ -217,23 +217,23 @@ def test_lru_on_a_cycle_has_nothing_and_the_prediction_is_measured_against_that(
 # --- collector and hardware ---------------------------------------------------------------------------------------
 
 
-class Collector:
-    """What a collector would say."""
-
-    def success_rate(self):
-        return 0.75
-
-    def lifetime_accuracy(self):
-        return 0.5
-
-    def stats(self):
-        return {"collected": 4}
-
-
 def test_the_figures_of_the_collector_are_passed_on(make_optimizer):
     optimizer = make_optimizer(8 * MIB)
-    optimizer.figures.collector = Collector()
-    assert (optimizer.get_gc_success_rate(), optimizer.get_lifetime_prediction_accuracy()) == (0.75, 0.5)
+    assert (optimizer.get_gc_success_rate(), optimizer.get_lifetime_prediction_accuracy()) == (None, None)
+    optimizer.collector.counters.decided, optimizer.collector.counters.needed_again = 4, 1
+    assert optimizer.get_gc_success_rate() == 0.75
+    without = make_optimizer(8 * MIB, enable_predictive_gc=False)
+    assert (without.get_gc_success_rate(), without.get_lifetime_prediction_accuracy()) == (None, None)
+
+
+def test_lifetimes_that_came_true_are_counted(make_optimizer):
+    optimizer, horizon = make_optimizer(64 * MIB), 10
+    tensors = fill(optimizer, 2)
+    for _ in range(6 * horizon):  # one is used in each round, the other never again
+        tensors[0].sum()
+        optimizer.collector.end_round()
+        optimizer.collector.look()
+    assert optimizer.get_lifetime_prediction_accuracy() > 0.9
 
 
 def test_bandwidth_is_the_bytes_used_a_second_of_decoding_over_what_was_measured(make_optimizer):

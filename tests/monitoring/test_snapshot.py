@@ -31,6 +31,7 @@ KEYS = {
     "migrations",
     "prediction",
     "gc",
+    "life_cycles",
     "responses",
     "sessions_open",
     "metrics",
@@ -46,13 +47,16 @@ def test_the_map_says_what_lies_where(make_optimizer):
     where = {(row["tier"], row["kind"], row["codec"]): (row["tensors"], row["bytes"]) for row in snapshot["memory_map"]}
     assert sum(n_bytes for _, n_bytes in where.values()) == 10 * MIB
     assert sum(n_bytes for (tier, *_), (_, n_bytes) in where.items() if tier == "ssd") == 2 * MIB
+    lives = {kind: (row["births"], row["alive"]) for kind, row in snapshot["life_cycles"].items()}
+    assert lives == {"general": (6, 6), "kv_cache": (4, 4)}
     assert where["cpu", "kv_cache", "none"] == (4, 4 * MIB)
     assert snapshot["budget"]["undroppable_share"] == 1.0 and len(tensors) == 10
     assert json.loads(json.dumps(snapshot)) == snapshot
 
 
 @pytest.mark.parametrize(
-    "off", ["enable_memory_pooling", "enable_cache_hierarchy", "enable_swapping", "enable_tiering"]
+    "off",
+    ["enable_memory_pooling", "enable_cache_hierarchy", "enable_swapping", "enable_tiering", "enable_predictive_gc"],
 )
 def test_what_is_switched_off_is_absent_and_breaks_nothing(make_optimizer, off):
     snapshot = take_snapshot(make_optimizer(8 * MIB, **{off: False}))
@@ -61,6 +65,7 @@ def test_what_is_switched_off_is_absent_and_breaks_nothing(make_optimizer, off):
         "enable_memory_pooling": snapshot["pools"] == {} and snapshot["fragmentation"] is None,
         "enable_cache_hierarchy": snapshot["cache"] is None,
         "enable_swapping": snapshot["swapping"] is None,
+        "enable_predictive_gc": snapshot["gc"] is None,
         "enable_tiering": snapshot["migrations"]["tensors"] is None,
     }
     assert gone[off]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..cache import HierarchicalCacheSystem
 from ..compression import EncodingCounters, EncodingLog
@@ -50,9 +50,6 @@ class CollectorFigures(Protocol):
 
     def lifetime_accuracy(self) -> float | None:
         """Return the share of predicted lifetimes that came true."""
-
-    def stats(self) -> dict[str, Any]:
-        """Return its counters."""
 
 
 @dataclass(frozen=True, slots=True)

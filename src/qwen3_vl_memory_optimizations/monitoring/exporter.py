@@ -109,6 +109,9 @@ FAMILIES: tuple[tuple[str, str, str, tuple[str, ...], _Read], ...] = (
     ),
     ("fragmentation_ratio", GAUGE, "The largest external fragmentation of a pool.", (), _one("fragmentation")),
     ("tensors", GAUGE, "Managed tensors.", ("kind",), _each("tensors", "kinds")),
+    ("births", COUNTER, "Runtime tensors that came.", ("kind",), _each("births", "life_cycles")),
+    ("deaths", COUNTER, "Runtime tensors that are gone.", ("kind",), _each("deaths", "life_cycles")),
+    ("life_rounds", GAUGE, "Mean length of finished lives.", ("kind",), _each("mean_rounds", "life_cycles")),
     ("sessions_open", GAUGE, "Inference sessions.", (), _one("sessions_open")),
     # --- paging
     ("page_hits", COUNTER, "Page accesses that found bytes kept.", (), _one("paging", "hits")),

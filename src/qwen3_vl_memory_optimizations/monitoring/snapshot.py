@@ -44,6 +44,7 @@ def take_snapshot(optimizer: MemoryOptimizer, *, measure: bool = False) -> dict[
         migrations: `pages` moved between tiers; `tensors` brought back by the tiering system, `tensors_used` of them.
         prediction: `prefetch_accuracy`, `tier_effectiveness`, `improvement_over_lru`.
         gc: counters of the collector; `None`: there is none.
+        life_cycles: by kind of runtime tensor: `births`, `deaths`, `alive`, `alive_bytes`, `mean_rounds`.
         responses: `count`, `tokens`, `seconds` in all; `running_s`; `last`; `current_s` for the alert: the time of the
             last one where it ended in the last five minutes, or of one under way if that is longer; `tokens_per_s`,
             `cpu_s_per_token` and mean `first_token_s` of the last 64.
@@ -55,7 +56,7 @@ def take_snapshot(optimizer: MemoryOptimizer, *, measure: bool = False) -> dict[
     occupancy = figures.occupancy(uses)
     budget, tiers, cache = memory["budget"], memory["tiers"], memory["cache"]
     metrics = figures.metrics(measure=measure, uses=uses)
-    collector, swapping, pressure = figures.collector, optimizer.swapping, optimizer.pressure
+    swapping, pressure = optimizer.swapping, optimizer.pressure
     return {
         "schema": SCHEMA,
         "time_s": time.time(),
@@ -98,7 +99,8 @@ def take_snapshot(optimizer: MemoryOptimizer, *, measure: bool = False) -> dict[
             "tier_effectiveness": None if optimizer.tiering is None else optimizer.tiering.effectiveness(),
             "improvement_over_lru": metrics["cache_hit_improvement"],
         },
-        "gc": None if collector is None else collector.stats(),
+        "gc": memory["gc"],
+        "life_cycles": optimizer.lifecycle.stats()["kinds"],
         "responses": _responses(optimizer),
         "sessions_open": memory["sessions_open"],
         "metrics": metrics,
