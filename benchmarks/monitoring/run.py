@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import itertools
 import statistics
 import sys
 import threading
@@ -43,11 +44,14 @@ def main() -> None:
     with model.memory_optimizer as optimizer:
         watched = Watched(model, optimizer)
         step_s: dict[bool, list[float]] = {True: [], False: []}
+        tokens_s: dict[bool, list[float]] = {True: [], False: []}
         answer(model, arguments.tokens)  # warms up
         for _ in range(arguments.rounds):
             for on in (True, False, False, True):
                 with watched.on() if on else watched.off():
-                    step_s[on].append(answer(model, arguments.tokens))
+                    seconds = answer(model, arguments.tokens)
+                    tokens_s[on] += seconds
+                    step_s[on].append(statistics.mean(seconds))
         parts = watched.parts(arguments.tokens)
     ratios = [
         sum(step_s[True][turn : turn + 2]) / sum(step_s[False][turn : turn + 2])
@@ -71,7 +75,9 @@ def main() -> None:
         "|---|---|",
         f"| a token without it, ms (median) | {1e3 * token_s:.2f} |",
         f"| a token with it, ms (median) | {1e3 * statistics.median(step_s[True]):.2f} |",
-        f"| with / without, least of all answers | {min(step_s[True]) / min(step_s[False]):.4f} |",
+        f"| with / without, median of all tokens | {_ratio(tokens_s, statistics.median):.4f} |",
+        f"| with / without, mean of the middle 80 % of all tokens | {_ratio(tokens_s, _middle):.4f} |",
+        f"| with / without, least of all answers | {_ratio(step_s, min):.4f} |",
         f"| with / without, median of rounds | {statistics.median(ratios):.4f} |",
         f"| its quartiles | {_quartiles(ratios)} |",
         f"| without / without, quartiles: the noise | {_quartiles(noise)} |",
@@ -84,13 +90,22 @@ def main() -> None:
         write_between(Path(__file__).with_name("README.md"), BEGIN, END, lines)
 
 
+def _ratio(seconds: dict[bool, list[float]], figure) -> float:
+    return figure(seconds[True]) / figure(seconds[False])
+
+
+def _middle(seconds: list[float]) -> float:
+    cut = len(seconds) // 10
+    return statistics.mean(sorted(seconds)[cut:-cut])
+
+
 def _quartiles(ratios: list[float]) -> str:
     low, _, high = statistics.quantiles(ratios, n=4)
     return f"{low:.4f} to {high:.4f}"
 
 
-def answer(model, n_tokens: int) -> float:
-    """Return the seconds of a token after the first."""
+def answer(model, n_tokens: int) -> list[float]:
+    """Return the seconds of each token after the first."""
     import torch
 
     class Times:
@@ -106,7 +121,7 @@ def answer(model, n_tokens: int) -> float:
     times = Times()
     ids = torch.arange(100, 132)[None]
     model.generate(input_ids=ids, max_new_tokens=n_tokens, min_new_tokens=n_tokens, do_sample=False, streamer=times)
-    return (times.s[-1] - times.s[1]) / (n_tokens - 1)
+    return [after - before for before, after in itertools.pairwise(times.s[1:])]
 
 
 class Watched:

@@ -194,13 +194,12 @@ class MemoryFigures:
         all_known, errors = True, self._weight_errors()
         for use in self.pager.usage() if uses is None else uses:
             if use.kind == "weights":
-                weights.encodes += 1
                 weights.original_bytes += use.logical_bytes
                 weights.encoded_bytes += use.encoded_bytes + use.beside_bytes
                 error = 0.0 if use.lossless else errors.get(use.tensor_id)
                 all_known = all_known and error is not None
                 weights.error_bytes += (error or 0.0) * use.logical_bytes
-        if weights.encodes:
+        if weights.encoded_bytes:
             weights.sampled_bytes = weights.original_bytes if all_known else 0
             weights.error_bytes = weights.error_bytes if all_known else 0.0
             rows["weights"] = weights
@@ -227,6 +226,7 @@ class MemoryFigures:
     def swap_efficiency(self) -> float | None:
         """Return the share of accesses to pages that had been read from the SSD that nobody waited for."""
         stats = self.pager.stats
+        # Not below 0: single rows that are looked up may wait for a page, and are no access to it.
         return max(0.0, 1 - stats.faults / stats.misses) if stats.misses else None
 
     def tier_migration_rate(self) -> float | None:
