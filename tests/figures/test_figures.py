@@ -290,6 +290,12 @@ def test_with_a_budget_for_the_process_its_own_memory_counts(tmp_path):
         assert before.undroppable_bytes == sum(optimizer.pager.ledger.accounts().values())
         optimizer.reserve_activations(64 * MIB)
         assert optimizer.figures.occupancy().undroppable_bytes - before.undroppable_bytes == 64 * MIB
+        tensor = optimizer.allocate_tensor((16 * MIB,), torch.uint8)
+        optimizer.cache.put("ab" * 32, CacheItem({"x": torch.ones(100_000)}), saved_s=1.0)
+        assert optimizer.pager.ledger.held_bytes("cache") == 400_000, "it leaves when anybody needs the room"
+        added = optimizer.figures.occupancy().undroppable_bytes - before.undroppable_bytes
+        others = sum(optimizer.pager.ledger.held_bytes(owner) for owner in ("workspace", "pressure"))
+        assert added == 80 * MIB + others and tensor.numel() == 16 * MIB
 
 
 def test_the_error_of_int8_rows_is_that_of_the_first_rows():
