@@ -20,6 +20,7 @@ from .collection import PredictiveGarbageCollector, RuntimeStore, TensorLifecycl
 from .compression import RawCodec, create_codec
 from .config import MemoryConfig
 from .errors import ConfigurationError, MemoryBudgetExceeded, format_bytes
+from .figures import FigureMethods, MemoryFigures
 from .hardware import HardwareProfile
 from .paging import PAGE_BYTES, Ledger, ManagedTensor, Pager, PressureMonitor, ProcessAccounts, TensorEntry
 from .pools import AdvancedMemoryPool
@@ -33,7 +34,7 @@ TENSOR_KINDS = ("kv_cache", "vision_features", "text_embeddings", "general")
 _LEAST_FRAMES_BYTES = 2 * PAGE_BYTES
 
 
-class MemoryOptimizer:
+class MemoryOptimizer(FigureMethods):
     """Owns the bytes of managed tensors, and keeps them, or the whole process, within a budget.
 
     Args:
@@ -101,6 +102,8 @@ class MemoryOptimizer:
         self.collector: PredictiveGarbageCollector | None = None
         if self.config.enable_predictive_gc:
             self.collector = self._start_collector()
+        pool = self.pool if self.config.enable_memory_pooling else None
+        self.figures = MemoryFigures(self.pager, pool, self.cache, self.collector)
         self._ids = itertools.count()
 
     def _start_collector(self) -> PredictiveGarbageCollector:
@@ -307,17 +310,13 @@ class MemoryOptimizer:
                 "migrations": None if self.tiering is None else self.tiering.migrations,
                 "migrations_used": None if self.tiering is None else self.tiering.useful_migrations,
             },
-            "pools": self.pool.stats() if self.config.enable_memory_pooling else {},
+            "pools": self.figures.pools(),
             "kinds": kinds,
             "codecs": codecs,
             "cache": None if self.cache is None else self.cache.stats(),
             "gc": None if self.collector is None else self.collector.stats(),
             "sessions_open": self.lifecycle.sessions_open,
         }
-
-    def get_cache_hit_rate(self) -> float | None:
-        """Return the share of look-ups that some level of the cache answered; `None` before the first."""
-        return None if self.cache is None else self.cache.stats()["hit_rate"]
 
     # --- end --------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,5 @@
 import json
+import urllib.request
 
 import pytest
 import torch
@@ -164,3 +165,21 @@ def test_ctrl_c_keeps_what_was_said(run, digits, monkeypatch, as_json):
     else:
         assert "Traceback" not in result.stderr
         assert result.stderr == "stopped\n"
+
+
+def test_figures_are_served_while_it_runs_and_no_longer(run, digits, monkeypatch):
+    from qwen3_vl_memory_optimizations.monitoring import MetricsExporter
+
+    scraped, close = [], MetricsExporter.close
+
+    def read_and_close(exporter):
+        scraped.append(urllib.request.urlopen(exporter.url, timeout=10).read().decode())
+        close(exporter)
+
+    monkeypatch.setattr(MetricsExporter, "close", read_and_close)
+    result = run(*digits, "--metrics", "0", "--json", "--private")
+    assert json.loads(result.stdout)["new_tokens"] == 17
+    url = result.stderr.split("metrics: ")[1].strip()
+    assert "qwen3vl_mem_tokens_total 17.0" in scraped[0]
+    with pytest.raises(OSError):
+        urllib.request.urlopen(url, timeout=10)

@@ -65,6 +65,7 @@ class HierarchicalCacheSystem:
         self._counts_lock = threading.Lock()
         self._flights = Flights()
         self._seconds_per_unit: dict[str, float] = {}
+        self._computed_s = 0.0
 
     # --- entries ------------------------------------------------------------------------------------------------------
 
@@ -236,6 +237,7 @@ class HierarchicalCacheSystem:
     def note_compute_s(self, kind: str, units: float, seconds: float) -> None:
         """Note how long work of a kind took."""
         if units > 0 and seconds >= 0:
+            self._computed_s += seconds
             rate, before = seconds / units, self._seconds_per_unit.get(kind)
             self._seconds_per_unit[kind] = rate if before is None else before + _NEW_SHARE * (rate - before)
 
@@ -272,6 +274,7 @@ class HierarchicalCacheSystem:
             "misses": lookups - hits if there else 0,
             "hit_rate": hits / lookups if lookups else None,
             "saved_s": sum(row["saved_s"] for row in there),
+            "computed_s": self._computed_s,
             "seconds_per_unit": dict(self._seconds_per_unit),
         }
 

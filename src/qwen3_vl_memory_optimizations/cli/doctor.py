@@ -55,9 +55,10 @@ def doctor(
 
 def _examine(directory: Path, budget_bytes: int | None, profile: str, *, quick: bool) -> dict[str, Any]:
     from ..compression.kernels import fastest_dtype
+    from ..figures import memory_bandwidth
     from ..hardware import detect_hardware
     from ._machine import energy_report, profile_report
-    from ._measure import memory_bandwidth, product_speeds
+    from ._measure import product_speeds
     from ._sizes import MODELS, encoded_bytes, estimate
 
     directory.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,8 @@ from ._output import (
 
 if TYPE_CHECKING:
     from ..model.processing import AnswerStreamer
+    from ..monitoring import MetricsExporter
+    from ..optimizer import MemoryOptimizer
 
 
 def generate(
@@ -71,6 +73,16 @@ def generate(
     private: Annotated[
         bool, typer.Option("--private", help="Keep nothing of the image and the prompt on the disk.")
     ] = False,
+    metrics: Annotated[
+        int | None,
+        typer.Option(
+            "--metrics",
+            metavar="PORT",
+            min=0,
+            max=65535,
+            help="Serve figures for Prometheus on 127.0.0.1 while it runs (0: any free port).",
+        ),
+    ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Show speed and memory at the end (on stderr).")] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -109,11 +121,16 @@ def generate(
     with progress_bar(quiet=as_json) as progress:
         optimized = create_optimized_model(directory, memory_config=config, assistant=assistant, progress=progress)
     optimizer = optimized.memory_optimizer
+    exporter = None
     try:
+        if metrics is not None:
+            exporter = _serve_metrics(optimizer, metrics)
         inputs, notes = prepare_within_budget(
             processor, optimized, prompt, image or [], video, system, max_pixels=max_pixels
         )
     except BaseException:
+        if exporter is not None:
+            exporter.close()
         optimizer.close()
         raise
     for note in notes:
@@ -150,6 +167,8 @@ def generate(
         after = Cost.now(meter)
         memory = optimizer.get_memory_efficiency_stats()
     finally:
+        if exporter is not None:
+            exporter.close()
         optimizer.close()
         if meter is not None:
             meter.close()
@@ -173,6 +192,15 @@ def generate(
         if not as_json:
             error_console().print("stopped", style="yellow")
         raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _serve_metrics(optimizer: MemoryOptimizer, port: int) -> MetricsExporter:
+    from ..monitoring import MetricsExporter
+
+    exporter = MetricsExporter(optimizer)
+    text = f"metrics: {exporter.serve(port)}"
+    error_console().print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+    return exporter
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

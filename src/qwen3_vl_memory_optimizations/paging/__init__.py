@@ -9,7 +9,7 @@ from .managed_tensor import ManagedTensor, linear_joined, whole_linears
 from .pager import Pager
 from .pressure import PressureMonitor
 from .residency import READ_AHEAD_BYTES
-from .stats import PagingStats
+from .stats import PagingStats, TensorUse
 
 __all__ = [
     "Account",
@@ -30,6 +30,7 @@ __all__ = [
     "PressureMonitor",
     "ProcessAccounts",
     "TensorEntry",
+    "TensorUse",
     "alias_memory",
     "join",
     "linear_joined",

@@ -25,7 +25,7 @@ from typing import Protocol
 
 import torch
 
-from ..compression import Scratch
+from ..compression import EncodingLog, Scratch
 from ..errors import UnknownTensorError
 from ..pools import FRAME_BYTES, FramePool, units_of
 from ..prediction import PassSchedule
@@ -42,6 +42,7 @@ from .runtime import RuntimeTensors
 from .stats import PagingStats, TensorUse
 
 _LEAST_SCRATCH_BYTES = 1 << 16
+_IN_MEMORY = (PageState.RESIDENT, PageState.LOADING, PageState.WRITING)
 
 
 class Lives(Protocol):
@@ -67,6 +68,7 @@ class Pager:
 
     Attributes:
         products: computes with weights.
+        encodings: what was encoded for its tensors; those who encode note it.
         runtime: the tensors that are no weights.
         lives: told, under the lock, of runtime tensors that come and go; `None`: nobody.
     """
@@ -84,6 +86,7 @@ class Pager:
         self.ledger = ledger
         self.frames = FramePool(ledger.frames_limit_bytes(), reuse=reuse_frames)
         self.stats = PagingStats()
+        self.encodings = EncodingLog()
         self.entries: dict[str, TensorEntry] = {}
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -142,10 +145,18 @@ class Pager:
             with self._lock:
                 self._access.recorders = tuple(each for each in self._access.recorders if each is not recorder)
 
-    def listen(self, listener: Callable[[str, int, str], None]) -> None:
-        """Call `listener` at each access to a runtime tensor that is not used in a cycle, as `recording` does."""
+    def listen(self, listener: Callable[[str, int, str], None], *, to_all: bool = False) -> None:
+        """Call `listener` at each access to a runtime tensor that is not used in a cycle, as `recording` does.
+
+        Args:
+            listener: called under the lock.
+            to_all: at each access to any tensor.
+        """
         with self._lock:
-            self._access.listeners = (*self._access.listeners, listener)
+            if to_all:
+                self._access.recorders = (*self._access.recorders, listener)
+            else:
+                self._access.listeners = (*self._access.listeners, listener)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -373,14 +384,18 @@ class Pager:
             self._finalizers.run()
             return [
                 TensorUse(
+                    entry.tensor_id,
                     entry.kind,
                     entry.codec.name,
+                    entry.codec.lossless,
                     math.prod(entry.shape) * entry.dtype.itemsize,
                     entry.n_bytes,
+                    entry.beside_bytes,
+                    sum(page.stop_bytes - page.start_bytes for page in entry.pages if page.state in _IN_MEMORY),
                     sum(
                         page.stop_bytes - page.start_bytes
                         for page in entry.pages
-                        if page.state in (PageState.RESIDENT, PageState.LOADING, PageState.WRITING)
+                        if page.state in _IN_MEMORY and (page.dirty or page.pins)
                     ),
                 )
                 for entry in self.entries.values()
