@@ -32,6 +32,7 @@ from .tiering import MemoryTieringSystem
 TENSOR_KINDS = ("kv_cache", "vision_features", "text_embeddings", "general")
 
 _LEAST_FRAMES_BYTES = 2 * PAGE_BYTES
+_LEARNT_WAITS = "learnt-waits.npz"
 
 
 class MemoryOptimizer(FigureMethods):
@@ -90,6 +91,8 @@ class MemoryOptimizer(FigureMethods):
             ram_bytes, ssd_bytes = usable_memory()[0], shutil.disk_usage(swap_dir).total
             self.tiering = MemoryTieringSystem({"gpu": None, "cpu": ram_bytes, "ssd": ssd_bytes})
             self.pager.listen(self.tiering.note)
+            if not self.config.private:
+                self.tiering.remember(self.config.base_dir / _LEARNT_WAITS)
             self.tiering.start(self.pager, self.config.tier_migration_interval)
         self.pool = AdvancedMemoryPool(self.config.memory_pool_size)
         self.cache: HierarchicalCacheSystem | None = None
@@ -309,6 +312,7 @@ class MemoryOptimizer(FigureMethods):
                 "ssd": {"only_there_bytes": encoded - resident, "swap_used_bytes": pager.swap_used_bytes},
                 "migrations": None if self.tiering is None else self.tiering.migrations,
                 "migrations_used": None if self.tiering is None else self.tiering.useful_migrations,
+                "predictor": None if self.tiering is None else self.tiering.explain(),
             },
             "pools": self.figures.pools(),
             "kinds": kinds,
