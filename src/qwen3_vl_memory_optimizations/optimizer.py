@@ -8,6 +8,7 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -86,6 +87,7 @@ class MemoryOptimizer:
             self.pager.listen(self.tiering.note)
             self.tiering.start(self.pager, self.config.tier_migration_interval)
         self.pool = AdvancedMemoryPool(self.config.memory_pool_size)
+        self.pager.pools = self.pool.pools if self.config.enable_memory_pooling else {}
         self.cache: HierarchicalCacheSystem | None = None
         if self.config.enable_cache_hierarchy:
             self.cache = HierarchicalCacheSystem(self.config, budget=LedgerBudget(self.pager))
@@ -158,9 +160,10 @@ class MemoryOptimizer:
             with self.pager.exclusive():
                 pool.free(address)
             raise
+        entry.on_released = partial(pool.free, address)  # once no view holds its pages
         tensor = ManagedTensor(self.pager, entry)
-        weakref.finalize(tensor, _drop, self.pager, pool, entry, address)
-        tensor.zero_()
+        weakref.finalize(tensor, self.pager.free_later, entry.tensor_id)
+        self.pager.zero(entry)
         return tensor
 
     def record_tensor_access(self, tensor_id: str) -> None:
@@ -290,7 +293,8 @@ class MemoryOptimizer:
                 system.close()
         if self.cache is not None:
             self.cache.close()
-        if self.pager.close():
+        self.pager.close()
+        with self.pager.exclusive():
             self.pool.close()
 
     def __enter__(self) -> MemoryOptimizer:
@@ -312,8 +316,3 @@ class _Session:
 
     def __exit__(self, *_: object) -> None:
         self._optimizer.end_inference_session()
-
-
-def _drop(pager: Pager, pool: Any, entry: TensorEntry, address: int) -> None:
-    """The last reference to a runtime tensor went; its address is free once no view holds its pages."""
-    pager.free_later(entry.tensor_id, then=lambda: pool.free(address))

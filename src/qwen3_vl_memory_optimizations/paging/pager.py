@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,11 +26,11 @@ import torch
 
 from ..compression import Scratch
 from ..errors import UnknownTensorError
-from ..pools import FRAME_BYTES, FramePool, units_of
+from ..pools import FRAME_BYTES, FramePool, TensorPool, units_of
 from ..prediction import PassSchedule
 from ..storage import BACKGROUND, PREFETCH, SwapFile
 from .access import Access
-from .entry import PAGE_BYTES, PageState, TensorEntry
+from .entry import PAGE_BYTES, PageState, TensorEntry, alias_memory
 from .finalizers import FinalizerQueue
 from .ledger import PROCESS, TENSORS, Ledger
 from .moves import PageMover
@@ -55,6 +55,8 @@ class Pager:
 
     Attributes:
         products: computes with weights.
+        pools: kind -> address ranges for blocks of this kind; changed under `exclusive`. A kind without one, or whose
+            pool is full, gets ranges of its own from the system.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Pager:
         self.frames = FramePool(ledger.frames_limit_bytes(), reuse=reuse_frames)
         self.stats = PagingStats()
         self.entries: dict[str, TensorEntry] = {}
+        self.pools: Mapping[str, TensorPool] = {}
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._finalizers = FinalizerQueue(self._lock)
@@ -221,6 +224,10 @@ class Pager:
     def free_later(self, tensor_id: str, then: Callable[[], None] | None = None) -> None:
         """Do what `free` does as a finalizer has to: not in the midst of a change, but before room is needed."""
         self._finalizers.add(lambda: self.free(tensor_id, then))
+
+    def do_later(self, action: Callable[[], None]) -> None:
+        """Do something under the lock, as a finalizer has to (see `free_later`)."""
+        self._finalizers.add(action)
 
     def _release_freed(self, entry: TensorEntry) -> None:
         """Release a freed tensor once nothing holds or moves its pages; never waits."""
@@ -455,6 +462,19 @@ class Pager:
     def let_go(self, entries: Sequence[TensorEntry], upcoming: Sequence[TensorEntry], ahead_bytes: int) -> None:
         """Undo one `hold`, and go on to read ahead into the room that this leaves."""
         self._access.unpin_all(entries, lambda: self._residency.read_cycle_ahead(upcoming, ahead_bytes))
+
+    def zero(self, entry: TensorEntry) -> None:
+        """Fill a runtime tensor that is stored as it is with zeros.
+
+        Raises:
+            MemoryBudgetExceeded: it left meanwhile, and does not fit beside what is pinned.
+        """
+        self.pin(entry)
+        try:
+            alias_memory(entry.address, entry.n_bytes).zero_()
+            self.mark_dirty(entry)
+        finally:
+            self.unpin(entry)
 
     def mark_dirty(self, entry: TensorEntry) -> None:
         """Note that a pinned tensor was written to: its source no longer holds it."""
