@@ -20,11 +20,12 @@ from .compression import RawCodec, create_codec
 from .config import MemoryConfig
 from .errors import ConfigurationError, MemoryBudgetExceeded, format_bytes
 from .hardware import HardwareProfile
-from .paging import PAGE_BYTES, Ledger, ManagedTensor, Pager, PressureMonitor, ProcessAccounts, TensorEntry
+from .paging import PAGE_BYTES, Compactor, Ledger, ManagedTensor, Pager, PressureMonitor, ProcessAccounts, TensorEntry
 from .pools import AdvancedMemoryPool
 from .process import process_memory, rss_bytes, usable_memory
 from .swapping import MemorySwappingSystem
 from .tiering import MemoryTieringSystem
+from .tuning import AutoTuner, live_parameters
 
 TENSOR_KINDS = ("kv_cache", "vision_features", "text_embeddings", "general")
 
@@ -46,6 +47,8 @@ class MemoryOptimizer:
         cache: results that are used again; `None` where `enable_cache_hierarchy` is off.
         pressure: gives memory up when others take it; `None` without `ram_budget`.
         tiering: brings runtime tensors back before they are used; `None`: switched off, or without a budget.
+        parameters: what may be changed while a model runs, by name.
+        tuner: changes them; `None`: `auto_tune` is off.
         swapping: says which runtime tensors leave first; `None`: switched off, and the longest unused do.
 
     Raises:
@@ -93,6 +96,21 @@ class MemoryOptimizer:
             self.cache = HierarchicalCacheSystem(self.config, budget=LedgerBudget(self.pager))
             if self._accounts is None:  # else it makes room before each forward
                 self.pager.on_pass = self.cache.make_room
+        self._compactor: Compactor | None = None
+        if self.config.enable_memory_pooling:
+            self._compactor = Compactor(self.pager, self.config.pool_compaction_interval)
+            self._compactor.start()
+        self.parameters = live_parameters(
+            self.pager,
+            cache=self.cache,
+            most_l2_bytes=self.config.most_l2_bytes(),
+            tiering=self.tiering,
+            swapping=self.swapping,
+            compactor=self._compactor,
+        )
+        self.tuner = AutoTuner(self.pager, self.parameters, cache=self.cache) if self.config.auto_tune else None
+        if self.tuner is not None:
+            self.tuner.start()
         self._ids = itertools.count()
         self._sessions = 0
         self._session_lock = threading.Lock()
@@ -237,7 +255,7 @@ class MemoryOptimizer:
     def get_memory_efficiency_stats(self) -> dict[str, Any]:
         """Return what is held where, and what happened.
 
-        The keys: `budget`, `paging`, `tiers`, `pools`, `kinds`, `codecs`, `cache`, `sessions_open`.
+        The keys: `budget`, `paging`, `tiers`, `pools`, `kinds`, `codecs`, `cache`, `tuning`, `sessions_open`.
         """
         memory = process_memory()
         pager, ledger = self.pager, self.pager.ledger
@@ -277,6 +295,7 @@ class MemoryOptimizer:
             "kinds": kinds,
             "codecs": codecs,
             "cache": None if self.cache is None else self.cache.stats(),
+            "tuning": None if self.tuner is None else self.tuner.stats(),
             "sessions_open": self._sessions,
         }
 
@@ -288,7 +307,7 @@ class MemoryOptimizer:
 
     def close(self) -> None:
         """Stop the I/O threads, remove the swap file, return the memory. Managed tensors are unusable afterwards."""
-        for system in (self.pressure, self.tiering):
+        for system in (self.tuner, self.pressure, self.tiering, self._compactor):
             if system is not None:
                 system.close()
         if self.cache is not None:

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from ..compression import Scratch
-from ..errors import UnknownTensorError
+from ..errors import ConfigurationError, UnknownTensorError
 from ..pools import FRAME_BYTES, FramePool, TensorPool, units_of
 from ..prediction import PassSchedule
 from ..storage import BACKGROUND, PREFETCH, SwapFile
@@ -51,7 +51,7 @@ class Pager:
         swap_bytes: its largest size.
         reuse_frames: keep freed page frames for the next page (memory pooling).
         order: which runtime tensors leave first; `None`: those that were not used longest.
-        timer: a monotonic clock in seconds, for the stall counter.
+        timer: a monotonic clock in seconds, for the stall counter and the age of free frames.
 
     Attributes:
         products: computes with weights.
@@ -70,7 +70,7 @@ class Pager:
         timer: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.ledger = ledger
-        self.frames = FramePool(ledger.frames_limit_bytes(), reuse=reuse_frames)
+        self.frames = FramePool(ledger.frames_limit_bytes(), reuse=reuse_frames, timer=timer)
         self.stats = PagingStats()
         self.entries: dict[str, TensorEntry] = {}
         self.pools: Mapping[str, TensorPool] = {}
@@ -353,6 +353,32 @@ class Pager:
         with self._lock:
             self._finalizers.run()
             self.frames.trim()
+
+    def compact(self, idle_s: float) -> int:
+        """Return page frames that nobody took for so many seconds to the system; return their bytes."""
+        with self._lock:
+            self._finalizers.run()
+            return self.frames.compact(idle_s)
+
+    @property
+    def read_ahead_bytes(self) -> int:
+        """How much that leaves after its use may be in memory before it, or on its way there."""
+        return self._residency.read_ahead_bytes
+
+    def set_read_ahead(self, n_bytes: int | None) -> None:
+        """Choose how much of the weights is read ahead: what that takes is not kept from pass to pass.
+
+        Args:
+            n_bytes: at least the largest page, and at most half of the memory for weights, is used; `None`: chosen by
+                the memory there is.
+
+        Raises:
+            ConfigurationError: below one byte.
+        """
+        if n_bytes is not None and n_bytes < 1:
+            raise ConfigurationError(f"read_ahead: {n_bytes} bytes; give at least one, or None")
+        with self._lock:
+            self._residency.set_read_ahead(n_bytes)
 
     def usage(self) -> list[TensorUse]:
         """Return what each tensor holds."""

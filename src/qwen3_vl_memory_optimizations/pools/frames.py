@@ -41,7 +41,8 @@ class FramePool:
         timer: a monotonic clock in seconds.
 
     Attributes:
-        reused_bytes: what was backed with frames that others left.
+        backed_bytes: what was backed since the start.
+        reused_bytes: the part of it that was backed with frames that others left.
         compacted_bytes: what `compact` returned to the system.
         high_bytes: the most that was committed since the limit was last set; `peak_bytes`: since the start.
     """
@@ -51,6 +52,7 @@ class FramePool:
         self.used_bytes = 0
         self.peak_bytes = 0
         self.high_bytes = 0
+        self.backed_bytes = 0
         self.reused_bytes = 0
         self.compacted_bytes = 0
         self._reuse = reuse and can_move_frames()
@@ -72,6 +74,11 @@ class FramePool:
     def available_bytes(self) -> int:
         """What can still be backed without an eviction."""
         return self.limit_bytes - self.used_bytes
+
+    @property
+    def fragmentation(self) -> float | None:
+        """Part of the memory held that nobody uses: free frames / all; `None` where none is held."""
+        return self.free_bytes / self.committed_bytes if self.committed_bytes else None
 
     def growth_bytes(self, n_bytes: int) -> int:
         """Return by how much `back` of so many bytes would raise `committed_bytes`: what no free frame serves."""
@@ -102,6 +109,7 @@ class FramePool:
                 break
             self._move_to(unit)
         self.used_bytes += n_bytes
+        self.backed_bytes += n_bytes
         self._trim()
         self.high_bytes = max(self.high_bytes, self.committed_bytes)
         self.peak_bytes = max(self.peak_bytes, self.high_bytes)
