@@ -6,6 +6,7 @@ from .entry import PAGE_BYTES, FileSource, Page, PageState, TensorEntry, alias_m
 from .joined import JoinedEntries, join
 from .ledger import PROCESS, TENSORS, Ledger
 from .managed_tensor import ManagedTensor, linear_joined, whole_linears
+from .page_map import PINNED, TensorPages
 from .pager import Pager
 from .pressure import PressureMonitor
 from .residency import READ_AHEAD_BYTES
@@ -16,6 +17,7 @@ __all__ = [
     "Block",
     "BlockSpace",
     "PAGE_BYTES",
+    "PINNED",
     "PROCESS",
     "READ_AHEAD_BYTES",
     "TENSORS",
@@ -30,6 +32,7 @@ __all__ = [
     "PressureMonitor",
     "ProcessAccounts",
     "TensorEntry",
+    "TensorPages",
     "TensorUse",
     "alias_memory",
     "join",
