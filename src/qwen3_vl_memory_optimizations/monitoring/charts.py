@@ -21,11 +21,13 @@ class Series:
         label: of the line; of lines with `ANY` in the path, what the key is put into at `{}`.
         path: keys of the snapshot, joined by dots.
         rate: growth a second since the sample before, instead of the figure itself.
+        optional: left out where there never was such a figure, as with a limit that nobody set.
     """
 
     label: str
     path: str
     rate: bool = False
+    optional: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +95,8 @@ CHARTS = (
         "timeline",
         "Speed",
         "/s",
-        "New tokens, counted when a response ends.",
-        (Series("tokens", "responses.tokens", rate=True),),
-        "bars",
+        "Forwards, one of which gives a token while decoding; new tokens count when their response ends.",
+        (Series("forwards", "paging.passes", rate=True), Series("tokens", "responses.tokens", rate=True)),
     ),
     Chart(
         "cpu",
@@ -111,7 +112,7 @@ CHARTS = (
         "Process",
         "bytes",
         "Resident memory, libraries included.",
-        (Series("resident", "process.rss_bytes"), Series("ram budget", "budget.ram_budget_bytes")),
+        (Series("resident", "process.rss_bytes"), Series("ram budget", "budget.ram_budget_bytes", optional=True)),
     ),
     Chart(
         "frames",
@@ -122,7 +123,7 @@ CHARTS = (
         (
             Series("used", "budget.frames_used_bytes"),
             Series("free, kept for reuse", "budget.frames_free_bytes"),
-            Series("limit", "budget.frames_limit_bytes"),
+            Series("limit", "budget.frames_limit_bytes", optional=True),
         ),
     ),
     Chart(
@@ -244,7 +245,8 @@ def lines_of(chart: Chart, samples: Sequence[Sample]) -> dict[str, list[Point]]:
             filled = iter(keys)
             exact = [next(filled) if part == ANY else part for part in path]
             points = [(t, figure_at(snapshot, exact)) for t, snapshot in samples]
-            lines[series.label.format(*keys)] = _rates(points) if series.rate else points
+            if not series.optional or any(value is not None for _, value in points):
+                lines[series.label.format(*keys)] = _rates(points) if series.rate else points
     return lines
 
 

@@ -42,7 +42,7 @@ class PhaseTimes:
         self._clock = clock
         self._lock = threading.Lock()
         self._phase, self._since_s = phase, clock()
-        self._seconds: dict[str, float] = {}
+        self._seconds = dict.fromkeys(("vision", "prefill", "decode", phase), 0.0)
 
     def begin(self, phase: str) -> None:
         """Note that a phase begins."""

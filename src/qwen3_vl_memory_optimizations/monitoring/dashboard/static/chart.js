@@ -44,11 +44,12 @@ function rates(points) {
 
 export function linesOf(chart, samples) {
   const lines = [];
-  for (const { label, path, rate } of chart.series) {
+  for (const { label, path, rate, optional } of chart.series) {
     const keys = path.split(".");
     for (const name of labelsOf(keys, samples)) {
       const exact = keys.map((key) => (key === "*" ? name : key));
       const points = samples.map(({ t, snapshot }) => ({ t, value: figureAt(snapshot, exact) }));
+      if (optional && points.every(({ value }) => value === null)) continue;
       lines.push({ label: label.replace("{}", name), points: rate ? rates(points) : points });
     }
   }

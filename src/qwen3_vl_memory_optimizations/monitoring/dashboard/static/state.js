@@ -34,10 +34,18 @@ export class RunState {
     this.tensors = kept.concat(added.map(([id, kind, codec, bytes, pages]) => ({ id, kind, codec, bytes, pages })));
   }
 
-  // The older half loses every second sample, so that the whole run stays.
+  // A third stays as it is; what is before it is thinned to samples that are evenly apart.
   thin() {
-    const half = this.samples.length >> 1;
-    this.samples = this.samples.filter((sample, i) => i >= half || i % 2 === 0);
+    const recent = this.samples.slice(-MOST_SAMPLES / 3);
+    const old = this.samples.slice(0, -MOST_SAMPLES / 3);
+    const gap = (old[old.length - 1].t - old[0].t) / (MOST_SAMPLES / 3);
+    let last = -Infinity;
+    const kept = old.filter(({ t }) => {
+      const keeps = t - last >= gap;
+      if (keeps) last = t;
+      return keeps;
+    });
+    this.samples = kept.concat(recent);
   }
 }
 
