@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .evaluation import calculate_metrics, evaluate_accuracy_impact
     from .factory import create_optimized_model
     from .integration import OptimizedTextDecoder, OptimizedVisionEncoder, OptimizedVisionLanguageModel
+    from .monitoring import get_memory_performance_metrics
     from .optimizer import MemoryOptimizer
     from .paging import ManagedTensor
     from .pools import AdvancedMemoryPool
@@ -79,6 +80,7 @@ _LAZY = {
     "calculate_metrics": ".evaluation",
     "create_optimized_model": ".factory",
     "evaluate_accuracy_impact": ".evaluation",
+    "get_memory_performance_metrics": ".monitoring",
 }
 
 __all__ = [
@@ -124,6 +126,7 @@ __all__ = [
     "calculate_metrics",
     "create_optimized_model",
     "evaluate_accuracy_impact",
+    "get_memory_performance_metrics",
 ]
 
 

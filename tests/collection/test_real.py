@@ -1,5 +1,7 @@
 """The collector in the path of real inference: questions about pictures, and runtime tensors within a budget."""
 
+import time
+
 import pytest
 import torch
 
@@ -116,7 +118,7 @@ def test_an_idle_tensor_goes_to_the_swap_file_and_comes_back_with_its_bytes(make
     assert not optimizer.collector.has_collected(busy.tensor_id)
     assert not optimizer.collector.has_collected(pinned.tensor_id) and held.sum() == 0
     while idle.tensor_id not in optimizer.pager.swapped_out():
-        pass  # it is being written
+        time.sleep(0.01)  # it is being written
     optimizer.tiering.note(idle.tensor_id, 2 * MIB, "general")
     assert optimizer.tiering.migrate(optimizer.pager) == 0  # it is not to come back by itself
     assert int(idle.float().mean()) == 7 and int(busy[0]) == 25

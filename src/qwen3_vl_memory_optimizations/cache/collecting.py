@@ -24,12 +24,13 @@ class CacheStore:
     def held(self) -> dict[Hashable, Held]:
         """Return the entries in memory."""
         return {
-            key: Held(entry.n_bytes, compressed=entry.deflated or entry.dense, stored=self._stored(key))
+            key: Held(entry.n_bytes, compressed=entry.deflated or entry.dense)
             for key, entry in self._memory.entries().items()
         }
 
-    def _stored(self, key: str) -> bool:
-        return self._below is not None and self._below.store_files.size_of(key) is not None
+    def is_stored(self, key: Hashable) -> bool:
+        """Return whether an entry is on the SSD too."""
+        return self._below is not None and self._below.store_files.size_of(str(key)) is not None
 
     def used(self) -> list[Hashable]:
         """Return nothing: the cache tells of each use."""
@@ -45,7 +46,7 @@ class CacheStore:
 
     def swap(self, key: Hashable) -> int:
         """Move an entry to the SSD; not possible for one that is to stay in memory."""
-        if self._below is None or not (self._stored(str(key)) or self._memory.may_leave(str(key))):
+        if self._below is None or not (self.is_stored(key) or self._memory.may_leave(str(key))):
             return 0
         return self._memory.evict(str(key))
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from ..errors import MemoryOptimizationError
 from ..prediction import SimpleMLPredictor, Situation
-from .lifecycle import IDLE, TensorLife, TensorLifecycleTracker
-from .store import CollectableStore, Held
+from .lifecycle import IDLE, TensorLifecycleTracker
+from .store import CollectableStore
 
 logger = logging.getLogger(__name__)
 
-_CALM = {"compress": 0.75, "swap": 0.85, "free": 0.95}
+_CALM = {"compress": 0.9, "swap": 0.95, "free": 0.98}
 """How sure it must be that something is not used within the horizon, with all memory free,"""
 _PRESSED = {"compress": 0.5, "swap": 0.6, "free": 0.8}
 """and with none."""
@@ -64,7 +64,7 @@ class _Question:
     """Is it used within the horizon? Asked when nobody knew; answered by what happens."""
 
     features: list[float]
-    creator: str
+    situation: Situation
     due: int
     decided: str
     answers: dict[str, float]
@@ -196,11 +196,14 @@ class PredictiveGarbageCollector:
             return None if life is None else self._answers(self.tensor_lifecycle_tracker.situation(life))[self.decides]
 
     def _answers(self, situation: Situation, features: list[float] | None = None) -> dict[str, float]:
-        answers = {"rule": 0.5 ** (situation.idle / (_PRIOR_HALF_LIFE * self.prediction_horizon))}
+        answers = {"rule": self._rule(situation)}
         if self.ml_predictor.ready:
-            features = features or self.ml_predictor.features_of(situation)
+            features = features or self.ml_predictor.features_of(situation, answers["rule"])
             answers["regression"] = float(self.ml_predictor.predict([features])[0])
         return answers
+
+    def _rule(self, situation: Situation) -> float:
+        return 0.5 ** (situation.idle / (_PRIOR_HALF_LIFE * self.prediction_horizon))
 
     def _ask(self) -> None:
         tracker = self.tensor_lifecycle_tracker
@@ -208,9 +211,9 @@ class PredictiveGarbageCollector:
         lives = tracker.select(lambda life: life.last_use >= recent)
         for life in self._random.sample(lives, min(_ASKED_A_ROUND, len(lives))):
             situation = tracker.situation(life)
-            features = self.ml_predictor.features_of(situation)
+            features = self.ml_predictor.features_of(situation, self._rule(situation))
             answers = self._answers(situation, features)
-            question = _Question(features, life.creator, tracker.now + self.prediction_horizon, self.decides, answers)
+            question = _Question(features, situation, tracker.now + self.prediction_horizon, self.decides, answers)
             self._questions.setdefault(life.key, deque()).append(question)
 
     def _answer_due(self) -> None:
@@ -232,7 +235,7 @@ class PredictiveGarbageCollector:
         self._outcomes.append(((question.answers[question.decided] >= 0.5) == used, used))
         for name, given in question.answers.items():
             self._errors[name] += (1 - _FORGET) * ((given - used) ** 2 - self._errors[name])
-        self.ml_predictor.observe(question.features, question.creator, used)
+        self.ml_predictor.observe(question.features, question.situation, used)
 
     def _forget_old(self) -> None:
         """Forget things that are in no memory, and were not asked for in a long time."""
@@ -269,7 +272,7 @@ class PredictiveGarbageCollector:
                 left -= held.n_bytes
                 freed += self._compress(store, key)
             elif unused >= sure["swap"]:
-                freed += self._let_go(store, key, held, life, may_free=unused >= sure["free"])
+                freed += self._let_go(store, key, may_free=unused >= sure["free"] and not life.owned)
         return freed
 
     def _compress(self, store: CollectableStore, key: Hashable) -> int:
@@ -278,9 +281,9 @@ class PredictiveGarbageCollector:
         self.counters.compressed_bytes += n_bytes
         return n_bytes
 
-    def _let_go(self, store: CollectableStore, key: Hashable, held: Held, life: TensorLife, *, may_free: bool) -> int:
+    def _let_go(self, store: CollectableStore, key: Hashable, *, may_free: bool) -> int:
         """Have something on the SSD alone; or nowhere, where it is nobody's and would first have to be written."""
-        frees = may_free and not held.stored and not life.owned
+        frees = may_free and not store.is_stored(key)
         n_bytes = store.free(key) if frees else store.swap(key)
         if n_bytes:
             self._collected[key] = (self.tensor_lifecycle_tracker.now, False)

@@ -16,16 +16,14 @@ class Held:
     Attributes:
         n_bytes: that it takes.
         compressed: it can take no less where it is.
-        stored: what is on the SSD is all of it: letting it go from memory loses nothing.
     """
 
     n_bytes: int
     compressed: bool
-    stored: bool
 
 
 class CollectableStore(Protocol):
-    """Holds things in memory. Each stage returns the bytes that it frees; 0: not possible, nothing changed."""
+    """Holds things in memory. Stages return the bytes that it frees; 0: not possible, nothing changed."""
 
     def held(self) -> dict[Hashable, Held]:
         """Return what may go down a stage."""
@@ -35,6 +33,9 @@ class CollectableStore(Protocol):
 
     def pressure(self) -> float:
         """Return how full the memory is, 0 to 1."""
+
+    def is_stored(self, key: Hashable) -> bool:
+        """Return whether all of something is on the SSD: letting it go from memory loses nothing."""
 
     def compress(self, key: Hashable) -> int:
         """Keep something in memory in a smaller form, without a loss."""
@@ -61,7 +62,7 @@ class RuntimeStore:
         if not self._pager.ledger.limited:
             return {}
         idle = self._pager.runtime.idle_bytes().items()
-        return {key: Held(n_bytes, compressed=True, stored=False) for key, n_bytes in idle}
+        return {key: Held(n_bytes, compressed=True) for key, n_bytes in idle}
 
     def used(self) -> list[Hashable]:
         """Return the tensors whose last access changed."""
@@ -73,6 +74,10 @@ class RuntimeStore:
     def pressure(self) -> float:
         """Return the share of the page frames that is in use: all, where weights do not fit."""
         return self._pager.runtime.fill()
+
+    def is_stored(self, key: Hashable) -> bool:
+        """Return `False`: of what is written to, nobody knows."""
+        return False
 
     def compress(self, key: Hashable) -> int:
         """Not possible."""

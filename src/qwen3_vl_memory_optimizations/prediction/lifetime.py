@@ -8,14 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FEATURES = ("idle", "uses", "age", "overdue", "rhythm", "bytes", "creator", "session open", "constant")
+FEATURES = ("like it", "idle", "uses", "age", "overdue", "rhythm", "bytes", "session open", "constant")
 _EXAMPLES = 2048
 _BATCH = 64
-_LEAST_EXAMPLES = 64
+_LEAST_EXAMPLES = 16
 _RATE, _BETA1, _BETA2, _EPSILON = 0.05, 0.9, 0.999, 1e-8
 _MOST_OVERDUE = 4.0
-_HALVED = 256
-"""What a creator's things did counts half after so many of them."""
+_KEPT = 0.5 ** (1 / 256)
+"""What things of a sort did counts half after 256 of them."""
+_PRIOR_WEIGHT = 2.0
+"""Of what is expected of a sort before anything is known of it, in things."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +55,12 @@ class SimpleMLPredictor:
         self._draw = np.random.default_rng(seed)
         n = len(FEATURES)
         self._weights = np.zeros(n)
+        self._weights[FEATURES.index("like it")] = 1.0  # at first, what things like it did is all that counts
         self._first, self._second = np.zeros(n), np.zeros(n)
         self._steps = 0
         self._inputs = np.zeros((_EXAMPLES, n))
         self._labels = np.zeros(_EXAMPLES)
-        self._creators: dict[str, tuple[float, float]] = {}  # things, those of them that were used again
+        self._sorts: dict[tuple[str, int], tuple[float, float]] = {}  # things, those of them that were used again
         self.n_examples = 0
 
     @property
@@ -65,41 +68,47 @@ class SimpleMLPredictor:
         """Whether it has seen enough to predict."""
         return self._steps > 0
 
-    def features_of(self, situation: Situation) -> list[float]:
-        """Return what the regression is given, on scales of about 0 to 1."""
+    def features_of(self, situation: Situation, prior: float = 0.5) -> list[float]:
+        """Return what the regression is given: a logarithm of odds, and the rest on scales of about 0 to 1.
+
+        Args:
+            situation: of the thing.
+            prior: the probability that is expected of things like it before anything is known of them.
+        """
+        rate = self.return_rate(situation, prior)
         overdue = situation.idle / situation.gap if situation.gap else 0.0
         return [
+            math.log(rate / (1 - rate)),
             math.log1p(situation.idle) / 4,
             math.log1p(situation.uses) / 4,
             math.log1p(situation.age) / 4,
             min(overdue, _MOST_OVERDUE) / _MOST_OVERDUE,
             float(situation.gap > 0),
             math.log2(max(situation.n_bytes, 1)) / 32,
-            self.return_rate(situation.creator),
             float(situation.session_open),
             1.0,
         ]
 
-    def return_rate(self, creator: str) -> float:
-        """Return the share of a creator's things that were used again when they could have been; 0.5: not known."""
-        things, returned = self._creators.get(creator, (0.0, 0.0))
-        return (returned + 1) / (things + 2)
+    def return_rate(self, situation: Situation, prior: float = 0.5) -> float:
+        """Return the share of the things of its creator, idle about as long, that were used again."""
+        things, returned = self._sorts.get(_sort_of(situation), (0.0, 0.0))
+        prior = min(max(prior, 0.01), 0.99)
+        return (returned + _PRIOR_WEIGHT * prior) / (things + _PRIOR_WEIGHT)
 
-    def observe(self, features: Sequence[float], creator: str, used_again: bool) -> None:
+    def observe(self, features: Sequence[float], situation: Situation, used_again: bool) -> None:
         """Learn, by and by, what became of something.
 
         Args:
             features: `features_of` it when it was asked about.
-            creator: of it.
+            situation: that it was in.
             used_again: within the horizon.
         """
         place = self.n_examples % _EXAMPLES
         self._inputs[place] = features
         self._labels[place] = float(used_again)
         self.n_examples += 1
-        things, returned = self._creators.get(creator, (0.0, 0.0))
-        kept = 0.5 ** (1 / _HALVED)
-        self._creators[creator] = things * kept + 1, returned * kept + used_again
+        things, returned = self._sorts.get(_sort_of(situation), (0.0, 0.0))
+        self._sorts[_sort_of(situation)] = things * _KEPT + 1, returned * _KEPT + used_again
 
     def train(self, steps: int = 16) -> None:
         """Take some steps on examples drawn from the ring; does nothing before there are enough."""
@@ -123,6 +132,11 @@ class SimpleMLPredictor:
         there = self._inputs[: min(self.n_examples, _EXAMPLES)]
         varies = there.std(axis=0) if len(there) else np.zeros(len(FEATURES))
         return dict(zip(FEATURES, (self._weights * varies).tolist(), strict=True))
+
+
+def _sort_of(situation: Situation) -> tuple[str, int]:
+    """Return its creator, and how long it is idle to a factor of two."""
+    return situation.creator, situation.idle.bit_length()
 
 
 def _sigmoid(values: np.ndarray) -> np.ndarray:
