@@ -63,7 +63,7 @@ function show(chartsToo) {
   }
   if (inSight("map")) {
     showTiers(sample.snapshot, palette, map.colour.value);
-    map.draw(sample);
+    map.draw(sample, document.documentElement.dataset.theme);
   }
   if (["allocation", "cache", "compression", "lives", "alerts", "about"].some(inSight)) showTables(sample.snapshot);
   if (inSight("timeline")) showEvents(state.events, at === null ? Infinity : sample.t);

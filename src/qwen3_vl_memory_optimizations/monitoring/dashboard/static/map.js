@@ -34,12 +34,17 @@ export class MapView {
     this.colour = document.getElementById("colour");
     this.cells = [];
     this.before = new Map();
+    this.drawn = [];
     for (const canvas of Object.values(this.canvases)) {
       canvas.addEventListener("pointermove", (event) => this.tell(canvas, event));
     }
   }
 
-  draw(sample) {
+  // Nothing is painted again that looks the same: `look` is what else it depends on.
+  draw(sample, look) {
+    const key = [sample.runs, sample.tensors, look, this.colour.value, this.canvases.cpu.clientWidth];
+    if (key.every((part, i) => part === this.drawn[i])) return;
+    this.drawn = key;
     const pages = this.pagesOf(sample);
     const total = pages.reduce((sum, page) => sum + page.bytes, 0);
     for (const [tier, canvas] of Object.entries(this.canvases)) {

@@ -25,6 +25,15 @@ const METRIC_UNITS = {
 };
 
 const byId = (id) => document.getElementById(id);
+const shown = new Map();
+
+// Whether something is not what was shown in a place last; parts of snapshots that did not change are the same objects.
+function isNew(place, ...parts) {
+  const before = shown.get(place);
+  if (before && parts.every((part, i) => part === before[i])) return false;
+  shown.set(place, parts);
+  return true;
+}
 
 function cell(content, kind = "") {
   const node = document.createElement("td");
@@ -38,8 +47,10 @@ function cell(content, kind = "") {
 const number = (value, unit) => cell(format(value, unit), "number");
 const text = (value) => cell(value, "text");
 
-// Columns: [heading, is it a number]. Rows: lists of cells; `rows` empty: there is nothing, and `nothing` says so.
-function fill(id, columns, rows, nothing = NOT_MEASURED) {
+// Columns: [heading, is it a number]. `makeRows` makes lists of cells out of the source; none: `nothing` says so.
+function fill(id, source, columns, makeRows, nothing = NOT_MEASURED) {
+  if (!isNew(id, source)) return;
+  const rows = makeRows();
   const head = document.createElement("thead");
   const line = document.createElement("tr");
   for (const [heading, numeric] of columns) {
@@ -84,6 +95,7 @@ export function showTiles(snapshot) {
   }
   for (const figure of list.querySelectorAll("dd")) {
     const value = figureAt(snapshot, figure.dataset.path.split("."));
+    if (!isNew(figure.dataset.path, value)) continue;
     figure.textContent = format(value, figure.dataset.unit);
     figure.dataset.value = value === null ? "" : String(value);
     figure.classList.toggle("absent", value === null);
@@ -92,19 +104,19 @@ export function showTiles(snapshot) {
 
 // Of accounts, those count that are under the limit: all of the process, or those of managed tensors.
 export function showBudget({ budget }) {
-  if (!budget) return;
+  if (!budget || !isNew("budget", budget)) return;
   const total = budget.ram_budget_bytes ?? budget.tensor_budget_bytes;
   const accounts = budget.ram_budget_bytes === null ? budget.tensor_accounts_bytes : budget.accounts_bytes;
   const parts = Object.entries(accounts).map(([name, bytes]) => ({ name: words(name), bytes }));
   parts.push({ name: "page frames in use", bytes: budget.frames_used_bytes });
   parts.push({ name: "page frames free, kept for reuse", bytes: budget.frames_free_bytes });
-  const shown = parts.filter(({ bytes }) => bytes > 0).sort((a, b) => b.bytes - a.bytes);
-  const held = shown.reduce((sum, { bytes }) => sum + bytes, 0);
-  const whole = Math.max(total ?? 0, held) || 1;
+  const held = parts.filter(({ bytes }) => bytes > 0).sort((a, b) => b.bytes - a.bytes);
+  const sum = held.reduce((bytes, part) => bytes + part.bytes, 0);
+  const whole = Math.max(total ?? 0, sum) || 1;
   const whose = budget.ram_budget_bytes === null ? "managed tensors" : "the whole process";
   byId("budget-text").textContent = total === null
-    ? `No budget is set. ${formatBytes(held)} are held.`
-    : `${formatBytes(held)} of ${formatBytes(total)} for ${whose} are held (${format(held / total, "share")}).`;
+    ? `No budget is set. ${formatBytes(sum)} are held.`
+    : `${formatBytes(sum)} of ${formatBytes(total)} for ${whose} are held (${format(sum / total, "share")}).`;
   const swatch = (index) => {
     const node = document.createElement("span");
     node.className = "swatch";
@@ -112,7 +124,7 @@ export function showBudget({ budget }) {
     return node;
   };
   byId("budget-bar").replaceChildren(
-    ...shown.map(({ name, bytes }, index) => {
+    ...held.map(({ name, bytes }, index) => {
       const part = document.createElement("span");
       part.style.width = `${(100 * bytes) / whole}%`;
       part.style.background = colourOf(index);
@@ -120,11 +132,13 @@ export function showBudget({ budget }) {
       return part;
     }),
   );
-  const left = total && total > held ? [{ cells: [text("left"), number(total - held, "bytes"), number((total - held) / whole, "share")] }] : [];
+  const left = (total ?? 0) > sum
+    ? [{ cells: [text("left"), number(total - sum, "bytes"), number((total - sum) / whole, "share")] }]
+    : [];
   fill(
-    "budget-table",
+    "budget-table", budget,
     [["account", false], ["bytes", true], ["of the budget", true]],
-    shown
+    () => held
       .map(({ name, bytes }, index) => {
         const label = document.createElement("span");
         label.append(swatch(index), name);
@@ -136,6 +150,7 @@ export function showBudget({ budget }) {
 
 export function showTiers(snapshot, palette, by) {
   const { memory_map: rows = [], tiers = {}, cache } = snapshot;
+  if (!isNew("tiers", rows, tiers, cache, by)) return;
   const cached = (level) => {
     const row = cache?.levels?.[level];
     return row ? `; ${formatBytes(row.used_bytes)} of cached results` : "";
@@ -162,9 +177,9 @@ export function showTiers(snapshot, palette, by) {
   );
   const names = { cpu: "memory", ssd: "SSD only", gpu: "GPU" };
   fill(
-    "map-table",
+    "map-table", rows,
     [["tier", false], ["kind", false], ["codec", false], ["tensors", true], ["bytes", true]],
-    rows.map((row) => ({
+    () => rows.map((row) => ({
       cells: [text(names[row.tier]), text(words(row.kind)), text(row.codec), number(row.tensors, "count"), number(row.bytes, "bytes")],
     })),
     "no managed tensor",
@@ -173,18 +188,18 @@ export function showTiers(snapshot, palette, by) {
 
 export function showTables(snapshot) {
   fill(
-    "pools-table",
+    "pools-table", snapshot.pools,
     [["pool", false], ["granted", true], ["of", true], ["use", true], ["allocations", true], ["internal fragmentation", true], ["external fragmentation", true]],
-    rowsOf(snapshot.pools, (name, row) => [
+    () => rowsOf(snapshot.pools, (name, row) => [
       text(words(name)), number(row.used_bytes, "bytes"), number(row.size_bytes, "bytes"), number(row.utilization, "share"),
       number(row.allocations, "count"), number(row.internal_fragmentation, "share"), number(row.external_fragmentation, "share"),
     ]),
     "pooling is switched off",
   );
   fill(
-    "levels-table",
+    "levels-table", snapshot.cache,
     [["level", false], ["hits", true], ["misses", true], ["hit rate", true], ["entries", true], ["used", true], ["of", true], ["came from another level", true], ["prediction efficiency", true]],
-    rowsOf(snapshot.cache?.levels, (name, row) =>
+    () => rowsOf(snapshot.cache?.levels, (name, row) =>
       row === null || row.available === false
         ? [text(name), Object.assign(cell("absent", "absent"), { colSpan: 8 })]
         : [
@@ -196,18 +211,18 @@ export function showTables(snapshot) {
     "the cache of results is switched off",
   );
   fill(
-    "kinds-table",
+    "kinds-table", snapshot.kinds,
     [["kind", false], ["tensors", true], ["original", true], ["encoded", true], ["ratio", true], ["relative error", true], ["encoding speed", true]],
-    rowsOf(snapshot.kinds, (name, row) => [
+    () => rowsOf(snapshot.kinds, (name, row) => [
       text(words(name)), number(row.tensors, "count"), number(row.logical_bytes, "bytes"), number(row.encoded_bytes, "bytes"),
       number(row.compression_ratio, "times"), number(row.relative_error, "share"), number(row.encode_bytes_per_s, "bytes/s"),
     ]),
     "no managed tensor",
   );
   fill(
-    "lives-table",
+    "lives-table", snapshot.life_cycles,
     [["kind", false], ["made", true], ["gone", true], ["alive", true], ["bytes alive", true], ["mean life, rounds", true]],
-    rowsOf(snapshot.life_cycles, (name, row) => [
+    () => rowsOf(snapshot.life_cycles, (name, row) => [
       text(words(name)), number(row.births, "count"), number(row.deaths, "count"), number(row.alive, "count"),
       number(row.alive_bytes, "bytes"), number(row.mean_rounds, "plain"),
     ]),
@@ -215,24 +230,24 @@ export function showTables(snapshot) {
   );
   const plain = Object.entries(snapshot.gc ?? {}).filter(([, value]) => value === null || typeof value !== "object");
   fill(
-    "gc-table",
+    "gc-table", snapshot.gc,
     [["figure", false], ["value", true]],
-    plain.map(([name, value]) => ({
+    () => plain.map(([name, value]) => ({
       cells: [text(words(name)), typeof value === "string" ? cell(value, "number") : number(value, gcUnit(name))],
     })),
     "there is no collector",
   );
   fill(
-    "metrics-table",
+    "metrics-table", snapshot.metrics,
     [["metric", false], ["value", true]],
-    rowsOf(snapshot.metrics, (name, value) => {
+    () => rowsOf(snapshot.metrics, (name, value) => {
       const shown = number(value, METRIC_UNITS[name] ?? "share");
       shown.dataset.metric = name;
       shown.dataset.value = value ?? "";
       return [text(words(name)), shown];
     }),
   );
-  showAlerts(snapshot.alerts ?? []);
+  showAlerts(snapshot.alerts);
 }
 
 function gcUnit(name) {
@@ -243,9 +258,9 @@ function gcUnit(name) {
 function showAlerts(alerts) {
   const units = { response_time: "s" };
   fill(
-    "alerts-table",
+    "alerts-table", alerts,
     [["alert", false], ["state", false], ["value", true], ["fires beyond", true], ["since", true]],
-    alerts.map((row) => ({
+    () => (alerts ?? []).map((row) => ({
       className: row.active ? "active" : "",
       cells: [
         text(words(row.name)), text(row.active ? "\u25B2 active" : "\u2713 clear"), number(row.value, units[row.name] ?? "share"),
@@ -257,9 +272,10 @@ function showAlerts(alerts) {
 }
 
 export function showEvents(events, until) {
-  const shown = events.filter((event) => event.t <= until).slice(-100).reverse();
+  const past = events.filter((event) => event.t <= until).slice(-100).reverse();
+  if (!isNew("events", past.length, past[0], past.at(-1))) return;
   byId("events").replaceChildren(
-    ...shown.map((event) => {
+    ...past.map((event) => {
       const item = document.createElement("li");
       for (const part of [formatTime(event.t), event.event, event.text]) {
         const node = document.createElement("span");
@@ -269,7 +285,7 @@ export function showEvents(events, until) {
       return item;
     }),
   );
-  if (!shown.length) byId("events").textContent = "none so far";
+  if (!past.length) byId("events").textContent = "none so far";
 }
 
 export function showAbout(header) {
@@ -284,7 +300,7 @@ export function showAbout(header) {
   for (const [key, value] of Object.entries(header)) {
     if (!["format", "version"].includes(key)) add(words(key), key === "started_s" ? new Date(1000 * value).toLocaleString("en-GB") : value);
   }
-  fill("about-table", [["", false], ["", false]], rows);
+  fill("about-table", header, [["", false], ["", false]], () => rows);
   const of = [header.command, header.model, `process ${header.pid}`].filter(Boolean);
   byId("run").textContent = of.join(" \u00B7 ");
 }
