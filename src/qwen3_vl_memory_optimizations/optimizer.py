@@ -23,7 +23,17 @@ from .config import MemoryConfig
 from .errors import ConfigurationError, MemoryBudgetExceeded, format_bytes
 from .figures import FigureMethods, MemoryFigures
 from .hardware import HardwareProfile
-from .paging import PAGE_BYTES, Compactor, Ledger, ManagedTensor, Pager, PressureMonitor, ProcessAccounts, TensorEntry
+from .paging import (
+    PAGE_BYTES,
+    TENSORS,
+    Compactor,
+    Ledger,
+    ManagedTensor,
+    Pager,
+    PressureMonitor,
+    ProcessAccounts,
+    TensorEntry,
+)
 from .pools import AdvancedMemoryPool
 from .process import process_memory, rss_bytes, usable_memory
 from .profiles import configure
@@ -319,6 +329,7 @@ class MemoryOptimizer(FigureMethods):
                 "tensor_budget_bytes": ledger.tensor_budget_bytes,
                 "baseline_bytes": self.baseline_bytes,
                 "accounts_bytes": ledger.accounts(),
+                "tensor_accounts_bytes": ledger.accounts(TENSORS),
                 "frames_limit_bytes": pager.frames.limit_bytes if ledger.limited else None,
                 "frames_used_bytes": pager.frames.used_bytes,
                 "frames_peak_bytes": pager.frames.peak_bytes,

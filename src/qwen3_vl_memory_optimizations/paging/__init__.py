@@ -7,6 +7,7 @@ from .entry import PAGE_BYTES, FileSource, Page, PageState, TensorEntry, alias_m
 from .joined import JoinedEntries, join
 from .ledger import PROCESS, TENSORS, Ledger
 from .managed_tensor import ManagedTensor, linear_joined, whole_linears
+from .page_map import PINNED, TensorPages
 from .pager import Pager
 from .pressure import PressureMonitor
 from .residency import READ_AHEAD_BYTES
@@ -17,6 +18,7 @@ __all__ = [
     "Block",
     "BlockSpace",
     "PAGE_BYTES",
+    "PINNED",
     "PROCESS",
     "READ_AHEAD_BYTES",
     "TENSORS",
@@ -32,6 +34,7 @@ __all__ = [
     "PressureMonitor",
     "ProcessAccounts",
     "TensorEntry",
+    "TensorPages",
     "TensorUse",
     "alias_memory",
     "join",

@@ -35,6 +35,7 @@ from .entry import PAGE_BYTES, PageState, TensorEntry, alias_memory
 from .finalizers import FinalizerQueue
 from .ledger import PROCESS, TENSORS, Ledger
 from .moves import PageMover
+from .page_map import TensorPages, describe_pages
 from .products import Products
 from .residency import Residency, VictimOrder
 from .room import Room
@@ -433,6 +434,19 @@ class Pager:
                 )
                 for entry in self.entries.values()
             ]
+
+    def page_map(self) -> list[TensorPages]:
+        """Return where the pages of each tensor are: those of weights in the order of a pass, then runtime tensors."""
+        with self._lock:
+            self._finalizers.run()
+            weights = [entry for entry in self.entries.values() if entry.kind == "weights"]
+            runtime = [entry for entry in self.entries.values() if entry.kind != "weights"]
+            return describe_pages([*weights, *runtime])
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing comes or leaves any more."""
+        return self._mover.closed
 
     @property
     def touched_bytes(self) -> int:
