@@ -77,9 +77,7 @@ def main() -> None:
         + " | ".join(f"{token_ms[mode] / token_ms['without']:.4f}" for mode in MODES[1:])
         + " |",
         "| / without, median of rounds | 1 | "
-        + " | ".join(
-            f"{statistics.median(each[mode] / each['without'] for each in rounds):.4f}" for mode in MODES[1:]
-        )
+        + " | ".join(f"{statistics.median(each[mode] / each['without'] for each in rounds):.4f}" for mode in MODES[1:])
         + " |",
         "| processor time of its threads, of one core | 0 | "
         + " | ".join(f"{100 * statistics.mean(shares[mode]):.2f} %" for mode in MODES[1:])
