@@ -7,7 +7,8 @@ import qwen3_vl_memory_optimizations as q
 from qwen3_vl_memory_optimizations.monitoring import Recorder
 from qwen3_vl_memory_optimizations.monitoring.charts import CHARTS, Chart, Series, lines_of
 from qwen3_vl_memory_optimizations.monitoring.exports import state_of
-from qwen3_vl_memory_optimizations.monitoring.svg import chart_as_svg, show
+from qwen3_vl_memory_optimizations.monitoring.show import show
+from qwen3_vl_memory_optimizations.monitoring.svg import chart_as_svg
 from tests.model.tiny import DIRECTORY, cases
 
 
@@ -76,7 +77,13 @@ def test_a_plot_without_figures_says_so():
 
 @pytest.mark.parametrize(
     ("value", "unit", "text"),
-    [(None, "share", "not measured"), (0, "bytes", "0 B"), (1.5e6, "bytes/s", "1.5 MB/s"), (0.5, "share", "50 %")],
+    [
+        (None, "share", "not measured"),
+        (0, "bytes", "0 B"),
+        (1.5e6, "bytes/s", "1.5 MB/s"),
+        (0.5, "share", "50 %"),
+        (1234.5, "/s", "1,234/s"),
+    ],
 )
 def test_figures_for_people(value, unit, text):
     assert show(value, unit) == text

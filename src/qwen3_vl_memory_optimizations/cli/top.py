@@ -26,7 +26,6 @@ _KIND_COLOURS = {
     "text_embeddings": "magenta",
     "general": "white",
 }
-_ABSENT = "not measured"
 
 Sample = tuple[float, Mapping[str, Any]]
 
@@ -108,27 +107,28 @@ def _figures(t: float, snapshot: Mapping[str, Any], before: Sample | None) -> Re
     from rich.table import Table
 
     from ..monitoring.charts import figure_at
+    from ..monitoring.show import show
 
-    def show(path: str, form: Any = _percent) -> str:
-        value = figure_at(snapshot, path.split("."))
-        return _ABSENT if value is None else form(value)
+    def now(path: str, unit: str = "share") -> str:
+        return show(figure_at(snapshot, path.split(".")), unit)
 
-    def rate(path: str, form: Any) -> str:
-        before_s, earlier = before or (0.0, {})
-        now, then = figure_at(snapshot, path.split(".")), figure_at(earlier, path.split(".")) or 0.0
-        return _ABSENT if now is None or t <= before_s else form((now - then) / (t - before_s))
+    def rate(path: str, unit: str) -> str:
+        before_s, earlier = before or (t, {})
+        value, start = figure_at(snapshot, path.split(".")), figure_at(earlier, path.split("."))
+        known = value is not None and start is not None and t > before_s
+        return show((value - start) / (t - before_s) if known else None, unit)  # type: ignore[operator]
 
     table = Table.grid(padding=(0, 2))
     rows = [
-        ("tokens/s", show("responses.tokens_per_s", _number), "first token", show("responses.first_token_s", _seconds)),
-        ("process", show("process.rss_bytes", _bytes), "its peak", show("process.peak_rss_bytes", _bytes)),
-        ("budget", _budget(snapshot), "occupied, not droppable", show("budget.undroppable_share")),
-        ("weights in memory", show("paging.hit_rate"), "prefetch used", show("prediction.prefetch_accuracy")),
-        ("SSD read", rate("paging.bytes_read", _speed), "SSD written", rate("paging.bytes_written", _speed)),
-        ("waiting for SSD", rate("paging.stall_s", _percent), "processor", rate("process.cpu_s", _cores)),
-        ("cache hit rate", show("cache.hit_rate"), "cache in memory", show("cache.levels.cpu.used_bytes", _bytes)),
-        ("compression", show("metrics.compression_ratio", _times), "quality", show("metrics.compression_quality")),
-        ("fragmentation", show("fragmentation"), "responses", show("responses.count", _number)),
+        ("tokens/s", now("responses.tokens_per_s", "plain"), "first token", now("responses.first_token_s", "s")),
+        ("process", now("process.rss_bytes", "bytes"), "its peak", now("process.peak_rss_bytes", "bytes")),
+        ("budget", _budget(snapshot), "occupied, not droppable", now("budget.undroppable_share")),
+        ("weights in memory", now("paging.hit_rate"), "prefetch used", now("prediction.prefetch_accuracy")),
+        ("SSD read", rate("paging.bytes_read", "bytes/s"), "SSD written", rate("paging.bytes_written", "bytes/s")),
+        ("waiting for SSD", rate("paging.stall_s", "share"), "processor", rate("process.cpu_s", "cores")),
+        ("cache hit rate", now("cache.hit_rate"), "cache in memory", now("cache.levels.cpu.used_bytes", "bytes")),
+        ("compression", now("metrics.compression_ratio", "times"), "quality", now("metrics.compression_quality")),
+        ("fragmentation", now("fragmentation"), "responses", now("responses.count", "count")),
     ]
     for left, value, right, other in rows:
         table.add_row(f"[dim]{left}[/dim]", value, f"[dim]{right}[/dim]", other)
@@ -136,11 +136,13 @@ def _figures(t: float, snapshot: Mapping[str, Any], before: Sample | None) -> Re
 
 
 def _budget(snapshot: Mapping[str, Any]) -> str:
+    from ..errors import format_bytes
+
     budget = snapshot["budget"]
     if budget["ram_budget_bytes"] is not None:
-        return f"{_bytes(budget['ram_budget_bytes'])} for the process"
+        return f"{format_bytes(budget['ram_budget_bytes'])} for the process"
     if budget["tensor_budget_bytes"] is not None:
-        return f"{_bytes(budget['tensor_budget_bytes'])} for tensors"
+        return f"{format_bytes(budget['tensor_budget_bytes'])} for tensors"
     return "none"
 
 
@@ -149,6 +151,8 @@ def _memory_map(followed: RunFile, width: int) -> RenderableType:
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
+
+    from ..errors import format_bytes
 
     pages = followed.state.memory_map
     letters = [
@@ -171,7 +175,7 @@ def _memory_map(followed: RunFile, width: int) -> RenderableType:
         held.setdefault((row["kind"], row["codec"]), {})[row["tier"]] = row["bytes"]
     for (kind, codec), tiers in held.items():
         colour = _KIND_COLOURS.get(kind, "white")
-        figures = (_bytes(tiers.get(tier, 0)) for tier in ("cpu", "ssd"))
+        figures = (format_bytes(tiers.get(tier, 0)) for tier in ("cpu", "ssd"))
         table.add_row(f"[{colour}]█[/{colour}] {kind}", codec, "absent", *figures)
     return Group(Text("█ in memory  ▓ moving  · on the SSD only", style="dim"), marks, table)
 
@@ -183,33 +187,3 @@ def _alerts(snapshot: Mapping[str, Any]) -> RenderableType:
     return (
         Text("\n".join(f"! {text}" for text in active), style="bold red") if active else Text("no alert", style="dim")
     )
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.3g} s"
-
-
-def _times(value: float) -> str:
-    return f"{value:.3g} x"
-
-
-def _cores(value: float) -> str:
-    return f"{value:.2f} cores"
-
-
-def _bytes(value: float) -> str:
-    from ..errors import format_bytes
-
-    return format_bytes(value)
-
-
-def _speed(value: float) -> str:
-    return f"{_bytes(value)}/s"

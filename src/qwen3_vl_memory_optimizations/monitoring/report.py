@@ -14,7 +14,8 @@ from .charts import CHARTS, Sample, figure_at, lines_of
 from .dashboard.files import STATIC
 from .run_file import RunFile
 from .run_record import RunState
-from .svg import NOT_MEASURED, chart_as_svg, show
+from .show import NOT_MEASURED, show
+from .svg import chart_as_svg
 
 _MOST_POINTS = 400
 _SECTIONS = {
@@ -125,7 +126,7 @@ def _tables(section: str, state: RunState) -> str:
     snapshot = state.snapshot
     if section == "timeline":
         events = ((f"{event['t']:.1f} s", event["event"], event["text"]) for event in state.events)
-        return "<h3>Events</h3>" + _table(("at", "event", ""), events, "none")
+        return f"<details><summary>Events</summary>{_table(('at', 'event', ''), events, 'none')}</details>"
     if section == "allocation":
         rows = (
             (row["tier"], row["kind"].replace("_", " "), row["codec"], str(row["tensors"]), show(row["bytes"], "bytes"))

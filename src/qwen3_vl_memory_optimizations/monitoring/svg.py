@@ -4,25 +4,12 @@ from __future__ import annotations
 
 from html import escape
 
-from ..errors import format_bytes
 from .charts import Chart, Point
-
-NOT_MEASURED = "not measured"
+from .show import NOT_MEASURED, show
 
 _WIDTH, _HEIGHT = 460, 170
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 8, 8, 20
 _DASHES = ("", "6 3", "2 3", "9 3 2 3", "1 2", "12 4", "4 2 1 2", "8 2")
-
-
-def show(value: float | None, unit: str) -> str:
-    """Return a figure in one of the units of charts for people."""
-    if value is None:
-        return NOT_MEASURED
-    if unit in ("bytes", "bytes/s"):
-        return format_bytes(value) + unit[len("bytes") :]
-    if unit == "share":
-        return f"{100 * value:.3g} %"
-    return {"/s": f"{value:.3g}/s", "times": f"{value:.3g} x", "s": f"{value:.3g} s"}.get(unit, f"{value:.4g}")
 
 
 def chart_as_svg(chart: Chart, lines: dict[str, list[Point]]) -> str:

@@ -159,6 +159,7 @@ def _listen(port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((ADDRESS, port))
+        listener.listen()  # now, and not when the thread comes to it: who has the address may ask at once
     except OSError as error:
         listener.close()
         raise ConfigurationError(f"dashboard: port {port} cannot be used: {error.strerror}") from error
