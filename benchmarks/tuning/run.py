@@ -22,7 +22,7 @@ _UNITS = {"decode": (2**20, "MiB"), "pictures": (2**10, "KiB")}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", nargs="?", help="checkpoint, for `decode`")
+    parser.add_argument("--model", help="checkpoint, for `decode`")
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES))
     parser.add_argument("--json", type=Path, default=HERE / "results.json", help="where results are kept")
     parser.add_argument("--add", action="store_true", help="keep the runs that are there, and add to them")
