@@ -9,7 +9,8 @@ def make_optimizer(tmp_path):
     made = []
 
     def make(budget_bytes=None, **settings):
-        quiet = {"tier_migration_interval": 1000.0}  # nothing comes back by itself while a test counts
+        # Nothing comes back or leaves by itself while a test counts.
+        quiet = {"tier_migration_interval": 1000.0, "gc_collection_interval": 1000.0}
         settings = {"cache_dir": tmp_path / "cache", "memory_pool_size": 64 * 2**20, **quiet, **settings}
         made.append(MemoryOptimizer(memory_config={"tensor_budget": budget_bytes, **settings}))
         return made[-1]

@@ -38,18 +38,22 @@ PUBLIC = [
     "OptimizedTextDecoder",
     "OptimizedVisionEncoder",
     "OptimizedVisionLanguageModel",
+    "PredictiveGarbageCollector",
     "PredictiveSwappingAlgorithm",
     "SSDCache",
     "SVDDecompositionCompressor",
     "ShortIOError",
+    "SimpleMLPredictor",
     "SparseCompressionCompressor",
     "StorageError",
     "TensorFreedError",
+    "TensorLifecycleTracker",
     "UnknownTensorError",
     "__version__",
     "calculate_metrics",
     "create_optimized_model",
     "evaluate_accuracy_impact",
+    "get_memory_performance_metrics",
 ]
 
 
@@ -71,7 +75,8 @@ def test_the_import_name_of_the_specification_gives_the_same_objects():
 def test_importing_the_package_loads_neither_torch_nor_transformers():
     code = (
         "import sys, qwen3_vl_memory_optimizations as package; package.MemoryConfig(); package.CodecError; "
-        "print([name for name in ('torch', 'transformers', 'numpy', 'PIL') if name in sys.modules])"
+        "heavy = ('torch', 'transformers', 'numpy', 'PIL', 'prometheus_client'); "
+        "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
@@ -108,6 +113,8 @@ def test_every_error_of_the_package_is_defined_in_the_tree():
         "factory",
         "integration",
         "evaluation",
+        "figures",
+        "monitoring",
     ):
         for name, value in vars(importlib.import_module(f"qwen3_vl_memory_optimizations.{module}")).items():
             if inspect.isclass(value) and issubclass(value, errors.MemoryOptimizationError):

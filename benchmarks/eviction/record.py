@@ -4,6 +4,7 @@ are used in which order. What is drawn at random has fixed seeds; the committed 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import tempfile
 from collections.abc import Callable
@@ -106,6 +107,10 @@ SCENES: dict[str, Callable[[Session], None]] = {
 }
 
 
+def _note_cached(recorder: TraceRecorder, key: str, n_bytes: int, kind: str) -> None:
+    recorder(key, n_bytes, "cached")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=SCENES, default=list(SCENES))
@@ -115,9 +120,10 @@ def main() -> None:
     for number, name in enumerate(arguments.only):
         with tempfile.TemporaryDirectory() as directory:
             settings = {"codec": "int8", "prefix_reuse": "on", "cache_dir": directory, "private": True}
+            settings["enable_predictive_gc"] = False  # what is kept decides what is asked for
             model = create_optimized_model(tiny.DIRECTORY, settings)
             optimizer, recorder = model.memory_optimizer, TraceRecorder()
-            optimizer.cache.recorder = recorder
+            optimizer.cache.listen(functools.partial(_note_cached, recorder))
             with optimizer.pager.recording(recorder):
                 SCENES[name](Session(model, seed=number))
             optimizer.close()

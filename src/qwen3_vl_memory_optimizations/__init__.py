@@ -24,6 +24,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .cache import CPUCache, GPUCache, HierarchicalCacheSystem, SSDCache
+    from .collection import PredictiveGarbageCollector, SimpleMLPredictor, TensorLifecycleTracker
     from .compression import (
         CompressionMethodSelector,
         FP16QuantizationCompressor,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from .evaluation import calculate_metrics, evaluate_accuracy_impact
     from .factory import create_optimized_model
     from .integration import OptimizedTextDecoder, OptimizedVisionEncoder, OptimizedVisionLanguageModel
+    from .monitoring import get_memory_performance_metrics
     from .optimizer import MemoryOptimizer
     from .paging import ManagedTensor
     from .pools import AdvancedMemoryPool
@@ -68,13 +70,17 @@ _LAZY = {
     "OptimizedTextDecoder": ".integration",
     "OptimizedVisionEncoder": ".integration",
     "OptimizedVisionLanguageModel": ".integration",
+    "PredictiveGarbageCollector": ".collection",
     "PredictiveSwappingAlgorithm": ".swapping",
     "SSDCache": ".cache",
     "SVDDecompositionCompressor": ".compression",
+    "SimpleMLPredictor": ".collection",
     "SparseCompressionCompressor": ".compression",
+    "TensorLifecycleTracker": ".collection",
     "calculate_metrics": ".evaluation",
     "create_optimized_model": ".factory",
     "evaluate_accuracy_impact": ".evaluation",
+    "get_memory_performance_metrics": ".monitoring",
 }
 
 __all__ = [
@@ -105,18 +111,22 @@ __all__ = [
     "OptimizedTextDecoder",
     "OptimizedVisionEncoder",
     "OptimizedVisionLanguageModel",
+    "PredictiveGarbageCollector",
     "PredictiveSwappingAlgorithm",
     "SSDCache",
     "SVDDecompositionCompressor",
     "ShortIOError",
+    "SimpleMLPredictor",
     "SparseCompressionCompressor",
     "StorageError",
     "TensorFreedError",
+    "TensorLifecycleTracker",
     "UnknownTensorError",
     "__version__",
     "calculate_metrics",
     "create_optimized_model",
     "evaluate_accuracy_impact",
+    "get_memory_performance_metrics",
 ]
 
 

@@ -1,8 +1,8 @@
 """`MemoryConfig`: every setting of the memory system, checked once, where it enters.
 
-Keys and defaults follow sections 4.1 and 5.2 of the specification; `ram_budget`, `tensor_budget`, `gpu_budget`,
-`cache_dir`, `private`, `reuse_codec`, `prefix_reuse`, `codec`, `kv_codec`, `swap_algorithm`, `image_policy`,
-`fused_modules`, `l2_cache_max`, `pool_compaction_interval` and `auto_tune` are this library's own.
+Keys and defaults follow sections 4.1 and 5.2 of the specification; `profile`, `ram_budget`, `tensor_budget`,
+`gpu_budget`, `cache_dir`, `private`, `reuse_codec`, `prefix_reuse`, `codec`, `kv_codec`, `swap_algorithm`,
+`image_policy`, `fused_modules`, `l2_cache_max`, `pool_compaction_interval` and `auto_tune` are this library's own.
 """
 
 from __future__ import annotations
@@ -88,6 +88,8 @@ class MemoryConfig:
     """Settings of a `MemoryOptimizer`. All sizes are bytes; floats and texts such as `"4GB"` are accepted.
 
     Attributes:
+        profile: `auto`, or a hardware profile by name or file, whose settings stand where none are given: see
+            `profiles.configure`. `None`: no profile.
         ram_budget: the most the whole process may use, interpreter and libraries included; `None`: no limit
             but the machine's.
         tensor_budget: the most the managed tensors and their workspace may use; for embedding in a larger application.
@@ -154,6 +156,7 @@ class MemoryConfig:
     l2_cache_max: int | None = None
     auto_tune: bool = False
 
+    profile: str | None = None
     ram_budget: int | None = None
     tensor_budget: int | None = None
     gpu_budget: int | None = None
@@ -273,6 +276,10 @@ def _checked(key: str, value: Any) -> Any:
         if value not in _CHOICES[key]:
             raise ConfigurationError(f"{key}: {value!r} is not one of {', '.join(_CHOICES[key])}")
         return value
+    if key == "profile":
+        if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+            raise ConfigurationError(f"profile: expected 'auto', a name or a path that ends in .toml, got {value!r}")
+        return os.fspath(value)
     if key == "cache_dir":
         if not isinstance(value, str | os.PathLike):
             raise ConfigurationError(f"cache_dir: expected a path, got {type(value).__name__}")

@@ -25,8 +25,10 @@ from .model.identity import ModelIdentity
 from .model.import_files import ImportFiles
 from .model.kv_generate import attach_kv_cache
 from .model.loading import WeightLoader
-from .model.packing import Progress, find_packed
+from .model.packing import Progress, find_packed, plan_path_of
 from .model.prefix_reuse import attach_prefix_reuse
+from .model.response_times import attach_response_times
+from .model.sessions import attach_sessions
 from .model.skeleton import build_skeleton, compute_dtype, compute_dtype_of, skeleton_of
 from .model.vision_reuse import attach_vision_reuse
 from .model.vision_steps import step_vision_tower
@@ -34,6 +36,7 @@ from .optimizer import MemoryOptimizer
 from .paging import PAGE_BYTES
 from .planning import pack_model
 from .process import pause_collection, release_library_pages, rss_bytes, tame_allocator, trim_heap
+from .profiles import configure
 from .storage import Checkpoint
 
 _SETTINGS_KEY = "memory_optimization_config"
@@ -77,7 +80,7 @@ def create_optimized_model(
         MemoryBudgetExceeded: the budget cannot work; nothing was loaded.
         CheckpointError: the checkpoint cannot be used.
     """
-    config = MemoryConfig.from_mapping(memory_config)
+    config = configure(memory_config)
     files = None if _is_imported() else ImportFiles(config.packed_dir)
     if files is not None:
         files.read_ahead()
@@ -85,7 +88,7 @@ def create_optimized_model(
         model_config = Checkpoint.open(local_directory(model_config))
     carried = _carried_settings(model_config)
     if memory_config is None:
-        config = MemoryConfig.from_mapping(carried)
+        config = configure(carried)
     source = _source_of(model_config, config, dtype, "model_config", model_class)
     draft = None if assistant is None else _source_of(assistant, config, source.dtype, "assistant")
     with ExitStack() as undo:
@@ -115,7 +118,7 @@ def create_optimized_model(
             files.record()
             if config.ram_budget is not None:
                 files.drop()
-        model = _finish(source, None if draft is None else draft.model, optimizer)
+        model = _finish(source, draft, optimizer)
         undo.pop_all()
         return model
 
@@ -286,7 +289,7 @@ def _attach_generation_config(model: Any, directory: Path) -> None:
         model.generation_config = GenerationConfig.from_pretrained(directory)
 
 
-def _finish(source: _Source, draft: Any, optimizer: MemoryOptimizer) -> Any:
+def _finish(source: _Source, draft: _Source | None, optimizer: MemoryOptimizer) -> Any:
     """Attach the optimizer, and the hooks that reserve memory for each forward before it runs."""
     model = source.model
     _release_garbage(optimizer.config)
@@ -295,7 +298,7 @@ def _finish(source: _Source, draft: Any, optimizer: MemoryOptimizer) -> Any:
         optimizer.reserve_activations(FIXED_RESERVE_BYTES)
         optimizer.measure_process()
         optimizer.pager.reserve(_IMPORTING, 0)
-    for each in (model,) if draft is None else (model, draft):
+    for each in (model,) if draft is None else (model, draft.model):
         if optimizer.config.fuses_modules():
             fuse_layers(each)
         step_vision_tower(each)
@@ -304,6 +307,9 @@ def _finish(source: _Source, draft: Any, optimizer: MemoryOptimizer) -> Any:
             reserve_before_forwards(each, optimizer, source.dtype.itemsize, lowers=each is model)
         each.eval()
         each.memory_optimizer = optimizer
+    for loaded, prefix in ((source, ""), (draft, f"{ASSISTANT}/")):
+        if loaded is not None and loaded.checkpoint is not None and loaded.checkpoint.packed:
+            optimizer.figures.plan_paths[prefix] = plan_path_of(loaded.checkpoint.directory)
     optimizer.pager.refit()
     optimizer.pager.read_ahead(source.order)
     if optimizer.cache is not None:
@@ -317,7 +323,9 @@ def _finish(source: _Source, draft: Any, optimizer: MemoryOptimizer) -> Any:
             kv_form = optimizer.config.cache_codec()
             attach_prefix_reuse(model, optimizer.cache, identity, vision, reserve, kv_form)
     if draft is not None:
-        attach_draft(model, draft)
+        attach_draft(model, draft.model)
+    attach_sessions(model, optimizer.generation, optimizer.lifecycle.enter_phase)
+    attach_response_times(model, optimizer.figures.responses)  # last: around all that the others do
     return model
 
 

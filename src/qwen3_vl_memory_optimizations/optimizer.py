@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import sys
 import tempfile
-import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -16,13 +17,16 @@ from typing import Any
 import torch
 
 from .cache import HierarchicalCacheSystem, LedgerBudget
+from .collection import PredictiveGarbageCollector, RuntimeStore, TensorLifecycleTracker
 from .compression import RawCodec, create_codec
 from .config import MemoryConfig
 from .errors import ConfigurationError, MemoryBudgetExceeded, format_bytes
+from .figures import FigureMethods, MemoryFigures
 from .hardware import HardwareProfile
 from .paging import PAGE_BYTES, Compactor, Ledger, ManagedTensor, Pager, PressureMonitor, ProcessAccounts, TensorEntry
 from .pools import AdvancedMemoryPool
 from .process import process_memory, rss_bytes, usable_memory
+from .profiles import configure
 from .swapping import MemorySwappingSystem
 from .tiering import MemoryTieringSystem
 from .tuning import AutoTuner, live_parameters
@@ -30,9 +34,10 @@ from .tuning import AutoTuner, live_parameters
 TENSOR_KINDS = ("kv_cache", "vision_features", "text_embeddings", "general")
 
 _LEAST_FRAMES_BYTES = 2 * PAGE_BYTES
+_LEARNT_WAITS = "learnt-waits.npz"
 
 
-class MemoryOptimizer:
+class MemoryOptimizer(FigureMethods):
     """Owns the bytes of managed tensors, and keeps them, or the whole process, within a budget.
 
     Args:
@@ -40,11 +45,13 @@ class MemoryOptimizer:
         memory_config: the keys of `MemoryConfig`, as a dict or an instance.
 
     Attributes:
-        config: the settings.
+        config: the settings, those of a profile among them.
         hardware: the machine.
         pager: moves the bytes.
         pool: address ranges of runtime tensors.
         cache: results that are used again; `None` where `enable_cache_hierarchy` is off.
+        collector: lets go of what is not expected to be used again; `None` where `enable_predictive_gc` is off.
+        lifecycle: who made which runtime tensor, in which session, and what outlives it.
         pressure: gives memory up when others take it; `None` without `ram_budget`.
         tiering: brings runtime tensors back before they are used; `None`: switched off, or without a budget.
         parameters: what may be changed while a model runs, by name.
@@ -61,9 +68,9 @@ class MemoryOptimizer:
         hardware_config: Mapping[str, Any] | None = None,
         memory_config: Mapping[str, Any] | MemoryConfig | None = None,
     ) -> None:
-        self.config = MemoryConfig.from_mapping(memory_config)
-        create_codec(self.config.unmeasured_codec())  # refuses a name that is not known
         self.hardware = HardwareProfile.from_mapping(hardware_config or {})
+        self.config = configure(memory_config, self.hardware)
+        create_codec(self.config.unmeasured_codec())  # refuses a name that is not known
         self.baseline_bytes = rss_bytes()
         ledger = Ledger(self.config.ram_budget, self.config.tensor_budget)
         self._check_budget()
@@ -88,6 +95,8 @@ class MemoryOptimizer:
             ram_bytes, ssd_bytes = usable_memory()[0], shutil.disk_usage(swap_dir).total
             self.tiering = MemoryTieringSystem({"gpu": None, "cpu": ram_bytes, "ssd": ssd_bytes})
             self.pager.listen(self.tiering.note)
+            if not self.config.private:
+                self.tiering.remember(self.config.base_dir / _LEARNT_WAITS)
             self.tiering.start(self.pager, self.config.tier_migration_interval)
         self.pool = AdvancedMemoryPool(self.config.memory_pool_size)
         self.pager.pools = self.pool.pools if self.config.enable_memory_pooling else {}
@@ -96,6 +105,13 @@ class MemoryOptimizer:
             self.cache = HierarchicalCacheSystem(self.config, budget=LedgerBudget(self.pager))
             if self._accounts is None:  # else it makes room before each forward
                 self.pager.on_pass = self.cache.make_room
+        self.lifecycle = TensorLifecycleTracker()
+        self.pager.lives = self.lifecycle
+        self.collector: PredictiveGarbageCollector | None = None
+        if self.config.enable_predictive_gc:
+            self.collector = self._start_collector()
+        pool = self.pool if self.config.enable_memory_pooling else None
+        self.figures = MemoryFigures(self.pager, pool, self.cache, self.collector)
         self._compactor: Compactor | None = None
         if self.config.enable_memory_pooling:
             self._compactor = Compactor(self.pager, self.config.pool_compaction_interval)
@@ -112,8 +128,19 @@ class MemoryOptimizer:
         if self.tuner is not None:
             self.tuner.start()
         self._ids = itertools.count()
-        self._sessions = 0
-        self._session_lock = threading.Lock()
+
+    def _start_collector(self) -> PredictiveGarbageCollector:
+        collector = PredictiveGarbageCollector(tracker=self.lifecycle)
+        if self.swapping is not None:
+            collector.stores.append(RuntimeStore(self.pager))
+        cached = None if self.cache is None else self.cache.collectable()
+        if self.cache is not None and cached is not None:
+            collector.stores.append(cached)
+            self.cache.listen(collector.note)
+        if self.tiering is not None:
+            self.tiering.unwanted = collector.has_collected
+        collector.start(self.config.gc_collection_interval)
+        return collector
 
     def _check_budget(self) -> None:
         budget = self.config.ram_budget
@@ -180,6 +207,7 @@ class MemoryOptimizer:
             raise
         entry.on_released = partial(pool.free, address)  # once no view holds its pages
         tensor = ManagedTensor(self.pager, entry)
+        self.lifecycle.refer(entry.tensor_id, tensor, _caller())
         weakref.finalize(tensor, self.pager.free_later, entry.tensor_id)
         self.pager.zero(entry)
         return tensor
@@ -201,28 +229,43 @@ class MemoryOptimizer:
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
-    def start_inference_session(self) -> None:
-        """Open a session. Sessions nest, and may overlap in threads."""
-        with self._session_lock:
-            self._sessions += 1
+    def start_inference_session(self) -> int:
+        """Open a session and return its number. Sessions nest, and may overlap in threads."""
+        return self.lifecycle.begin_session()
 
     def end_inference_session(self) -> None:
-        """Close a session; with the last one, free page frames go back to the system.
+        """Close the latest session of this thread; with the last one, free page frames go back to the system.
+
+        What was allocated in it and is still referenced is reported by `lifecycle.leaks`.
 
         Raises:
             ConfigurationError: none is open.
         """
-        with self._session_lock:
-            if self._sessions == 0:
-                raise ConfigurationError("end_inference_session: no session is open")
-            self._sessions -= 1
-            last = self._sessions == 0
-        if last:
+        self.lifecycle.end_session()
+        if self.collector is not None:
+            self.collector.end_round()
+        if not self.lifecycle.sessions_open:
             self.pager.trim()
 
-    def inference_session(self) -> _Session:
-        """Return a context manager around `start_inference_session` and `end_inference_session`."""
-        return _Session(self)
+    @contextmanager
+    def inference_session(self) -> Iterator[MemoryOptimizer]:
+        """Open a session for a block."""
+        self.start_inference_session()
+        try:
+            yield self
+        finally:
+            self.end_inference_session()
+
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """Open a session for one `generate`; free page frames stay for the next."""
+        self.lifecycle.begin_session()
+        try:
+            yield
+        finally:
+            self.lifecycle.end_session()
+            if self.collector is not None:
+                self.collector.end_round()
 
     # --- budget -------------------------------------------------------------------------------------------------------
 
@@ -255,7 +298,7 @@ class MemoryOptimizer:
     def get_memory_efficiency_stats(self) -> dict[str, Any]:
         """Return what is held where, and what happened.
 
-        The keys: `budget`, `paging`, `tiers`, `pools`, `kinds`, `codecs`, `cache`, `tuning`, `sessions_open`.
+        The keys: `budget`, `paging`, `tiers`, `pools`, `kinds`, `codecs`, `cache`, `gc`, `tuning`, `sessions_open`.
         """
         memory = process_memory()
         pager, ledger = self.pager, self.pager.ledger
@@ -290,24 +333,22 @@ class MemoryOptimizer:
                 "ssd": {"only_there_bytes": encoded - resident, "swap_used_bytes": pager.swap_used_bytes},
                 "migrations": None if self.tiering is None else self.tiering.migrations,
                 "migrations_used": None if self.tiering is None else self.tiering.useful_migrations,
+                "predictor": None if self.tiering is None else self.tiering.explain(),
             },
-            "pools": self.pool.stats() if self.config.enable_memory_pooling else {},
+            "pools": self.figures.pools(),
             "kinds": kinds,
             "codecs": codecs,
             "cache": None if self.cache is None else self.cache.stats(),
+            "gc": None if self.collector is None else self.collector.stats(),
             "tuning": None if self.tuner is None else self.tuner.stats(),
-            "sessions_open": self._sessions,
+            "sessions_open": self.lifecycle.sessions_open,
         }
-
-    def get_cache_hit_rate(self) -> float | None:
-        """Return the share of look-ups that some level of the cache answered; `None` before the first."""
-        return None if self.cache is None else self.cache.stats()["hit_rate"]
 
     # --- end --------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Stop the I/O threads, remove the swap file, return the memory. Managed tensors are unusable afterwards."""
-        for system in (self.tuner, self.pressure, self.tiering, self._compactor):
+        for system in (self.tuner, self.pressure, self.tiering, self.collector, self._compactor):
             if system is not None:
                 system.close()
         if self.cache is not None:
@@ -325,13 +366,9 @@ class MemoryOptimizer:
         self.close()
 
 
-class _Session:
-    def __init__(self, optimizer: MemoryOptimizer) -> None:
-        self._optimizer = optimizer
-
-    def __enter__(self) -> MemoryOptimizer:
-        self._optimizer.start_inference_session()
-        return self._optimizer
-
-    def __exit__(self, *_: object) -> None:
-        self._optimizer.end_inference_session()
+def _caller() -> str:
+    """Return the place in the code that called into this module."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"

@@ -13,6 +13,7 @@ import torch
 from ..errors import ConfigurationError
 from ..prediction import choose_victims, worth
 from .budget import CacheBudget, Unlimited
+from .deflate import DeflatedItem, deflate
 from .item import CODECS, LOSSLESS, CacheItem, EncodedItem, decode, encode
 from .stats import LevelStats
 
@@ -23,14 +24,24 @@ _MOST_SHARE_OF_ROOM = 2
 
 @dataclass(slots=True)
 class _Held:
-    """An entry: its form, what it is worth, and what that follows from."""
+    """An entry: its form, what it is worth, and what that follows from.
 
-    encoded: EncodedItem
+    Attributes:
+        dense: it cannot be packed into fewer bytes.
+    """
+
+    encoded: EncodedItem | DeflatedItem
     n_bytes: int
     worth: float
     saved_s: float
     kind: str | None
     reused: bool = False
+    dense: bool = False
+
+    @property
+    def deflated(self) -> bool:
+        """Whether it is packed."""
+        return isinstance(self.encoded, DeflatedItem)
 
 
 class CPUCache:
@@ -100,7 +111,10 @@ class CPUCache:
             self.counters.hit_bytes += held.n_bytes
             self.counters.reused += not held.reused
             held.reused = True
-        return decode(held.encoded, copy=copy)
+            encoded = held.encoded
+        if isinstance(encoded, DeflatedItem):
+            return decode(encoded.inflate(), copy=False)
+        return decode(encoded, copy=copy)
 
     def store(self, key: str, item: CacheItem, *, saved_s: float, uses: int = 1, kind: str | None = None) -> bool:
         """Keep an item, if it is worth more than what would have to leave for it; return whether it is kept.
@@ -176,12 +190,55 @@ class CPUCache:
             if room < 0:
                 self.shrink(max(0, self._used_bytes + room))
 
-    def remove(self, key: str) -> None:
-        """Forget an entry."""
+    def remove(self, key: str) -> int:
+        """Forget an entry; return the bytes released."""
         with self._lock:
             held = self._entries.pop(key, None)
-        if held is not None:
-            self._release(held.n_bytes)
+        if held is None:
+            return 0
+        self._release(held.n_bytes)
+        return held.n_bytes
+
+    # --- for a collector ----------------------------------------------------------------------------------------------
+
+    def entries(self) -> dict[str, _Held]:
+        """Return the entries as they are now, the least recently used first; they are only to be read."""
+        with self._lock:
+            return dict(self._entries)
+
+    def fill(self) -> float:
+        """Return the share of the level that is filled; 1 where the budget has no room."""
+        return 1.0 if self._budget.room_bytes() <= 0 else self._used_bytes / max(self.size_bytes, 1)
+
+    def may_leave(self, key: str) -> bool:
+        """Return whether an entry may go to the level below."""
+        held = self._entries.get(key)
+        return held is not None and held.kind is not None
+
+    def evict(self, key: str) -> int:
+        """Move an entry to the level below; return the bytes released."""
+        with self._lock:
+            held = self._entries.pop(key, None)
+            if held is None:
+                return 0
+            self.counters.evictions += 1
+            self.counters.evicted_bytes += held.n_bytes
+        return self._let_go([(key, held)])
+
+    def deflate(self, key: str) -> int:
+        """Pack an entry into fewer bytes, without a loss; return the bytes released."""
+        held = self._entries.get(key)
+        if held is None or not isinstance(held.encoded, EncodedItem) or held.dense:
+            return 0
+        packed = deflate(held.encoded)
+        with self._lock:
+            if packed is None or self._entries.get(key) is not held:
+                held.dense = packed is None
+                return 0
+            freed = held.n_bytes - packed.n_bytes
+            held.encoded, held.n_bytes = packed, packed.n_bytes
+        self._release(freed)
+        return freed
 
     def clear(self) -> None:
         """Forget all entries."""
@@ -215,7 +272,9 @@ class CPUCache:
         for key, held in leaving:
             freed += held.n_bytes
             if self.on_evict is not None:
-                self.on_evict(key, held.encoded, held.saved_s, held.kind)
+                encoded = held.encoded.inflate() if isinstance(held.encoded, DeflatedItem) else held.encoded
+                self.on_evict(key, encoded, held.saved_s, held.kind)
+                del encoded
             del held
         leaving.clear()  # the memory goes before the budget is told
         self._release(freed)

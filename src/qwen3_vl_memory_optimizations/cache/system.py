@@ -11,6 +11,7 @@ from typing import Any
 from ..config import MemoryConfig
 from ..prediction import UseCounts
 from .budget import CacheBudget
+from .collecting import CacheStore
 from .flights import Flights
 from .item import CacheItem, EncodedItem
 from .memory import CPUCache, GPUCache
@@ -36,7 +37,6 @@ class HierarchicalCacheSystem:
 
     Attributes:
         l1_cache, l2_cache, l3_cache: the levels; `None`: switched off.
-        recorder: called at each use of an entry with its key, its bytes and what it is: found, or new.
     """
 
     def __init__(
@@ -59,12 +59,13 @@ class HierarchicalCacheSystem:
             self.l3_cache = SSDCache(
                 config.l3_cache_size, directory or config.reuse_dir, codec=config.reuse_codec, timer=timer
             )
-        self.recorder: Callable[[str, int, str], None] | None = None
+        self._listeners: tuple[Callable[[str, int, str], None], ...] = ()
         self._timer = timer
         self._counts = UseCounts()
         self._counts_lock = threading.Lock()
         self._flights = Flights()
         self._seconds_per_unit: dict[str, float] = {}
+        self._computed_s = 0.0
 
     # --- entries ------------------------------------------------------------------------------------------------------
 
@@ -77,9 +78,21 @@ class HierarchicalCacheSystem:
             copy: in memory of its own; otherwise it may share memory with the cache, and is only to be read.
         """
         item = self._found(key, compute_s, copy)
-        if item is not None and self.recorder is not None:
-            self.recorder(key, item.n_bytes, "cached")
+        if item is not None:
+            self._tell(key, item, "general")
         return item
+
+    def listen(self, listener: Callable[[str, int, str], None]) -> None:
+        """Call `listener` at each use of an entry, found or new, with its key, its bytes and its kind.
+
+        The kind is that of `put`; of one that was found, and that no listener was told of before, it is not known
+        (`general`).
+        """
+        self._listeners = (*self._listeners, listener)
+
+    def _tell(self, key: str, item: CacheItem, kind: str) -> None:
+        for listener in self._listeners:
+            listener(key, item.n_bytes, kind)
 
     def _found(self, key: str, compute_s: float | None, copy: bool) -> CacheItem | None:
         with self._counts_lock:
@@ -123,8 +136,7 @@ class HierarchicalCacheSystem:
             persist: also to the SSD.
         """
         uses = self._counts.of(key)
-        if self.recorder is not None:
-            self.recorder(key, item.n_bytes, "cached")
+        self._tell(key, item, kind)
         if self.l1_cache is not None and self.l1_cache.available:
             self.l1_cache.store(key, item, saved_s=saved_s, uses=uses)
         if self.l2_cache is not None:
@@ -225,6 +237,7 @@ class HierarchicalCacheSystem:
     def note_compute_s(self, kind: str, units: float, seconds: float) -> None:
         """Note how long work of a kind took."""
         if units > 0 and seconds >= 0:
+            self._computed_s += seconds
             rate, before = seconds / units, self._seconds_per_unit.get(kind)
             self._seconds_per_unit[kind] = rate if before is None else before + _NEW_SHARE * (rate - before)
 
@@ -235,6 +248,10 @@ class HierarchicalCacheSystem:
         return None if self.l3_cache is None else self.l3_cache.predict_read_s(key)
 
     # --- the whole ----------------------------------------------------------------------------------------------------
+
+    def collectable(self) -> CacheStore | None:
+        """Return what a collector may let go of; `None` without a level in memory."""
+        return None if self.l2_cache is None else CacheStore(self.l2_cache, self.l3_cache)
 
     def make_room(self, growth_bytes: int = 0) -> None:
         """Give memory back that the budget needs: now, and for so much more that is about to be reserved."""
@@ -257,6 +274,7 @@ class HierarchicalCacheSystem:
             "misses": lookups - hits if there else 0,
             "hit_rate": hits / lookups if lookups else None,
             "saved_s": sum(row["saved_s"] for row in there),
+            "computed_s": self._computed_s,
             "seconds_per_unit": dict(self._seconds_per_unit),
         }
 

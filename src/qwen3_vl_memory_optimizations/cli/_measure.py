@@ -1,8 +1,7 @@
-"""Brief measurements of this machine: memory bandwidth and the speed of matrix products."""
+"""Brief measurements of this machine: the speed of matrix products."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,15 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from ..compression import LinearInput, RotatedINT8Codec, Scratch
+from ..figures import best_seconds
 
 _COLUMNS, _ROWS = 2048, 2048
-_LONGEST_S = 0.5
-
-
-def memory_bandwidth(n_bytes: int) -> float:
-    """Return how fast all threads together read memory, in bytes/s: the sum of a tensor of `n_bytes`."""
-    block = torch.ones(n_bytes // 4)
-    return n_bytes / _best_seconds(block.sum, runs=7)
 
 
 def product_speeds(rows: int, *, runs: int) -> dict[str, float]:
@@ -44,20 +37,4 @@ def product_speeds(rows: int, *, runs: int) -> dict[str, float]:
     }
     operations = 2 * rows * _COLUMNS * _ROWS
     with torch.inference_mode():
-        return {name: operations / _best_seconds(run, runs) for name, run in products.items()}
-
-
-def _best_seconds(run: Callable[[], Any], runs: int) -> float:
-    """Return the shortest of several runs, after one that warms up; a slow run is not repeated for long."""
-    begin = time.perf_counter()
-    run()
-    best = time.perf_counter() - begin
-    for _ in range(runs):
-        start = time.perf_counter()
-        run()
-        end = time.perf_counter()
-        best = min(best, end - start)
-        # Where bf16 falls back to slow code, one run takes long enough.
-        if end - begin > _LONGEST_S:
-            break
-    return best
+        return {name: operations / best_seconds(run, runs) for name, run in products.items()}

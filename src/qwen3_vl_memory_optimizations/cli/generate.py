@@ -16,19 +16,24 @@ from ._output import (
     CodecOption,
     DebugOption,
     JsonOption,
+    ProfileOption,
     RamBudgetOption,
     TensorBudgetOption,
     error_console,
     percent,
     print_json,
     progress_bar,
+    typed,
 )
 
 if TYPE_CHECKING:
     from ..model.processing import AnswerStreamer
+    from ..monitoring import MetricsExporter
+    from ..optimizer import MemoryOptimizer
 
 
 def generate(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="A checkpoint directory, or a model id of the hub.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
     image: Annotated[
@@ -38,6 +43,7 @@ def generate(
     system: Annotated[str | None, typer.Option("--system", help="What the model is told to be.")] = None,
     ram_budget: RamBudgetOption = None,
     tensor_budget: TensorBudgetOption = None,
+    profile: ProfileOption = None,
     codec: CodecOption = "auto",
     cache_dir: CacheDirOption = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer.")] = 256,
@@ -67,6 +73,16 @@ def generate(
     private: Annotated[
         bool, typer.Option("--private", help="Keep nothing of the image and the prompt on the disk.")
     ] = False,
+    metrics: Annotated[
+        int | None,
+        typer.Option(
+            "--metrics",
+            metavar="PORT",
+            min=0,
+            max=65535,
+            help="Serve figures for Prometheus on 127.0.0.1 while it runs (0: any free port).",
+        ),
+    ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Show speed and memory at the end (on stderr).")] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -83,17 +99,18 @@ def generate(
 
     qwen3vl-mem generate Qwen/Qwen3-VL-8B-Instruct --assistant Qwen/Qwen3-VL-2B-Instruct -p "Tell a story."
     """
-    from ..config import MemoryConfig
     from ..errors import ConfigurationError
+    from ..profiles import configure
 
     # Checked before anything slow is done.
     if assistant and prompt_lookup:
         raise ConfigurationError("--assistant and --prompt-lookup both propose tokens: give one of them")
-    budgets = {"ram_budget": ram_budget, "tensor_budget": tensor_budget}
-    settings = {"codec": codec, "cache_dir": cache_dir, "image_policy": image_policy, "private": private}
-    config = MemoryConfig.from_mapping({**budgets, **settings})
+    budgets = typed(ctx, profile=profile, ram_budget=ram_budget, tensor_budget=tensor_budget)
+    settings = typed(ctx, codec=codec, cache_dir=cache_dir, image_policy=image_policy, private=private)
+    config = configure({**budgets, **settings})
 
     from .. import create_optimized_model
+    from ..energy import Cost, EnergyMeter
     from ..factory import local_directory as local_directory
     from ..model.admission import prepare_within_budget
     from ..model.processing import load_processor
@@ -104,11 +121,16 @@ def generate(
     with progress_bar(quiet=as_json) as progress:
         optimized = create_optimized_model(directory, memory_config=config, assistant=assistant, progress=progress)
     optimizer = optimized.memory_optimizer
+    exporter = None
     try:
+        if metrics is not None:
+            exporter = _serve_metrics(optimizer, metrics)
         inputs, notes = prepare_within_budget(
             processor, optimized, prompt, image or [], video, system, max_pixels=max_pixels
         )
     except BaseException:
+        if exporter is not None:
+            exporter.close()
         optimizer.close()
         raise
     for note in notes:
@@ -132,18 +154,26 @@ def generate(
         choices["suppress_tokens"] = [processor.tokens.image_id, processor.tokens.video_id]
     interrupted = False
     read_before = optimizer.get_memory_efficiency_stats()["paging"]["bytes_read"]
-    start_s = time.perf_counter()
+    meter = EnergyMeter() if stats or as_json else None
+    if meter is not None:
+        meter.start()
+    start_s, before = time.perf_counter(), Cost.now(meter)
     try:
         try:
             optimized.generate(**inputs, **choices, max_new_tokens=max_new_tokens, streamer=streamer)
         except KeyboardInterrupt:
             interrupted = True
             streamer.end()  # the last word, which waited for its end
+        after = Cost.now(meter)
         memory = optimizer.get_memory_efficiency_stats()
     finally:
+        if exporter is not None:
+            exporter.close()
         optimizer.close()
+        if meter is not None:
+            meter.close()
 
-    figures = Figures.of(streamer, start_s, memory, read_before)
+    figures = Figures.of(streamer, start_s, memory, read_before, before.per_token(after, streamer.n_tokens))
     if as_json:
         answer = {
             "answer": "".join(pieces).strip(),
@@ -164,6 +194,15 @@ def generate(
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
+def _serve_metrics(optimizer: MemoryOptimizer, port: int) -> MetricsExporter:
+    from ..monitoring import MetricsExporter
+
+    exporter = MetricsExporter(optimizer)
+    text = f"metrics: {exporter.serve(port)}"
+    error_console().print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+    return exporter
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
     """What one answer cost; `None` where there is nothing to measure.
@@ -172,6 +211,8 @@ class Figures:
         tokens_per_s: after the first one, or the first ones where several come at once.
         bytes_read_per_token: from the SSD.
         hit_rate: share of the weight bytes used that were in memory already.
+        cpu_s_per_token: processor time of all threads; of the whole answer, the prompt included.
+        joules_per_token: likewise, of the whole machine.
     """
 
     new_tokens: int
@@ -180,9 +221,18 @@ class Figures:
     peak_rss_bytes: int
     bytes_read_per_token: float | None
     hit_rate: float | None
+    cpu_s_per_token: float | None
+    joules_per_token: float | None
 
     @classmethod
-    def of(cls, streamer: AnswerStreamer, start_s: float, memory: dict[str, Any], read_before: int) -> Figures:
+    def of(
+        cls,
+        streamer: AnswerStreamer,
+        start_s: float,
+        memory: dict[str, Any],
+        read_before: int,
+        costs: dict[str, float | None],
+    ) -> Figures:
         """Return the figures of an answer that began at `start_s` (`time.perf_counter()`)."""
         tokens, first_s, last_s = streamer.n_tokens, streamer.first_token_s, streamer.last_token_s
         rate = None
@@ -195,6 +245,7 @@ class Figures:
             peak_rss_bytes=memory["budget"]["process_peak_rss_bytes"],
             bytes_read_per_token=(memory["paging"]["bytes_read"] - read_before) / tokens if tokens else None,
             hit_rate=memory["paging"]["hit_rate"],
+            **costs,
         )
 
     def line(self) -> str:
@@ -202,6 +253,7 @@ class Figures:
         from ..errors import format_bytes
 
         read, first = self.bytes_read_per_token, self.time_to_first_token_s
+        cpu_s, joules = self.cpu_s_per_token, self.joules_per_token
         return " | ".join(
             (
                 f"{self.new_tokens} tokens",
@@ -210,5 +262,7 @@ class Figures:
                 f"peak {format_bytes(self.peak_rss_bytes)}",
                 "-" if read is None else f"{format_bytes(read)} read a token",
                 f"hit rate {percent(self.hit_rate)}",
+                "-" if cpu_s is None else f"{cpu_s:.3g} CPU s a token",
+                *(() if joules is None else (f"{joules:.3g} J a token",)),
             )
         )

@@ -6,6 +6,7 @@ from .int4 import INT4Codec
 from .int8 import INT8Codec
 from .kernels import KernelSelector
 from .kv import KV_CODECS, KVBlock, KVCodec, Partial, attend_plain, create_kv_codec, merge
+from .log import EncodingCounters, EncodingLog
 from .manager import (
     CompressedTensor,
     FP16QuantizationCompressor,
@@ -29,6 +30,8 @@ __all__ = [
     "CodecSpeeds",
     "CompressedTensor",
     "CompressionMethodSelector",
+    "EncodingCounters",
+    "EncodingLog",
     "FP16Codec",
     "FP16QuantizationCompressor",
     "INT4Codec",

@@ -245,7 +245,7 @@ class ManagedKVLayer(CacheLayerMixin):
         keys, values = (states[:, :, start : start + tokens].flatten(0, 1) for states in self._tail)
         stored = self._new_block(len(keys))
         with self.space.held([stored.block]):
-            self.codec.encode(keys, values, stored.encoded)
+            self.space.encodings.encode_block(self.space.kind, self.codec, keys, values, stored.encoded)
         self.blocks.append(stored)
 
     def _new_block(self, n: int) -> _StoredBlock:

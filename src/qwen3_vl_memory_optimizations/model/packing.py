@@ -67,7 +67,11 @@ def packed_directory(source: Checkpoint, codec: str, config: MemoryConfig) -> Pa
 
 def plan_path(source: Checkpoint, config: MemoryConfig) -> Path:
     """Return where the plan of a checkpoint is kept: beside the packed form, `….plan.json`."""
-    packed = packed_directory(source, "auto", config)
+    return plan_path_of(packed_directory(source, "auto", config))
+
+
+def plan_path_of(packed: Path) -> Path:
+    """Return where the plan of a packed checkpoint is kept, if it has one."""
     return packed.with_name(f"{packed.name}.plan.json")
 
 

@@ -10,7 +10,7 @@ from .managed_tensor import ManagedTensor, linear_joined, whole_linears
 from .pager import Pager
 from .pressure import PressureMonitor
 from .residency import READ_AHEAD_BYTES
-from .stats import PagingStats
+from .stats import PagingStats, TensorUse
 
 __all__ = [
     "Account",
@@ -32,6 +32,7 @@ __all__ = [
     "PressureMonitor",
     "ProcessAccounts",
     "TensorEntry",
+    "TensorUse",
     "alias_memory",
     "join",
     "linear_joined",

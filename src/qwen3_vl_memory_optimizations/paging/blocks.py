@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..compression import RawCodec, Scratch
+from ..compression import EncodingLog, RawCodec, Scratch
 from ..errors import MemoryBudgetExceeded, TensorFreedError
 from ..pools import FRAME_BYTES, reserve, unreserve
 from .entry import PAGE_BYTES, TensorEntry
@@ -78,11 +78,15 @@ class BlockSpace:
     Args:
         pager: keeps them within the budget; without one they are plain memory.
         kind: of the tensors.
+
+    Attributes:
+        encodings: what was encoded into them, for who encodes to note.
     """
 
     def __init__(self, pager: Pager | None, kind: str = "kv_cache") -> None:
         self.pager = pager
         self.kind = kind
+        self.encodings = EncodingLog() if pager is None else pager.encodings
         self._scratch = Scratch() if pager is None else None
 
     @property

@@ -172,6 +172,11 @@ class TensorEntry:
         return -(-end // FRAME_BYTES) * FRAME_BYTES - start // FRAME_BYTES * FRAME_BYTES
 
     @property
+    def beside_bytes(self) -> int:
+        """Size of the segments that are not paged."""
+        return sum(segment.nbytes for segment in list(self._segments.values())[1:])
+
+    @property
     def aliased(self) -> bool:
         """Whether views of it were handed out that may have written to it."""
         return any(page.aliased for page in self.pages)

@@ -36,9 +36,9 @@ class Ledger:
         """Return what an owner holds."""
         return sum(accounts.get(owner, 0) for accounts in self._accounts.values())
 
-    def accounts(self) -> dict[str, int]:
-        """Return owner -> bytes."""
-        return {**self._accounts[PROCESS], **self._accounts[TENSORS]}
+    def accounts(self, scope: str | None = None) -> dict[str, int]:
+        """Return owner -> bytes, of one scope or of both."""
+        return {**self._accounts[PROCESS], **self._accounts[TENSORS]} if scope is None else {**self._accounts[scope]}
 
     def frames_limit_bytes(self) -> int:
         """Return what is left for page frames under both limits."""

@@ -177,6 +177,7 @@ class PageMover:
             if error is None:
                 self._set_state(page, PageState.RESIDENT)
                 self._stats.bytes_read += n_read
+                self._stats.page_reads += 1
                 if page.swap_offset is not None:
                     self._stats.swap_reads += 1
             else:

@@ -21,10 +21,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from ..compression import Scratch
+from ..compression import EncodingLog, Scratch
 from ..errors import ConfigurationError, UnknownTensorError
 from ..pools import FRAME_BYTES, FramePool, TensorPool, units_of
 from ..prediction import PassSchedule
@@ -37,9 +38,21 @@ from .moves import PageMover
 from .products import Products
 from .residency import Residency, VictimOrder
 from .room import Room
+from .runtime import RuntimeTensors
 from .stats import PagingStats, TensorUse
 
 _LEAST_SCRATCH_BYTES = 1 << 16
+_IN_MEMORY = (PageState.RESIDENT, PageState.LOADING, PageState.WRITING)
+
+
+class Lives(Protocol):
+    """What follows the lives of runtime tensors; it must not ask the Pager anything, nor wait."""
+
+    def born(self, key: str, kind: str, n_bytes: int, creator: str, *, owned: bool) -> object:
+        """Note that a tensor came."""
+
+    def died(self, key: str) -> None:
+        """Note that it is gone."""
 
 
 class Pager:
@@ -55,6 +68,9 @@ class Pager:
 
     Attributes:
         products: computes with weights.
+        encodings: what was encoded for its tensors; those who encode note it.
+        runtime: the tensors that are no weights.
+        lives: told, under the lock, of runtime tensors that come and go; `None`: nobody.
         pools: kind -> address ranges for blocks of this kind; changed under `exclusive`. A kind without one, or whose
             pool is full, gets ranges of its own from the system.
     """
@@ -72,6 +88,7 @@ class Pager:
         self.ledger = ledger
         self.frames = FramePool(ledger.frames_limit_bytes(), reuse=reuse_frames, timer=timer)
         self.stats = PagingStats()
+        self.encodings = EncodingLog()
         self.entries: dict[str, TensorEntry] = {}
         self.pools: Mapping[str, TensorPool] = {}
         self._lock = threading.RLock()
@@ -86,6 +103,8 @@ class Pager:
         self._access = Access(
             self._lock, self._changed, self._mover, self._room, self._residency, self.stats, self._release_freed, timer
         )
+        self.runtime = RuntimeTensors(self._lock, self.entries, self.frames, self._mover, self._finalizers)
+        self.lives: Lives | None = None
         self._local = threading.local()
         self.products = Products(self._access, self.frames, lambda: self.scratch)
         self._adding = 0  # tensors that have memory and are not in `entries` yet
@@ -129,10 +148,18 @@ class Pager:
             with self._lock:
                 self._access.recorders = tuple(each for each in self._access.recorders if each is not recorder)
 
-    def listen(self, listener: Callable[[str, int, str], None]) -> None:
-        """Call `listener` at each access to a runtime tensor that is not used in a cycle, as `recording` does."""
+    def listen(self, listener: Callable[[str, int, str], None], *, to_all: bool = False) -> None:
+        """Call `listener` at each access to a runtime tensor that is not used in a cycle, as `recording` does.
+
+        Args:
+            listener: called under the lock.
+            to_all: at each access to any tensor.
+        """
         with self._lock:
-            self._access.listeners = (*self._access.listeners, listener)
+            if to_all:
+                self._access.recorders = (*self._access.recorders, listener)
+            else:
+                self._access.listeners = (*self._access.listeners, listener)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -170,6 +197,8 @@ class Pager:
                     self._mover.weights_resident_bytes += sum(page.n_bytes for page in entry.pages)
                 largest = max((page.n_bytes for page in entry.pages), default=0)
                 self.ledger.frames_floor_bytes = max(self.ledger.frames_floor_bytes, largest)
+            elif self.lives is not None:
+                self.lives.born(entry.tensor_id, entry.kind, entry.n_bytes, entry.kind, owned=True)
 
     def _back(self, entry: TensorEntry, resident: bool) -> None:
         """Put memory behind the frames of an entry that always stay, and behind its pages if they are `resident`."""
@@ -218,6 +247,8 @@ class Pager:
                 self._residency.remove(entry)
             else:
                 self._residency.forget(entry)
+                if self.lives is not None:
+                    self.lives.died(tensor_id)
             entry.on_released = then or entry.on_released
             self._release_freed(entry)
 
@@ -386,14 +417,18 @@ class Pager:
             self._finalizers.run()
             return [
                 TensorUse(
+                    entry.tensor_id,
                     entry.kind,
                     entry.codec.name,
+                    entry.codec.lossless,
                     math.prod(entry.shape) * entry.dtype.itemsize,
                     entry.n_bytes,
+                    entry.beside_bytes,
+                    sum(page.stop_bytes - page.start_bytes for page in entry.pages if page.state in _IN_MEMORY),
                     sum(
                         page.stop_bytes - page.start_bytes
                         for page in entry.pages
-                        if page.state in (PageState.RESIDENT, PageState.LOADING, PageState.WRITING)
+                        if page.state in _IN_MEMORY and (page.dirty or page.pins)
                     ),
                 )
                 for entry in self.entries.values()

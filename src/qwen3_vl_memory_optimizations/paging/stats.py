@@ -7,13 +7,25 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True, slots=True)
 class TensorUse:
-    """What one tensor holds: its size as the model sees it, as it is encoded, and how much of that is in memory."""
+    """What one tensor holds.
 
+    Attributes:
+        lossless: whether its codec gives the same bits back.
+        logical_bytes: its size as the model sees it; `encoded_bytes`: that of what is paged of its encoded form.
+        beside_bytes: of the rest of it, such as scales, which stays in memory.
+        resident_bytes: how much of that is in memory.
+        undroppable_bytes: how much of that cannot leave at once: it is in use, or would have to be written first.
+    """
+
+    tensor_id: str
     kind: str
     codec: str
+    lossless: bool
     logical_bytes: int
     encoded_bytes: int
+    beside_bytes: int
     resident_bytes: int
+    undroppable_bytes: int
 
 
 @dataclass(slots=True)
@@ -30,6 +42,7 @@ class PagingStats:
         prefetches: pages read before they were asked for; `prefetches_used`: those accessed afterwards.
         bytes_read, bytes_written: traffic with the SSD (checkpoint and swap file).
         row_bytes_read: single rows read for embedding look-ups.
+        page_reads: pages that came into memory from the SSD.
         evictions: clean pages dropped; swap_writes, swap_reads: pages through the swap file.
     """
 
@@ -45,6 +58,7 @@ class PagingStats:
     bytes_read: int = 0
     bytes_written: int = 0
     row_bytes_read: int = 0
+    page_reads: int = 0
     evictions: int = 0
     swap_writes: int = 0
     swap_reads: int = 0

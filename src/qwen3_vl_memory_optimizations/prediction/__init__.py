@@ -1,5 +1,6 @@
 """Access history -> next use. Pure: fed events, asked questions; no I/O, no lock, no clock."""
 
+from .lifetime import SimpleMLPredictor, Situation
 from .mlp import LightweightMLPredictor
 from .next_use import NextUse, UseHistory
 from .residency import choose_kept
@@ -10,6 +11,8 @@ __all__ = [
     "LightweightMLPredictor",
     "NextUse",
     "PassSchedule",
+    "SimpleMLPredictor",
+    "Situation",
     "UseCounts",
     "UseHistory",
     "choose_kept",

@@ -4,6 +4,7 @@ from .base import SwappingAlgorithm
 from .predictive import PredictiveSwappingAlgorithm
 from .recency import ClockSwappingAlgorithm, LRUSwappingAlgorithm
 from .replay import Replayed, Trace, TraceRecorder, replay, replay_belady
+from .shadow import ShadowLRU
 from .system import ALGORITHMS, MemorySwappingSystem, create_swapping_algorithm
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "MemorySwappingSystem",
     "PredictiveSwappingAlgorithm",
     "Replayed",
+    "ShadowLRU",
     "SwappingAlgorithm",
     "Trace",
     "TraceRecorder",

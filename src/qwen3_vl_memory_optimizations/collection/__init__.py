@@ -1,0 +1,18 @@
+"""What is not expected to be used again gives its memory back (specification 2.6)."""
+
+from ..prediction import SimpleMLPredictor
+from .collector import CollectionStats, PredictiveGarbageCollector
+from .lifecycle import Leak, TensorLife, TensorLifecycleTracker
+from .store import CollectableStore, Held, RuntimeStore
+
+__all__ = [
+    "CollectableStore",
+    "CollectionStats",
+    "Held",
+    "Leak",
+    "PredictiveGarbageCollector",
+    "RuntimeStore",
+    "SimpleMLPredictor",
+    "TensorLife",
+    "TensorLifecycleTracker",
+]

@@ -1,0 +1,323 @@
+"""`MemoryFigures`: what the parts of an optimizer counted, as the figures of section 7.1."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from ..cache import HierarchicalCacheSystem
+from ..compression import EncodingCounters, EncodingLog
+from ..errors import ConfigurationError, MemoryBudgetExceeded
+from ..model.plan import CompressionPlan
+from ..model.response_times import ResponseTimes
+from ..paging import PROCESS, TENSORS, Pager, TensorUse
+from ..pools import AdvancedMemoryPool
+from ..process import process_memory, usable_memory
+from ..swapping import ShadowLRU
+from .measured import BANDWIDTH_BYTES, BLOCK_BYTES, allocation_speedup, memory_bandwidth
+
+METRICS = (
+    "pool_utilization_rate",
+    "allocation_speedup",
+    "cache_hit_rate",
+    "cache_efficiency",
+    "compression_ratio",
+    "compression_quality",
+    "swap_operations_count",
+    "swap_efficiency",
+    "tier_migration_rate",
+    "tier_optimization_effectiveness",
+    "gc_success_rate",
+    "predicted_lifetime_accuracy",
+    "memory_bandwidth_utilization",
+    "cache_hit_improvement",
+)
+"""The keys of section 7.1."""
+
+_CACHE = "cache"
+_MEASURING = "measuring"
+
+
+class CollectorFigures(Protocol):
+    """What a predictive collector tells of itself."""
+
+    def success_rate(self) -> float | None:
+        """Return the share of what was collected that was not needed again."""
+
+    def lifetime_accuracy(self) -> float | None:
+        """Return the share of predicted lifetimes that came true."""
+
+
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """Memory that cannot be given up at once, and what there is.
+
+    Attributes:
+        undroppable_bytes: of the process or, with `tensor_budget` alone, of the managed tensors.
+        capacity_bytes: the budget, or without one the memory of the machine.
+    """
+
+    undroppable_bytes: int
+    capacity_bytes: int
+
+    @property
+    def share(self) -> float:
+        """Of the capacity."""
+        return self.undroppable_bytes / self.capacity_bytes
+
+
+@dataclass(slots=True)
+class MemoryFigures:
+    """Reads the counters of the parts of an optimizer; changes nothing but for what `measure` says.
+
+    `None` stands for a figure that cannot be measured, or not yet.
+
+    Args:
+        pager: moves the bytes.
+        pool: address ranges of runtime tensors; `None`: memory is not pooled.
+        cache: results that are used again, if any.
+        collector: a predictive collector, if any.
+        timer: a monotonic clock in seconds.
+
+    Attributes:
+        encodings: what was encoded in this process.
+        responses: how long the model took.
+        shadow: LRU on the accesses that happen.
+        plan_paths: what the names of a model's weights begin with -> the plan they were packed by.
+    """
+
+    pager: Pager
+    pool: AdvancedMemoryPool | None = None
+    cache: HierarchicalCacheSystem | None = None
+    collector: CollectorFigures | None = None
+    timer: Callable[[], float] = time.monotonic
+    encodings: EncodingLog = field(init=False)
+    responses: ResponseTimes = field(init=False)
+    shadow: ShadowLRU = field(init=False)
+    plan_paths: dict[str, Path] = field(init=False, default_factory=dict)
+    _start_s: float = field(init=False)
+    _measured: dict[str, float] = field(init=False, default_factory=dict)
+    _measuring: threading.Lock = field(init=False, default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        stats, frames = self.pager.stats, self.pager.frames
+        self.encodings = self.pager.encodings
+        self.responses = ResponseTimes(lambda: stats.hit_bytes + stats.miss_bytes)
+        self.shadow = ShadowLRU(stats, lambda: frames.limit_bytes, self.pager.entries)
+        self.pager.listen(self.shadow, to_all=True)
+        self._start_s = self.timer()
+
+    @property
+    def uptime_s(self) -> float:
+        """Seconds since the start."""
+        return self.timer() - self._start_s
+
+    # --- section 7.1 --------------------------------------------------------------------------------------------------
+
+    def metrics(
+        self, *, measure: bool = True, uses: Iterable[TensorUse] | None = None
+    ) -> dict[str, float | int | None]:
+        """Return all figures by the keys of section 7.1.
+
+        Args:
+            measure: also what has to be measured (once, in about 0.3 s); otherwise only where it was.
+            uses: what the Pager said of its tensors, where that is known already.
+        """
+        uses = self.pager.usage() if uses is None else uses
+        values = (
+            self.pool_utilization(),
+            self.allocation_speedup(measure=measure),
+            self.cache_hit_rate(),
+            self.cache_efficiency(),
+            self.compression_ratio(uses),
+            self.compression_quality(uses),
+            self.swap_count(),
+            self.swap_efficiency(),
+            self.tier_migration_rate(),
+            self.tier_effectiveness(),
+            self.gc_success_rate(),
+            self.lifetime_accuracy(),
+            self.bandwidth_utilization(measure=measure),
+            self.shadow.improvement,
+        )
+        return dict(zip(METRICS, values, strict=True))
+
+    def pool_utilization(self) -> float | None:
+        """Return the bytes granted by the typed pools over their address space, now; `None` without pooling."""
+        rows = self.pools().values()
+        if not rows:
+            return None
+        return sum(row["used_bytes"] or 0 for row in rows) / sum(row["size_bytes"] or 0 for row in rows)
+
+    def allocation_speedup(self, *, measure: bool = True) -> float | None:
+        """Return the time of `torch.empty` over that of a pool, 32 MiB and first touch each (`measured`), once."""
+        if self.pool is None:
+            return None
+        return self._once("allocation_speedup", BLOCK_BYTES, lambda: allocation_speedup(BLOCK_BYTES), measure)
+
+    def cache_hit_rate(self) -> float | None:
+        """Return hits over look-ups of the cache of results, since the start."""
+        return None if self.cache is None else self.cache.stats()["hit_rate"]
+
+    def cache_efficiency(self) -> float | None:
+        """Return the seconds that hits saved over those and the seconds spent on computing, since the start."""
+        if self.cache is None:
+            return None
+        stats = self.cache.stats()
+        total_s = stats["saved_s"] + stats["computed_s"]
+        return stats["saved_s"] / total_s if total_s > 0 else None
+
+    def compression_ratio(self, uses: Iterable[TensorUse] | None = None) -> float | None:
+        """Return original over encoded bytes of the weights that are managed now and of what was encoded besides."""
+        rows = self.compression(uses)
+        encoded = sum(row.encoded_bytes for row in rows.values())
+        return sum(row.original_bytes for row in rows.values()) / encoded if encoded else None
+
+    def compression_quality(self, uses: Iterable[TensorUse] | None = None) -> float | None:
+        """Return 1 - the mean relative error by bytes, over all of which an error is known."""
+        rows = self.compression(uses).values()
+        sampled = sum(row.sampled_bytes for row in rows)
+        return 1 - sum(row.error_bytes for row in rows) / sampled if sampled else None
+
+    def compression(self, uses: Iterable[TensorUse] | None = None) -> dict[str, EncodingCounters]:
+        """Return what was encoded, by kind: weights as they are managed now, all else since the start.
+
+        The error of a weight is that of the plan it was packed by, or was sampled when it was encoded. Where that of
+        one is not known, nothing is said of weights.
+        """
+        rows = self.encodings.rows()
+        weights = EncodingCounters()
+        all_known, errors = True, self._weight_errors()
+        for use in self.pager.usage() if uses is None else uses:
+            if use.kind == "weights":
+                weights.original_bytes += use.logical_bytes
+                weights.encoded_bytes += use.encoded_bytes + use.beside_bytes
+                error = 0.0 if use.lossless else errors.get(use.tensor_id)
+                all_known = all_known and error is not None
+                weights.error_bytes += (error or 0.0) * use.logical_bytes
+        if weights.encoded_bytes:
+            weights.sampled_bytes = weights.original_bytes if all_known else 0
+            weights.error_bytes = weights.error_bytes if all_known else 0.0
+            rows["weights"] = weights
+        return rows
+
+    def _weight_errors(self) -> Mapping[str, float]:
+        """Return the errors by tensor; plans are read when they are asked for the first time."""
+        for prefix, path in list(self.plan_paths.items()):
+            self.plan_paths.pop(prefix, None)
+            try:
+                plan = CompressionPlan.load(path)
+            except ConfigurationError:  # packed without one, or it was removed since
+                continue
+            for name, weight in plan.weights.items():
+                if weight.relative_error is not None:
+                    self.encodings.weight_errors[prefix + name] = weight.relative_error
+        return self.encodings.weight_errors
+
+    def swap_count(self) -> int:
+        """Return the pages written to and read from the swap file, since the start."""
+        stats = self.pager.stats
+        return stats.swap_writes + stats.swap_reads
+
+    def swap_efficiency(self) -> float | None:
+        """Return the share of accesses to pages that had been read from the SSD that nobody waited for."""
+        stats = self.pager.stats
+        # Not below 0: single rows that are looked up may wait for a page, and are no access to it.
+        return max(0.0, 1 - stats.faults / stats.misses) if stats.misses else None
+
+    def tier_migration_rate(self) -> float | None:
+        """Return how many pages a second came from the SSD into memory or left it, since the start."""
+        return self.moves() / self.uptime_s if self.uptime_s > 0 else None
+
+    def moves(self) -> int:
+        """Return the pages that came into memory from the SSD or left it, since the start."""
+        stats = self.pager.stats
+        return stats.page_reads + stats.evictions + stats.swap_writes
+
+    def tier_effectiveness(self) -> float | None:
+        """Return the share of pages read ahead of an access that were then used before they left."""
+        stats = self.pager.stats
+        return stats.prefetches_used / stats.prefetches if stats.prefetches else None
+
+    def gc_success_rate(self) -> float | None:
+        """Return the share of what was collected that was not needed again; `None` without a collector."""
+        return None if self.collector is None else self.collector.success_rate()
+
+    def lifetime_accuracy(self) -> float | None:
+        """Return the share of predicted lifetimes that came true; `None` without a collector."""
+        return None if self.collector is None else self.collector.lifetime_accuracy()
+
+    def bandwidth_utilization(self, *, measure: bool = True) -> float | None:
+        """Return the encoded bytes used a second of decoding over the memory bandwidth of this machine.
+
+        Decoding is what comes after the first token, in the last 64 responses. The bandwidth is measured once.
+        """
+        responses = self.responses.recent()
+        seconds = sum(each.decode_s for each in responses)
+        bandwidth = self._bandwidth(measure=measure and seconds > 0)
+        if bandwidth is None or seconds <= 0:
+            return None
+        return sum(each.decode_bytes for each in responses) / seconds / bandwidth
+
+    def measure(self) -> None:
+        """Measure what `metrics` need a measurement for, if it was not: 0.3 s, and up to 64 MiB meanwhile."""
+        self.allocation_speedup()
+        self._bandwidth(measure=True)
+
+    def _bandwidth(self, *, measure: bool) -> float | None:
+        return self._once("memory_bandwidth", BANDWIDTH_BYTES, lambda: memory_bandwidth(BANDWIDTH_BYTES), measure)
+
+    def _once(self, name: str, n_bytes: int, run: Callable[[], float], measure: bool) -> float | None:
+        """Return what was measured, or measure it where the budget has room for what that takes."""
+        with self._measuring:
+            if name not in self._measured and measure:
+                try:
+                    self.pager.debit(_MEASURING, n_bytes, PROCESS)
+                except MemoryBudgetExceeded:
+                    return None
+                try:
+                    self._measured[name] = run()
+                finally:
+                    self.pager.debit(_MEASURING, -n_bytes, PROCESS)
+            return self._measured.get(name)
+
+    # --- ours ---------------------------------------------------------------------------------------------------------
+
+    def fragmentation(self) -> float | None:
+        """Return the largest external fragmentation of a typed pool: 1 - largest hole / free bytes.
+
+        Page frames are moved between addresses, so that free ones always serve, and have none.
+        """
+        shares = (row["external_fragmentation"] for row in self.pools().values())
+        return max((share for share in shares if share is not None), default=None)
+
+    def pools(self) -> dict[str, dict[str, float | int | None]]:
+        """Return the figures of each typed pool; none without pooling."""
+        if self.pool is None:
+            return {}
+        with self.pager.exclusive():  # which is what pools change under
+            return self.pool.stats()
+
+    def occupancy(self, uses: Iterable[TensorUse] | None = None) -> Occupancy:
+        """Return the memory that cannot be given up at once.
+
+        A budget is meant to be full: clean weights stay while nobody else needs the room, and results that were kept
+        leave for anything. Neither counts. What counts is the rest of the process (what forwards have reserved and what
+        others forced the optimizer to give up included), and managed pages in use or to be written before they leave.
+        """
+        ledger = self.pager.ledger
+        uses = list(self.pager.usage() if uses is None else uses)
+        managed = sum(use.undroppable_bytes for use in uses)
+        if ledger.ram_budget_bytes is not None:
+            accounts = ledger.accounts()
+            return Occupancy(sum(accounts.values()) - accounts.get(_CACHE, 0) + managed, ledger.ram_budget_bytes)
+        if ledger.tensor_budget_bytes is not None:
+            accounts = ledger.accounts(TENSORS)
+            return Occupancy(sum(accounts.values()) - accounts.get(_CACHE, 0) + managed, ledger.tensor_budget_bytes)
+        clean = sum(use.resident_bytes for use in uses) - managed
+        others = process_memory().anonymous_bytes - clean - ledger.held_bytes(_CACHE)
+        return Occupancy(max(0, others), usable_memory()[0])

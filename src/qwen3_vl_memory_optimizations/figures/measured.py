@@ -1,0 +1,76 @@
+"""What this machine can do, measured: memory bandwidth, and what taking memory from a pool saves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..paging import alias_memory
+from ..pools import FRAME_BYTES, FramePool, TensorPool
+from ..process import trim_heap
+
+BANDWIDTH_BYTES = 64 << 20
+"""More than the caches of the processors this runs on hold."""
+BLOCK_BYTES = 32 << 20
+"""From this size on, glibc takes memory from the system, unless its heap has a hole as large."""
+_RUNS = 5
+_LONGEST_S = 0.5
+
+
+def memory_bandwidth(n_bytes: int) -> float:
+    """Return how fast all threads together read memory, in bytes/s: the sum of a tensor of `n_bytes`."""
+    block = torch.ones(n_bytes // 4)
+    return n_bytes / best_seconds(block.sum, runs=7)
+
+
+def allocation_speedup(n_bytes: int = BLOCK_BYTES, timer: Callable[[], float] = time.perf_counter) -> float:
+    """Return how many times faster a block of a pool is there than `torch.empty`, first touch included.
+
+    Both allocate `n_bytes` and write one byte a page. What `torch.empty` gives comes from the system. The pool has the
+    frames of a block that was freed, at another address: they are moved, as for a tensor of another size. The best of
+    five runs counts, of each. It takes `n_bytes` of memory meanwhile.
+
+    Args:
+        n_bytes: a multiple of the page size.
+        timer: a monotonic clock in seconds.
+    """
+    fresh_s = pooled_s = float("inf")
+    for _ in range(_RUNS):
+        trim_heap()  # a hole that holds memory would be a pool too
+        start_s = timer()
+        block = torch.empty(n_bytes, dtype=torch.uint8)
+        block[::FRAME_BYTES] = 1
+        fresh_s = min(fresh_s, timer() - start_s)
+        del block
+    pool, frames = TensorPool((_RUNS + 1) * n_bytes), FramePool(n_bytes)
+    try:
+        for run in range(_RUNS + 1):
+            start_s = timer()
+            address = pool.allocate(n_bytes)
+            frames.back(address, n_bytes, owner=pool.kind)
+            alias_memory(address, n_bytes)[::FRAME_BYTES] = 1
+            took_s = timer() - start_s
+            pooled_s = min(pooled_s, took_s if run else pooled_s)  # the first one has no frames to reuse
+            frames.release(address, n_bytes)
+    finally:
+        pool.close()
+    return fresh_s / pooled_s
+
+
+def best_seconds(run: Callable[[], Any], runs: int) -> float:
+    """Return the shortest of several runs, after one that warms up; a slow run is not repeated for long."""
+    begin = time.perf_counter()
+    run()
+    best = time.perf_counter() - begin
+    for _ in range(runs):
+        start = time.perf_counter()
+        run()
+        end = time.perf_counter()
+        best = min(best, end - start)
+        # Where bf16 falls back to slow code, one run takes long enough.
+        if end - begin > _LONGEST_S:
+            break
+    return best

@@ -1,0 +1,51 @@
+"""Each `generate` of a model is a session, and says what is being computed: the vision tower, a prompt, or tokens."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+_FEW_TOKENS = 16
+"""So many new tokens behind others are drafts of an answer, not a prompt."""
+
+
+def attach_sessions(
+    model: Any, session: Callable[[], AbstractContextManager[Any]], enter_phase: Callable[[str], None]
+) -> None:
+    """Open a session around each `generate` of a model, and tell the phases of all its forwards.
+
+    Args:
+        model: of transformers.
+        session: returns a context for one session.
+        enter_phase: called with `vision`, `prefill` or `decode`, ahead of what computes it.
+    """
+
+    def before_model(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = kwargs.get("input_ids", args[0] if args else None)
+        given = kwargs["inputs_embeds"] if given is None else given
+        cache = kwargs.get("cache")  # since transformers 5.24
+        cache = kwargs.get("past_key_values") if cache is None else cache
+        goes_on = cache is not None and cache.get_seq_length() > 0
+        enter_phase("decode" if goes_on and given.shape[1] <= _FEW_TOKENS else "prefill")
+
+    def before_vision(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        enter_phase("vision")
+
+    model.register_forward_pre_hook(before_model, with_kwargs=True)
+    vision = getattr(getattr(model, "model", None), "visual", None)
+    if isinstance(vision, torch.nn.Module):
+        vision.register_forward_pre_hook(before_vision, with_kwargs=True)
+    plain = getattr(model, "generate", None)
+    if plain is None:
+        return
+
+    @functools.wraps(plain)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        with session():
+            return plain(*args, **kwargs)
+
+    model.generate = generate

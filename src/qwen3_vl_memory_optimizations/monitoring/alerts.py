@@ -1,0 +1,239 @@
+"""Alerts (section 7.3): each fires after its condition held for a while, and clears behind a laxer bound."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import ConfigurationError
+from ..optimizer import MemoryOptimizer
+from .snapshot import take_snapshot
+
+logger = logging.getLogger(__name__)
+
+ALERTS = ("cache_hit_rate", "fragmentation", "response_time", "memory")
+"""The names of the alerts."""
+
+_PERIOD_S = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlertLimits:
+    """When alerts fire and clear.
+
+    Attributes:
+        hit_rate, hit_rate_clear: of the cache of results over `window_s`, with at least `least_lookups` look-ups in it.
+        fragmentation, fragmentation_clear: see `MemoryFigures.fragmentation`.
+        response_s, response_clear_s: the last response, or one under way; `None`: no limit was set, or 0.9 of it.
+        memory, memory_clear: share of the capacity that cannot be given up at once, see `MemoryFigures.occupancy`.
+        hold_s: how long a condition must hold before its alert fires; and the other one before it clears.
+        window_s: that hit rates are counted over.
+        least_lookups: fewer say nothing.
+
+    Raises:
+        ConfigurationError: a bound on the wrong side of its limit, or no time.
+    """
+
+    hit_rate: float = 0.70
+    hit_rate_clear: float = 0.75
+    fragmentation: float = 0.40
+    fragmentation_clear: float = 0.35
+    response_s: float | None = None
+    response_clear_s: float | None = None
+    memory: float = 0.80
+    memory_clear: float = 0.75
+    hold_s: float = 10.0
+    window_s: float = 300.0
+    least_lookups: int = 20
+
+    def __post_init__(self) -> None:
+        if self.hit_rate_clear < self.hit_rate:
+            raise ConfigurationError(f"hit_rate_clear: {self.hit_rate_clear} is below hit_rate, {self.hit_rate}")
+        for name in ("fragmentation", "response", "memory"):
+            unit = "_s" if name == "response" else ""
+            limit, clear = getattr(self, name + unit), getattr(self, f"{name}_clear{unit}")
+            if limit is not None and clear is not None and clear > limit:
+                raise ConfigurationError(f"{name}_clear{unit}: {clear} is above {name}{unit}, {limit}")
+        if self.hold_s < 0 or self.window_s <= 0:
+            raise ConfigurationError(f"hold_s: {self.hold_s} s and window_s: {self.window_s} s leave no time")
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """The state of one alert.
+
+    Attributes:
+        active: whether it fired and has not cleared.
+        value: the figure now; `None`: there is none, and nothing to alert of.
+        limit: that it fires beyond; `None`: no limit was set.
+        since_s: for how long it has been active or not; `None`: from the beginning.
+        message: for people.
+    """
+
+    name: str
+    active: bool
+    value: float | None
+    limit: float | None
+    since_s: float | None
+    message: str
+
+
+@dataclass(slots=True)
+class _State:
+    active: bool = False
+    changed_s: float | None = None
+    turning_s: float | None = None
+    """Since when the figure has been on the other side."""
+
+
+class AlertMonitor:
+    """Decides from snapshots which alerts are active. Any thread may ask.
+
+    Args:
+        limits: when they fire and clear.
+        on_change: called with each alert that fires or clears, outside of locks; what it raises is logged.
+        clock: monotonic, in seconds.
+    """
+
+    def __init__(
+        self,
+        limits: AlertLimits | None = None,
+        *,
+        on_change: Callable[[Alert], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.limits = limits or AlertLimits()
+        self._on_change = on_change
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._states = {name: _State() for name in ALERTS}
+        self._lookups: deque[tuple[float, int, int]] = deque()  # time, hits, look-ups
+
+    def evaluate(self, snapshot: Mapping[str, Any]) -> list[Alert]:
+        """Return all alerts, as of a snapshot; those that fire or clear by it are logged and handed to `on_change`."""
+        with self._lock:
+            now_s, limits = self._clock(), self.limits
+            hit_rate = self._hit_rate(snapshot["cache"], now_s)
+            memory, response_s = snapshot["budget"]["undroppable_share"], snapshot["responses"]["current_s"]
+            fragmentation, response_clear_s = snapshot["fragmentation"], limits.response_clear_s
+            if response_clear_s is None and limits.response_s is not None:
+                response_clear_s = 0.9 * limits.response_s
+            judged = [
+                self._judge("cache_hit_rate", hit_rate, limits.hit_rate, limits.hit_rate_clear, now_s, below=True),
+                self._judge("fragmentation", fragmentation, limits.fragmentation, limits.fragmentation_clear, now_s),
+                self._judge("response_time", response_s, limits.response_s, response_clear_s, now_s),
+                self._judge("memory", memory, limits.memory, limits.memory_clear, now_s),
+            ]
+        for alert, changed in judged:
+            if changed:
+                self._tell(alert)
+        return [alert for alert, _ in judged]
+
+    def _judge(
+        self,
+        name: str,
+        value: float | None,
+        limit: float | None,
+        clear: float | None,
+        now_s: float,
+        below: bool = False,
+    ) -> tuple[Alert, bool]:
+        """Return an alert, and whether it changed.
+
+        Args:
+            name: of the alert.
+            value: the figure.
+            limit: that it fires beyond.
+            clear: that it clears behind.
+            now_s: the time.
+            below: it fires below the limit.
+        """
+        state = self._states[name]
+        bound = clear if state.active else limit
+        beyond = value is not None and bound is not None and (value < bound if below else value > bound)
+        changed = False
+        if beyond == state.active:
+            state.turning_s = None
+        else:
+            state.turning_s = now_s if state.turning_s is None else state.turning_s
+            changed = now_s - state.turning_s >= self.limits.hold_s
+        if changed:
+            state.active, state.changed_s, state.turning_s = not state.active, now_s, None
+        since_s = None if state.changed_s is None else now_s - state.changed_s
+        side = "below" if below else "above"
+        message = f"{name} {'fires' if state.active else 'is clear'}: " + (
+            "no figure" if value is None else f"{value:.3g}"
+        )
+        if limit is not None:
+            message += f" (fires {side} {limit:g}, clears at {clear:g})"
+        return Alert(name, state.active, value, limit, since_s, message), changed
+
+    def _hit_rate(self, cache: Mapping[str, Any] | None, now_s: float) -> float | None:
+        """Return the hit rate of the look-ups in the window; `None`: too few."""
+        if cache is None:
+            return None
+        seen = self._lookups
+        if not seen:
+            seen.append((now_s - self.limits.window_s, 0, 0))  # the beginning
+        seen.append((now_s, cache["hits"], cache["hits"] + cache["misses"]))
+        while len(seen) > 2 and seen[1][0] <= now_s - self.limits.window_s:
+            seen.popleft()
+        lookups = seen[-1][2] - seen[0][2]
+        return (seen[-1][1] - seen[0][1]) / lookups if lookups >= max(1, self.limits.least_lookups) else None
+
+    def _tell(self, alert: Alert) -> None:
+        logger.log(logging.WARNING if alert.active else logging.INFO, "alert %s", alert.message)
+        if self._on_change is not None:
+            try:
+                self._on_change(alert)
+            except Exception:  # who watches must not end the watch
+                logger.exception("the callback of alert %s failed", alert.name)
+
+
+class AlertWatch:
+    """A thread that lets a monitor look at an optimizer every two seconds; it ends with the optimizer or `close`.
+
+    Args:
+        optimizer: is looked at.
+        monitor: decides.
+        period_s: between two looks.
+    """
+
+    def __init__(self, optimizer: MemoryOptimizer, monitor: AlertMonitor, period_s: float = _PERIOD_S) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._monitor = monitor
+        self._period_s = period_s
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="memory-alerts", daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._period_s):
+            optimizer = self._optimizer()
+            if optimizer is None:
+                return
+            self._monitor.evaluate(take_snapshot(optimizer))
+            del optimizer
+
+    def close(self) -> None:
+        """End the thread."""
+        self._ended.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> AlertWatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def alert_rows(alerts: list[Alert]) -> list[dict[str, Any]]:
+    """Return alerts as the `alerts` of a snapshot."""
+    return [asdict(alert) for alert in alerts]

@@ -1,0 +1,170 @@
+"""`take_snapshot`: everything there is to show of an optimizer, now, as one dict that JSON can hold."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+from ..compression import EncodingCounters
+from ..model.response_times import Response
+from ..optimizer import MemoryOptimizer
+
+SCHEMA = 1
+"""Grows when a key changes its meaning or goes."""
+
+_LATELY_S = 300.0
+
+
+def take_snapshot(optimizer: MemoryOptimizer, *, measure: bool = False) -> dict[str, Any]:
+    """Return the state and the counters of an optimizer; a figure that is not there is `None`.
+
+    Takes about a millisecond. Counters only grow: whoever wants rates keeps the snapshot before.
+
+    Args:
+        optimizer: not closed.
+        measure: also measure what `metrics` need a measurement for, once (0.3 s).
+
+    Returns:
+        schema: `SCHEMA`.
+        time_s: seconds since 1970; `uptime_s`: of the optimizer.
+        process: `rss_bytes`, `peak_rss_bytes`, `cpu_s` (CPU-seconds so far, all threads).
+        budget: limits, `accounts_bytes` by owner, page frames (`frames_*_bytes`), what was given up under pressure;
+            `undroppable_bytes`, `capacity_bytes`, `undroppable_share`: see `MemoryFigures.occupancy`.
+        memory_map: rows `tier` (`cpu`, `ssd`), `kind`, `codec`, `tensors`, `bytes`: encoded bytes that lie there; those
+            of `ssd` are not in memory besides.
+        tiers, kinds, codecs, paging, sessions_open: as in `get_memory_efficiency_stats`. Each kind has besides
+            `compression_ratio`, `relative_error`, `encode_bytes_per_s`, `encodes`.
+        pools: by kind: `size_bytes`, `used_bytes`, `requested_bytes`, `utilization`, `allocations`,
+            `internal_fragmentation`, `external_fragmentation`. Empty without pooling.
+        fragmentation: the figure that alerts look at, see `MemoryFigures.fragmentation`.
+        cache: `hits`, `misses`, `hit_rate`, `saved_s`, `computed_s`, `levels` (`gpu`, `cpu`, `ssd`: each `None` or its
+            counters, `hit_rate`, `prediction_efficiency`, `migrations`). `None`: switched off.
+        swapping: `algorithm`, `decides`, `swapped_ahead_bytes`; `None`: switched off.
+        migrations: `pages` moved between tiers; `tensors` brought back by the tiering system, `tensors_used` of them.
+        prediction: `prefetch_accuracy`, `tier_effectiveness`, `improvement_over_lru`.
+        gc: counters of the collector; `None`: there is none.
+        life_cycles: by kind of runtime tensor: `births`, `deaths`, `alive`, `alive_bytes`, `mean_rounds`.
+        responses: `count`, `tokens`, `seconds` in all; `running_s`; `last`; `current_s` for the alert: the time of the
+            last one where it ended in the last five minutes, or of one under way if that is longer; `tokens_per_s`,
+            `cpu_s_per_token` and mean `first_token_s` of the last 64.
+        metrics: the keys of section 7.1.
+        alerts: empty; `AlertMonitor` has them (`alert_rows`).
+    """
+    figures, memory = optimizer.figures, optimizer.get_memory_efficiency_stats()
+    uses = optimizer.pager.usage()
+    occupancy = figures.occupancy(uses)
+    budget, tiers, cache = memory["budget"], memory["tiers"], memory["cache"]
+    metrics = figures.metrics(measure=measure, uses=uses)
+    swapping, pressure = optimizer.swapping, optimizer.pressure
+    return {
+        "schema": SCHEMA,
+        "time_s": time.time(),
+        "uptime_s": figures.uptime_s,
+        "process": {
+            "rss_bytes": budget["process_rss_bytes"],
+            "peak_rss_bytes": budget["process_peak_rss_bytes"],
+            "cpu_s": time.process_time(),
+        },
+        "budget": {
+            **{key: value for key, value in budget.items() if not key.startswith("process_")},
+            "frames_free_bytes": optimizer.pager.frames.free_bytes,
+            "given_up_bytes": 0 if pressure is None else pressure.given_up_bytes,
+            "undroppable_bytes": occupancy.undroppable_bytes,
+            "capacity_bytes": occupancy.capacity_bytes,
+            "undroppable_share": occupancy.share,
+        },
+        "memory_map": _memory_map(uses),
+        "tiers": {name: tiers[name] for name in ("gpu", "cpu", "ssd")},
+        "pools": memory["pools"],
+        "fragmentation": figures.fragmentation(),
+        "kinds": _kinds(memory["kinds"], figures.compression(uses)),
+        "codecs": memory["codecs"],
+        "cache": cache,
+        "paging": memory["paging"],
+        "swapping": None
+        if swapping is None
+        else {
+            "algorithm": swapping.algorithm.name,
+            "decides": getattr(swapping.algorithm, "decides", swapping.algorithm.name),
+            "swapped_ahead_bytes": swapping.swapped_ahead_bytes,
+        },
+        "migrations": {
+            "pages": figures.moves(),
+            "tensors": tiers["migrations"],
+            "tensors_used": tiers["migrations_used"],
+        },
+        "prediction": {
+            "prefetch_accuracy": memory["paging"]["prefetch_accuracy"],
+            "tier_effectiveness": None if optimizer.tiering is None else optimizer.tiering.effectiveness(),
+            "improvement_over_lru": metrics["cache_hit_improvement"],
+        },
+        "gc": memory["gc"],
+        "life_cycles": optimizer.lifecycle.stats()["kinds"],
+        "responses": _responses(optimizer),
+        "sessions_open": memory["sessions_open"],
+        "metrics": metrics,
+        "alerts": [],
+    }
+
+
+def _memory_map(uses: list[Any]) -> list[dict[str, Any]]:
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for use in uses:
+        for tier, n_bytes in (("cpu", use.resident_bytes), ("ssd", use.encoded_bytes - use.resident_bytes)):
+            if n_bytes:
+                key = (tier, use.kind, use.codec)
+                row = rows.setdefault(
+                    key, {"tier": tier, "kind": use.kind, "codec": use.codec, "tensors": 0, "bytes": 0}
+                )
+                row["tensors"] += 1
+                row["bytes"] += n_bytes
+    return [rows[key] for key in sorted(rows)]
+
+
+def _kinds(held: dict[str, dict[str, int]], encoded: dict[str, EncodingCounters]) -> dict[str, dict[str, Any]]:
+    nothing = {"tensors": 0, "logical_bytes": 0, "encoded_bytes": 0, "resident_bytes": 0}
+    kinds: dict[str, dict[str, Any]] = {}
+    for kind in sorted({*held, *encoded}):
+        row = encoded.get(kind, EncodingCounters())
+        kinds[kind] = {
+            **(held.get(kind) or nothing),
+            "encodes": row.encodes,
+            "compression_ratio": row.original_bytes / row.encoded_bytes if row.encoded_bytes else None,
+            "relative_error": row.relative_error,
+            "encode_bytes_per_s": row.original_bytes / row.seconds if row.seconds else None,
+        }
+    return kinds
+
+
+def _responses(optimizer: MemoryOptimizer) -> dict[str, Any]:
+    times = optimizer.figures.responses
+    recent, running_s, now_s = times.recent(), times.running_s(), times.timer()
+    generated = [each for each in recent if each.generated and each.new_tokens]
+    tokens = sum(each.new_tokens for each in generated)
+    decode_s = sum(each.decode_s for each in recent)
+    steps = sum(each.decode_steps for each in recent)
+    first = [each.first_token_s for each in recent if each.first_token_s is not None]
+    return {
+        "count": times.responses,
+        "current_s": _current_s(recent, running_s, now_s),
+        "tokens": times.tokens,
+        "seconds": times.seconds,
+        "running_s": running_s,
+        "last": _response(recent[-1], now_s) if recent else None,
+        "tokens_per_s": steps / decode_s if decode_s else None,
+        "first_token_s": sum(first) / len(first) if first else None,
+        "cpu_s_per_token": sum(each.cpu_s for each in generated) / tokens if tokens else None,
+    }
+
+
+def _current_s(recent: list[Response], running_s: float | None, now_s: float) -> float | None:
+    """Return the time of the last response if it ended lately, or of one under way if that is longer already."""
+    lately = recent and now_s - recent[-1].ended_s < _LATELY_S
+    times = [running_s or 0.0, recent[-1].wall_s if lately else 0.0]
+    return max(times) if lately or running_s is not None else None
+
+
+def _response(response: Response, now_s: float) -> dict[str, Any]:
+    row = asdict(response)
+    return {"age_s": now_s - row.pop("ended_s"), **row}

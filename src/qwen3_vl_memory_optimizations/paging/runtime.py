@@ -1,0 +1,81 @@
+"""`RuntimeTensors`: the tensors that are no weights, as those see them who decide which of them should leave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+
+from ..errors import MemoryOptimizationError
+from ..pools import FramePool
+from .entry import PageState, TensorEntry
+from .finalizers import FinalizerQueue
+from .moves import PageMover
+
+
+class RuntimeTensors:
+    """Looks, and lets leave. Takes the Pager's lock itself.
+
+    Args:
+        lock: the Pager's.
+        entries: the tensors, by id.
+        frames: the memory of the pages.
+        mover: moves them.
+        finalizers: what they left is done first.
+    """
+
+    def __init__(
+        self,
+        lock: AbstractContextManager[object],
+        entries: Mapping[str, TensorEntry],
+        frames: FramePool,
+        mover: PageMover,
+        finalizers: FinalizerQueue,
+    ) -> None:
+        self._lock = lock
+        self._entries = entries
+        self._frames = frames
+        self._mover = mover
+        self._finalizers = finalizers
+
+    def _all(self) -> Iterator[TensorEntry]:
+        return (entry for entry in self._entries.values() if entry.kind != "weights")
+
+    def fill(self) -> float:
+        """Return the share of the page frames that is in use; 0 without a limit."""
+        with self._lock:
+            return self._frames.used_bytes / max(self._frames.limit_bytes, 1)
+
+    def last_accesses(self) -> dict[str, int]:
+        """Return when each was used last, counted in accesses; 0: never."""
+        with self._lock:
+            self._finalizers.run()
+            return {entry.tensor_id: max((p.last_access for p in entry.pages), default=0) for entry in self._all()}
+
+    def idle_bytes(self) -> dict[str, int]:
+        """Return the bytes in memory of each that nobody holds and that is not on its way."""
+        with self._lock:
+            self._finalizers.run()
+            held = {entry.tensor_id: sum(p.n_bytes for p in entry.pages if p.resident) for entry in self._all()}
+            return {name: n_bytes for name, n_bytes in held.items() if n_bytes and self._is_idle(self._entries[name])}
+
+    def send_out(self, tensor_id: str) -> int:
+        """Let one leave for the SSD; return the bytes that leave. Returns at once: they are written meanwhile.
+
+        Returns 0 for one that is held or unknown, and once the Pager is closed. Where the SSD has no room, it stays.
+        """
+        with self._lock:
+            entry = self._entries.get(tensor_id)
+            if entry is None or self._mover.closed or not self._is_idle(entry):
+                return 0
+            before = sum(page.n_bytes for page in entry.pages if page.resident)
+            try:
+                for page in entry.pages:
+                    self._mover.evict(page)
+            except MemoryOptimizationError:  # the checkpoint or the swap file; what is in memory stays valid
+                return 0
+            return before - sum(page.n_bytes for page in entry.pages if page.resident)
+
+    @staticmethod
+    def _is_idle(entry: TensorEntry) -> bool:
+        moving = (PageState.LOADING, PageState.WRITING)
+        return not any(page.pins or page.awaited or page.state in moving for page in entry.pages)
