@@ -23,11 +23,12 @@ logger = logging.getLogger(__name__)
 
 KNOBS = (
     Knob("read_ahead_bytes"),
-    Knob("l2_cache_size", factor=1.5, directions=(1,), reversible=False),
+    Knob("l2_cache_size", factor=1.5, directions=(1,), strides=(1, 4), reversible=False),
     Knob("pool_compaction_interval"),
     Knob("tier_migration_interval"),
 )
-"""In the order in which they are tried. A smaller cache has no more hits: it is never tried."""
+"""In the order in which they are tried. A smaller cache has no more hits: it is never tried. One that is far too
+small has none until it is several times as large."""
 
 WINDOW_S = 1.0
 WINDOW_PASSES = 8
