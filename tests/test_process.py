@@ -11,8 +11,10 @@ import torch
 
 from qwen3_vl_memory_optimizations.process import (
     GroupMemory,
+    MemoryStalls,
     drop_cached_libraries,
     limiting_groups,
+    memory_stalls,
     pause_collection,
     process_memory,
     release_library_pages,
@@ -103,6 +105,22 @@ def test_groups_of_version_2_are_read(tmp_path):
 
 def test_without_groups_there_is_no_limit(tmp_path):
     assert list(limiting_groups(root=tmp_path)) == []
+
+
+def test_stalls_of_the_group_and_of_the_machine_are_read(tmp_path):
+    text = "some avg10=1.50 avg60=0.00 avg300=0.00 total={}\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=7\n"
+    root = group_tree(tmp_path, "0::/job\n", job={"memory.pressure": text.format(2_500_000)})
+    (root / "proc/pressure").mkdir()
+    (root / "proc/pressure/memory").write_text(text.format(4_000_000))
+    assert memory_stalls(root=root) == MemoryStalls(group_s=2.5, system_s=4.0)
+
+
+@pytest.mark.parametrize("text", ["", "some", "some avg10=0.00 total=x\n", "full avg10=0.00 total=5\n"])
+def test_stalls_that_are_not_counted_are_absent(tmp_path, text):
+    root = group_tree(tmp_path, "4:memory:/job\n")
+    (root / "proc/pressure").mkdir()
+    (root / "proc/pressure/memory").write_text(text)
+    assert memory_stalls(root=root) == MemoryStalls(None, None)
 
 
 @pytest.fixture

@@ -89,12 +89,16 @@ def decode(model: Any, prompt: list[int], n_tokens: int, options: dict[str, Any]
     import torch
     from transformers.generation.streamers import BaseStreamer
 
+    from qwen3_vl_memory_optimizations.energy import Cost, EnergyMeter
+
     stats = model.memory_optimizer.pager.stats
     puts: list[tuple[float, int, int]] = []  # when, how many tokens, bytes read until then
+    costs: list[Cost] = []
 
     class Clock(BaseStreamer):
         def put(self, value: torch.Tensor) -> None:
             puts.append((time.perf_counter(), value.numel(), stats.bytes_read))
+            costs.append(Cost.now(meter))
 
         def end(self) -> None:
             return
@@ -106,7 +110,8 @@ def decode(model: Any, prompt: list[int], n_tokens: int, options: dict[str, Any]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if hasattr(model.config, "vision_config"):
         inputs["mm_token_type_ids"] = torch.zeros_like(ids)
-    out = model.generate(**inputs, max_new_tokens=n_tokens, min_new_tokens=n_tokens, streamer=Clock(), **options)
+    with EnergyMeter() as meter:
+        out = model.generate(**inputs, max_new_tokens=n_tokens, min_new_tokens=n_tokens, streamer=Clock(), **options)
     if hook is not None:
         hook.remove()
     answer = out[0, len(prompt) :].tolist()
@@ -121,6 +126,7 @@ def decode(model: Any, prompt: list[int], n_tokens: int, options: dict[str, Any]
         "tokens_per_pass": round(after / passes, 3) if passes else None,
         "token_per_s": round(after / (last[0] - first[0]), 4) if passes else None,
         "bytes_read_per_token": (last[2] - first[2]) // after if passes else None,
+        **costs[1].per_token(costs[-1], after),
         "answer": hashlib.sha256(repr(answer).encode()).hexdigest()[:12],
     }
 

@@ -29,6 +29,7 @@ def main() -> None:
     from transformers.generation.streamers import BaseStreamer
 
     from qwen3_vl_memory_optimizations import create_optimized_model
+    from qwen3_vl_memory_optimizations.energy import Cost, EnergyMeter
     from qwen3_vl_memory_optimizations.storage import measure_read_bandwidth
 
     torch.manual_seed(0)
@@ -53,6 +54,7 @@ def main() -> None:
             self.stalls: list[float] = []
             self.reading: list[float] = []
             self.hits: list[tuple[int, int]] = []
+            self.costs: list[Cost] = []
 
         def put(self, value: torch.Tensor) -> None:
             stats = optimizer.pager.stats
@@ -61,6 +63,7 @@ def main() -> None:
             self.stalls.append(stats.stall_s)
             self.reading.append(stats.reading_s)
             self.hits.append((stats.hit_bytes, stats.miss_bytes))
+            self.costs.append(Cost.now(meter))
 
         def end(self) -> None:
             return
@@ -68,7 +71,7 @@ def main() -> None:
     packed = next(iter(optimizer.pager.entries.values())).source.file.path
     bandwidths = [measure_read_bandwidth(packed, total_bytes=PROBE_BYTES)]
     clock = Clock()
-    with torch.no_grad():
+    with torch.no_grad(), EnergyMeter() as meter:
         model.generate(
             **inputs,
             max_new_tokens=arguments.tokens,
@@ -107,6 +110,7 @@ def main() -> None:
                 "compute_dtype": str(model.dtype),
                 "prefetch_accuracy": stats["paging"]["prefetch_accuracy"],
                 "faults": stats["paging"]["faults"],
+                **clock.costs[first].per_token(clock.costs[-1], steps),
             }
         )
     )

@@ -31,6 +31,7 @@ def main() -> None:
     from transformers.generation.streamers import BaseStreamer
 
     from qwen3_vl_memory_optimizations import create_optimized_model
+    from qwen3_vl_memory_optimizations.energy import Cost, EnergyMeter
 
     model = create_optimized_model(
         arguments.model,
@@ -45,9 +46,11 @@ def main() -> None:
     stats = optimizer.pager.stats
     inputs = make_batch(model.config, arguments.batch)
     steps: list[dict[str, float]] = []
+    costs: list[Cost] = []
 
     class Clock(BaseStreamer):
         def put(self, value: torch.Tensor) -> None:
+            costs.append(Cost.now(meter))
             steps.append(
                 {
                     "time_s": time.perf_counter(),
@@ -62,7 +65,7 @@ def main() -> None:
             return
 
     n_tokens = arguments.tokens + STEPS_TO_LEARN
-    with torch.no_grad():
+    with torch.no_grad(), EnergyMeter() as meter:
         out = model.generate(
             **inputs, max_new_tokens=n_tokens, min_new_tokens=n_tokens, do_sample=False, streamer=Clock()
         )
@@ -86,6 +89,7 @@ def main() -> None:
                 "reading_share": round((last["reading_s"] - first["reading_s"]) / seconds, 3),
                 "accounts_bytes": budget["accounts_bytes"],
                 "peak_rss_bytes": budget["process_peak_rss_bytes"],
+                **costs[1 + STEPS_TO_LEARN].per_token(costs[-1], arguments.batch * count),
             }
         )
     )

@@ -36,6 +36,7 @@ from .optimizer import MemoryOptimizer
 from .paging import PAGE_BYTES
 from .planning import pack_model
 from .process import pause_collection, release_library_pages, rss_bytes, tame_allocator, trim_heap
+from .profiles import configure
 from .storage import Checkpoint
 
 _SETTINGS_KEY = "memory_optimization_config"
@@ -79,7 +80,7 @@ def create_optimized_model(
         MemoryBudgetExceeded: the budget cannot work; nothing was loaded.
         CheckpointError: the checkpoint cannot be used.
     """
-    config = MemoryConfig.from_mapping(memory_config)
+    config = configure(memory_config)
     files = None if _is_imported() else ImportFiles(config.packed_dir)
     if files is not None:
         files.read_ahead()
@@ -87,7 +88,7 @@ def create_optimized_model(
         model_config = Checkpoint.open(local_directory(model_config))
     carried = _carried_settings(model_config)
     if memory_config is None:
-        config = MemoryConfig.from_mapping(carried)
+        config = configure(carried)
     source = _source_of(model_config, config, dtype, "model_config", model_class)
     draft = None if assistant is None else _source_of(assistant, config, source.dtype, "assistant")
     with ExitStack() as undo:

@@ -20,6 +20,7 @@ from .model.packing import Progress, find_extent, find_packed, pack_checkpoint, 
 from .model.plan import CompressionPlan, PlannedWeight
 from .model.skeleton import WeightSite, build_skeleton, compute_dtype_of, weight_sites
 from .optimizer import MemoryOptimizer
+from .profiles import configure
 from .storage import Checkpoint, DirectFile
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ def pack_model(
         ConfigurationError: the plan is that of another checkpoint, or there is nothing to calibrate on.
         InsufficientDiskSpaceError: the result does not fit on the disk.
     """
+    config = configure(config)
     codec = config.weight_codec()
     source = Checkpoint.open(directory)
     if codec == "none" and plan is None:

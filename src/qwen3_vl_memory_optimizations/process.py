@@ -162,6 +162,35 @@ def _upwards(
             break
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class MemoryStalls:
+    """How long somebody has waited for memory so far, in seconds (pressure stall information, `some`).
+
+    Attributes:
+        group_s: somebody in the control group of this process; `None`: not counted (version 1, or an old kernel).
+        system_s: somebody on this machine; `None`: not counted.
+    """
+
+    group_s: float | None
+    system_s: float | None
+
+
+def memory_stalls(*, root: str | os.PathLike[str] = "/") -> MemoryStalls:
+    """Return how long this process's group and the machine have waited for memory."""
+    base = Path(root)
+    group = next((line[3:] for line in read_lines(base / "proc/self/cgroup") if line.startswith("0::")), None)
+    own = None if group is None else _stall_s(base / "sys/fs/cgroup" / group.strip("/") / "memory.pressure")
+    return MemoryStalls(own, _stall_s(base / "proc/pressure/memory"))
+
+
+def _stall_s(path: Path) -> float | None:
+    for line in read_lines(path):
+        fields = line.split()
+        if fields[:1] == ["some"] and fields[-1].startswith("total=") and fields[-1][6:].isdigit():
+            return int(fields[-1][6:]) / 1e6
+    return None
+
+
 # --- starting ---
 
 

@@ -31,6 +31,8 @@ def run(monkeypatch, cache_dir):
     from qwen3_vl_memory_optimizations.cli import app
 
     monkeypatch.setenv("QWEN3VL_MEM_CACHE", str(cache_dir))
+    # None of the profiles of the person who runs the tests.
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(cache_dir / "config"))
     # The program itself sets this for its own process.
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", os.environ.get("TRANSFORMERS_VERBOSITY", "error"))
     runner = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1"})

@@ -33,7 +33,13 @@ def test_the_version_is_printed(run):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["doctor", "--help"], ["generate", "x", "-p", "?", "--ram-budget", "x"]]
+    "arguments",
+    [
+        ["--help"],
+        ["doctor", "--help"],
+        ["generate", "x", "-p", "?", "--ram-budget", "x"],
+        ["pack", "x", "--profile", "x"],
+    ],
 )
 def test_help_and_mistakes_do_not_wait_for_torch(arguments):
     code = (
@@ -62,6 +68,8 @@ def test_help_and_mistakes_do_not_wait_for_torch(arguments):
         (["generate", "{tiny}", "-p", "?", "--ram-budget", "1MB"], "ram_budget of 1 MB cannot work"),
         (["pack", "/no/such/model"], "/no/such/model"),
         (["pack", "{tiny}", "--codec", "none"], "needs no packing"),
+        (["generate", "{tiny}", "-p", "?", "--profile", "servr"], "did you mean 'server'"),
+        (["pack", "{tiny}", "--profile", "/no/such.toml"], "/no/such.toml: this profile cannot be read"),
         (["doctor", "--ram-budget", "-1GB"], "is not a size"),
         (["doctor", "--path", "/no/such/directory"], "not a directory"),
         (["demo", "--tensor-budget", "none"], "is not a size"),

@@ -7,6 +7,26 @@ from rich.console import Console
 from qwen3_vl_memory_optimizations.cli import doctor
 from qwen3_vl_memory_optimizations.errors import StorageError
 
+PROFILE = {
+    "asked_for": "auto",
+    "user_directory": "/home/someone/.config/qwen3vl-mem/profiles",
+    "problem": None,
+    "chosen": {
+        "name": "reference-laptop",
+        "file": "/home/someone/" + "deep/" * 20 + "profiles/reference-laptop.toml",
+        "why": "the laptop of the specification",
+        "conditions": [
+            {"wanted": "processor i5-10210U", "found": "Intel(R) Core(TM) i5-10210U CPU @ 1.60GHz", "met": True}
+        ],
+        "settings": {"ram_budget": 4_800_000_000, "enable_tiering": True, "tier_migration_interval": 0.5},
+        "left_out": {"l1_cache_size": "25% of the memory of a GPU, and there is none"},
+        "considered": [
+            {"name": "server", "conditions": [{"wanted": "memory from 24 GB", "found": "8 GB", "met": False}]},
+            {"name": "ram-8gb-gpu", "conditions": [{"wanted": "a GPU", "found": "GTX", "met": True}]},
+        ],
+    },
+}
+
 
 def test_json_describes_measures_and_estimates(run, tmp_path):
     result = run("doctor", "--quick", "--json", "--path", tmp_path, "--ram-budget", "4GB")
@@ -14,6 +34,8 @@ def test_json_describes_measures_and_estimates(run, tmp_path):
     report = json.loads(result.stdout)
     assert set(report) == {
         "hardware",
+        "profile",
+        "energy",
         "measured",
         "compute_dtype",
         "ram_budget_bytes",
@@ -45,6 +67,11 @@ def test_without_room_on_the_disk_the_rest_is_still_told(run, tmp_path, monkeypa
 
 def test_the_report_fits_80_columns():
     report = {
+        "profile": PROFILE,
+        "energy": {
+            "processor": {"counters": [], "absent": f"/sys/{'long/' * 20}energy_uj is for root alone [0]"},
+            "gpu": {"counters": ["gpu-0", "gpu-1"], "absent": None},
+        },
         "hardware": {
             "cpu_model": "Intel(R) Core(TM) i5-10210U CPU @ 1.60GHz",
             "physical_cores": 4,
@@ -80,6 +107,58 @@ def test_the_report_fits_80_columns():
     doctor._show(report, Console(file=screen, width=80))
     assert max(len(line.rstrip()) for line in screen.getvalue().splitlines()) <= 80
     assert "bf16 runs at 0.0086 times the speed of fp32" in screen.getvalue()
+    text = " ".join(screen.getvalue().split())
+    assert "is for root alone [0]" in text
+    assert "counted: gpu-0, gpu-1" in text
+    assert "ram_budget = 4.8 GB, enable_tiering = on" in text
+    assert "not server memory from 24 GB (8 GB)" in text
+    assert "not ram-8gb-gpu fits too, but comes after" in text
+
+
+def test_the_profile_is_told_with_its_reasons(run, tmp_path, monkeypatch):
+    result = run("doctor", "--quick", "--path", tmp_path)
+    report = json.loads(run("doctor", "--quick", "--json", "--path", tmp_path).stdout)["profile"]
+    chosen = report["chosen"]
+    assert chosen["fits"]
+    assert all(condition["met"] for condition in chosen["conditions"])
+    assert chosen["settings"]["ram_budget"] > 0
+    assert {other["name"] for other in chosen["considered"]} | {chosen["name"]} >= {"ram-8gb", "server"}
+    assert all(not other["fits"] for other in chosen["considered"])
+    for words in (chosen["name"], chosen["why"][:20], "fits by", "ram_budget = ", "--profile auto", "not reference"):
+        assert words in result.stdout
+
+
+def test_a_profile_that_does_not_fit_is_told_by_name(run, tmp_path):
+    (tmp_path / "mine.toml").write_text(
+        'why = "a test"\n[match]\nram_below = "1MB"\n[memory_config]\nl2_cache_size = "7MB"\nprivate = true\n'
+    )
+    result = run("doctor", "--quick", "--path", tmp_path, "--profile", tmp_path / "mine.toml")
+    text = " ".join(result.stdout.split())
+    assert "mine a test" in text
+    assert "memory below 1 MB" in text
+    assert "taken because it was asked for" in text
+    assert "sets l2_cache_size = 7 MB, private = on" in text
+
+
+def test_a_wrong_profile_does_not_hide_the_rest(run, tmp_path, cache_dir):
+    directory = cache_dir / "config/qwen3vl-mem/profiles"
+    directory.mkdir(parents=True)
+    try:
+        (directory / "mine.toml").write_text("why\n")
+        result = run("doctor", "--quick", "--path", tmp_path)
+    finally:
+        (directory / "mine.toml").unlink()
+    assert result.exit_code == 0, result.stderr
+    # A path breaks where the line ends.
+    assert "mine.toml,line1:notTOML" in "".join(result.stdout.split())
+    assert "Matrix products" in result.stdout
+
+
+def test_what_is_not_counted_is_told_with_the_reason(run, tmp_path):
+    energy = json.loads(run("doctor", "--quick", "--json", "--path", tmp_path).stdout)["energy"]
+    assert energy.keys() == {"processor", "gpu"}
+    for part in energy.values():
+        assert bool(part["counters"]) != bool(part["absent"])
 
 
 @pytest.mark.parametrize("size", ["0", "4 gold"])

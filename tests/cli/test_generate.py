@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import qwen3_vl_memory_optimizations
+from qwen3_vl_memory_optimizations import energy
 
 FIGURES = {
     "answer",
@@ -17,6 +18,8 @@ FIGURES = {
     "peak_rss_bytes",
     "bytes_read_per_token",
     "hit_rate",
+    "cpu_s_per_token",
+    "joules_per_token",
 }
 
 
@@ -41,7 +44,7 @@ def test_the_answer_is_all_there_is_on_stdout(run, digits, expected_digits):
 def test_stats_go_to_stderr(run, digits, expected_digits):
     result = run(*digits, "--stats")
     assert result.stdout.strip() == expected_digits
-    for words in ("17 tokens", "tokens/s", "first after", "peak", "read a token", "hit rate"):
+    for words in ("17 tokens", "tokens/s", "first after", "peak", "read a token", "hit rate", "CPU s a token"):
         assert words in result.stderr
 
 
@@ -56,7 +59,42 @@ def test_json_has_the_answer_and_its_cost(run, digits, expected_digits):
     assert answer["tokens_per_s"] > 0
     assert answer["bytes_read_per_token"] > 0
     assert 0 <= answer["hit_rate"] <= 1
+    assert answer["cpu_s_per_token"] > 0
     assert answer["memory"]["budget"]["tensor_budget_bytes"] == 1_500_000
+
+
+def test_energy_is_told_where_the_machine_counts_it(run, digits, monkeypatch, tmp_path):
+    package = tmp_path / "sys/class/powercap/intel-rapl:0"
+    package.mkdir(parents=True)
+    (package / "name").write_text("package-0\n")
+    (package / "max_energy_range_uj").write_text("262143328850\n")
+    (package / "energy_uj").write_text("1000000\n")
+
+    class Here(energy.EnergyMeter):
+        def __init__(self) -> None:
+            super().__init__(root=tmp_path)
+
+        def read(self) -> float | None:
+            taken_uj = int((package / "energy_uj").read_text()) + 6_000_000
+            (package / "energy_uj").write_text(f"{taken_uj}\n")
+            return super().read()
+
+    monkeypatch.setattr(energy, "EnergyMeter", Here)
+    answer = json.loads(run(*digits, "--json", "--max-new-tokens", 3).stdout)
+    assert answer["joules_per_token"] == 2.0
+    assert "2 J a token" in run(*digits, "--stats", "--max-new-tokens", 3).stderr
+
+
+def test_a_profile_gives_what_no_option_does(run, digits, tmp_path):
+    profile = tmp_path / "mine.toml"
+    profile.write_text(
+        'why = "a test"\n[match]\n[memory_config]\ntensor_budget = "3MB"\ncodec = "int8"\nprivate = true\n'
+    )
+    answer = json.loads(run(*digits, "--json", "--stats", "--profile", profile, "--tensor-budget", "2MB").stdout)
+    assert answer["memory"]["budget"]["tensor_budget_bytes"] == 2_000_000
+    answer = json.loads(run(*digits, "--json", "--stats", "--profile", profile).stdout)
+    assert answer["memory"]["budget"]["tensor_budget_bytes"] == 3_000_000
+    assert answer["memory"]["cache"]["levels"]["ssd"] is None, "private"
 
 
 def test_max_new_tokens_ends_the_answer(run, digits):

@@ -18,7 +18,8 @@ def make_model(tmp_path, monkeypatch):
     made = []
 
     def make(name, **settings):
-        quiet = {"gc_collection_interval": 1000.0, "codec": "int8", "prefix_reuse": "on"}
+        # With `none`, no kernel is chosen by time: the same bits in each run.
+        quiet = {"gc_collection_interval": 1000.0, "codec": "none", "prefix_reuse": "on"}
         made.append(create_optimized_model(tiny.DIRECTORY, {"cache_dir": tmp_path / name, **quiet, **settings}))
         return made[-1]
 
@@ -74,9 +75,10 @@ def test_a_picture_that_comes_back_after_all_is_read_from_the_ssd_and_not_comput
 
 
 def test_in_private_mode_nothing_is_written_and_answers_stay_the_same(make_model, tmp_path):
-    model = make_model("private", private=True)
+    # A prompt that is computed whole again, not behind what was kept, is rounded differently.
+    model = make_model("private", private=True, prefix_reuse="off")
     answers, _ = run(model, PICTURES)
-    plain, _ = run(make_model("plain", enable_predictive_gc=False), PICTURES)
+    plain, _ = run(make_model("plain", enable_predictive_gc=False, prefix_reuse="off"), PICTURES)
     assert answers == plain
     stats = model.memory_optimizer.get_memory_efficiency_stats()["gc"]
     assert stats["freed"] and not stats["swapped"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qwen3_vl_memory_optimizations.paging import Ledger, Pager, PressureMonitor, pressure
-from qwen3_vl_memory_optimizations.process import GroupMemory
+from qwen3_vl_memory_optimizations.process import GroupMemory, MemoryStalls
 from tests.paging.weights import FRAMES_BYTES, random_weights, register, run_pass, settle
 
 MIB = 2**20
@@ -22,6 +22,7 @@ class Machine:
 
     def __init__(self):
         self.taken, self.files, self.available, self.faults, self.now_s = LIMIT // 2, 100 * MIB, 8192 * MIB, 0, 0.0
+        self.stalls = MemoryStalls(None, None)
 
     def groups(self, *, root):
         used = min(LIMIT, self.taken + self.files)
@@ -49,7 +50,13 @@ def pager(tmp_path):
 
 
 def watch(pager, machine):
-    return PressureMonitor(pager, LIMIT, timer=lambda: machine.now_s, major_faults=lambda: machine.faults)
+    return PressureMonitor(
+        pager,
+        LIMIT,
+        timer=lambda: machine.now_s,
+        major_faults=lambda: machine.faults,
+        stalls=lambda: machine.stalls,
+    )
 
 
 def held(pager):
@@ -170,3 +177,53 @@ def test_it_ends_with_the_pager_and_when_it_is_closed(tmp_path, machine):
     assert gone() is None
     again._thread.join(5)
     assert not again._thread.is_alive()
+
+
+def stall(monitor, machine, n, **stalls):
+    """Look at the ends of `n` seconds, in each of which somebody waited for 0.3 s."""
+    for _ in range(n):
+        machine.now_s += 1
+        before = machine.stalls
+        machine.stalls = MemoryStalls(*(None if s is None else s + 0.3 * (k in stalls) for k, s in fields(before)))
+        monitor.look()
+
+
+def fields(stalls):
+    return (("group_s", stalls.group_s), ("system_s", stalls.system_s))
+
+
+def test_stalls_in_a_full_group_teach_that_more_room_is_needed(pager, machine):
+    machine.taken, machine.files, machine.stalls = LIMIT - 60 * MIB, 60 * MIB, MemoryStalls(5.0, None)
+    monitor = watch(pager, machine)
+    monitor.look()
+    assert held(pager) == 0  # 60 MiB for files are enough, as far as the figures say
+    stall(monitor, machine, 1, group_s=True)
+    assert held(pager) == 0  # once is no sign
+    stall(monitor, machine, 1, group_s=True)
+    assert held(pager) > 0
+
+
+def test_stalls_in_a_group_that_has_room_are_not_ours(pager, machine):
+    machine.stalls = MemoryStalls(5.0, None)
+    monitor = watch(pager, machine)
+    stall(monitor, machine, 5, group_s=True)
+    assert held(pager) == 0
+
+
+def test_where_others_wait_for_memory_twice_as_much_is_left_to_the_machine(pager, machine):
+    machine.available, machine.stalls = 400 * MIB, MemoryStalls(None, 0.0)
+    monitor = watch(pager, machine)
+    monitor.look()
+    assert held(pager) == 0
+    stall(monitor, machine, 2, system_s=True)
+    assert held(pager) > 0
+    machine.available = 8192 * MIB  # theirs is the group that is full, not the machine
+    given_up = held(pager)
+    stall(monitor, machine, 5, system_s=True)
+    assert held(pager) < given_up
+
+
+def test_a_system_that_counts_no_stalls_changes_nothing(pager, machine):
+    monitor = watch(pager, machine)
+    stall(monitor, machine, 5, group_s=True, system_s=True)
+    assert held(pager) == 0 and machine.stalls == MemoryStalls(None, None)

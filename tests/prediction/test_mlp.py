@@ -65,7 +65,7 @@ def test_it_is_kept_without_pickle_and_goes_on_learning(tmp_path):
     again = LightweightMLPredictor.load(tmp_path / "predictor.npz")
     _, features = rows(next_use, kinds)
     assert np.array_equal(again.predict(features), predictor.predict(features))
-    assert not again.ready, "it has seen nothing here yet"
+    assert again.ready
     np.savez(tmp_path / "object.npz", w1=np.array([object()]))
     np.savez(tmp_path / "other.npz", format=np.array("else"))
     with np.load(tmp_path / "predictor.npz") as stored:
@@ -80,3 +80,49 @@ def test_extremes_stay_finite():
     history = next_use.history("often 0")
     history.gap, history.spread, history.weight = 1e12, 1e12, 1e12
     assert np.isfinite(predictor.predict([features_of(history, next_use.now + 10**9, 1 << 60, "unheard of")])).all()
+
+
+def judged(rule_error):
+    """A network that was taught, beside a rule that is off by so much in logarithms."""
+    draw, next_use, predictor = np.random.default_rng(0), NextUse(), LightweightMLPredictor(seed=1)
+    for number in range(3000):
+        key = int(draw.integers(30))
+        history = next_use.history(key)
+        if history is not None:
+            now = next_use.now + 1
+            predictor.observe(
+                history, now, 1000, "general", lambda moment, now=now: np.expm1(np.log1p(now - moment) + rule_error)
+            )
+        next_use.use(key, 30)
+        if number % 50 == 0:
+            predictor.train(10)
+    return predictor
+
+
+def test_a_rule_that_is_always_right_decides():
+    predictor = judged(rule_error=0.0)
+    assert predictor.ready and not predictor.better
+    assert predictor.errors["rule"] < 0.01 < predictor.errors["network"]
+
+
+def test_the_network_decides_beside_a_rule_that_is_worse():
+    predictor = judged(rule_error=3.0)
+    assert predictor.better
+    assert predictor.errors["network"] < predictor.errors["rule"] == pytest.approx(3.0, abs=0.01)
+
+
+def test_one_that_was_loaded_predicts_at_once(tmp_path):
+    predictor = judged(rule_error=3.0)
+    predictor.save(tmp_path / "waits.npz")
+    loaded = LightweightMLPredictor.load(tmp_path / "waits.npz")
+    assert loaded.ready and loaded.better and loaded.n_examples == 0
+    loaded.train()  # there is nothing to learn yet, and nothing is forgotten
+    features = [features_of(history_of(3), 10, 1000, "general")]
+    assert loaded.predict(features) == pytest.approx(predictor.predict(features))
+
+
+def history_of(last):
+    next_use = NextUse()
+    next_use.now = last - 1
+    next_use.use("a", 1)
+    return next_use.history("a")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 
 import pytest
 import torch
@@ -107,10 +108,10 @@ def test_it_runs_by_itself_and_ends(make):
     for _ in range(500):
         if tiers(tensors) == ["cpu"] * 4:
             break
-        optimizer.tiering._ended.wait(0.01)
+        time.sleep(0.01)
     assert tiers(tensors) == ["cpu"] * 4
     optimizer.close()
-    assert not optimizer.tiering._thread.is_alive()
+    assert not optimizer.tiering._periodic.is_alive()
 
 
 def test_what_was_freed_is_forgotten(make):
@@ -152,3 +153,43 @@ def test_the_tiers_of_the_specification():
         "ssd": {"capacity": 80_000_000_000, "priority": 3},
     }
     assert set(MemoryTieringSystem().tiers) == {"gpu", "cpu", "ssd"}
+
+
+def teach(system):
+    for number in range(600):
+        system.note(f"tensor {number % 7 if number % 3 else number % 50}", 1000, "general")
+        if number % 20 == 0:
+            system.predictor.train()
+
+
+def test_what_was_learnt_is_there_in_the_next_run(make, tmp_path):
+    first = make(6 * MIB)
+    teach(first.tiering)
+    assert first.tiering.explain()["examples"] > 256
+    first.close()
+    (path,) = tmp_path.rglob("learnt-waits.npz")
+    second = make(6 * MIB)
+    assert second.tiering.predictor.ready
+    explained = second.get_memory_efficiency_stats()["tiers"]["predictor"]
+    assert set(explained) == {"decides", "errors", "examples", "explanation"} and explained["decides"] == "network"
+    before = path.read_bytes()
+    second.close()
+    assert path.read_bytes() == before, "it learnt nothing new"
+    assert [each.name for each in path.parent.glob("learnt*")] == [path.name]
+
+
+def test_a_damaged_file_is_logged_and_replaced(make, tmp_path, caplog):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "learnt-waits.npz").write_bytes(b"PK\x03\x04 no more of it")
+    optimizer = make(6 * MIB)
+    assert "what was learnt before is not used" in caplog.text and not optimizer.tiering.predictor.ready
+    teach(optimizer.tiering)
+    optimizer.close()
+    assert make(6 * MIB).tiering.predictor.ready
+
+
+def test_in_private_mode_nothing_is_left(make, tmp_path):
+    optimizer = make(6 * MIB, private=True)
+    teach(optimizer.tiering)
+    optimizer.close()
+    assert not list(tmp_path.rglob("learnt*"))

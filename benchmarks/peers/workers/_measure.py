@@ -154,6 +154,7 @@ def _measure_decode(model: Model, request: Request, start_s: float) -> dict:
         "counted_tokens": len(counted),
         "token_s": [round(gap, 4) for gap in gaps],
         "read_bytes_per_token": (clock.reads[-1] - clock.reads[skipped]) // len(counted),
+        "cpu_s_per_token": round((clock.cpu_s[-1] - clock.cpu_s[skipped]) / len(counted), 4),
     }
 
 
@@ -163,11 +164,13 @@ class Clock:
     def __init__(self, deadline_s: float = float("inf")) -> None:
         self.times: list[float] = []
         self.reads: list[int] = []
+        self.cpu_s: list[float] = []
         self._deadline_s = deadline_s
 
     def __call__(self) -> bool:
         self.times.append(time.perf_counter())
         self.reads.append(_read_bytes())
+        self.cpu_s.append(time.process_time())
         return self.times[-1] < self._deadline_s
 
 

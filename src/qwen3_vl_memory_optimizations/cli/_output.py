@@ -49,6 +49,15 @@ RamBudgetOption = Annotated[
 TensorBudgetOption = Annotated[
     str | None, typer.Option("--tensor-budget", metavar="SIZE", help="The most the weights in memory may use.")
 ]
+ProfileOption = Annotated[
+    str | None,
+    typer.Option(
+        "--profile",
+        metavar="NAME|FILE",
+        help="Settings for a sort of machine, where no option says otherwise: auto (the one that fits; see doctor), "
+        "a name, or a .toml file.",
+    ),
+]
 CodecOption = Annotated[
     str,
     typer.Option(
@@ -64,6 +73,12 @@ CacheDirOption = Annotated[
         help="Where packed checkpoints and cached results lie. (default: $QWEN3VL_MEM_CACHE, or ~/.cache/qwen3vl-mem)",
     ),
 ]
+
+
+def typed(ctx: typer.Context, **settings: Any) -> dict[str, Any]:
+    """Return those of a command's options that the user typed: a default is no wish, and a profile goes before it."""
+    sources = {name: ctx.get_parameter_source(name) for name in settings}
+    return {name: settings[name] for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
 
 
 class CommandGroup(TyperGroup):

@@ -26,11 +26,14 @@ def doctor(
         str | None,
         typer.Option("--ram-budget", metavar="SIZE", help="What the process may use. (default: what is free)"),
     ] = None,
+    profile: Annotated[
+        str, typer.Option("--profile", metavar="NAME|FILE", help="The hardware profile to explain.")
+    ] = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="Measure less: sooner done, less exact.")] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Describe this machine and estimate the speed of each model on it.
+    """Describe this machine, the hardware profile that suits it, and the speed of each model on it, estimated.
 
     Example: qwen3vl-mem doctor --ram-budget 4GB
     """
@@ -43,28 +46,31 @@ def doctor(
     directory = path or MemoryConfig().packed_dir.parent
 
     with working("measuring this machine", quiet=as_json):
-        report = _examine(directory, budget_bytes, quick=quick)
+        report = _examine(directory, budget_bytes, profile, quick=quick)
     if as_json:
         print_json(report)
     else:
         _show(report, console())
 
 
-def _examine(directory: Path, budget_bytes: int | None, *, quick: bool) -> dict[str, Any]:
+def _examine(directory: Path, budget_bytes: int | None, profile: str, *, quick: bool) -> dict[str, Any]:
     from ..compression.kernels import fastest_dtype
     from ..figures import memory_bandwidth
     from ..hardware import detect_hardware
+    from ._machine import energy_report, profile_report
     from ._measure import product_speeds
     from ._sizes import MODELS, encoded_bytes, estimate
 
     directory.mkdir(parents=True, exist_ok=True)
-    profile = detect_hardware(directory)
-    budget_bytes = budget_bytes or profile.available_ram_bytes
+    hardware = detect_hardware(directory)
+    budget_bytes = budget_bytes or hardware.available_ram_bytes
     ssd, ssd_problem = _ssd_bandwidth(directory, (64 if quick else 512) << 20)
     memory = memory_bandwidth((64 if quick else 256) << 20)
     runs = 3 if quick else 10
     return {
-        "hardware": profile.to_dict(),
+        "hardware": hardware.to_dict(),
+        "profile": profile_report(profile, hardware, directory),
+        "energy": energy_report(),
         "measured": {
             "ssd_directory": str(directory),
             "ssd_bytes_per_s": ssd,
@@ -110,12 +116,16 @@ def _ssd_bandwidth(directory: Path, total_bytes: int) -> tuple[float | None, str
 def _show(report: dict[str, Any], screen: Console) -> None:
     from rich.table import Table
 
+    from ._machine import show_energy, show_profile
+
     measured = report["measured"]
     screen.print("[bold]This machine[/bold]")
     facts = Table.grid(padding=(0, 2))
     for name, text in _facts(report):
         facts.add_row(f"  {name}", text)
     screen.print(facts, highlight=False)
+    show_energy(report["energy"], screen)
+    show_profile(report["profile"], screen)
 
     screen.print("\n[bold]Matrix products[/bold], in billion operations a second")
     speeds = Table(box=None, padding=(0, 2))

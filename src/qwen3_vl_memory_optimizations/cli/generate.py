@@ -17,12 +17,14 @@ from ._output import (
     CodecOption,
     DebugOption,
     JsonOption,
+    ProfileOption,
     RamBudgetOption,
     TensorBudgetOption,
     error_console,
     percent,
     print_json,
     progress_bar,
+    typed,
 )
 from ._watching import DashboardOption, RecordOption, check_watching, watched
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 
 def generate(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="A checkpoint directory, or a model id of the hub.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
     image: Annotated[
@@ -42,6 +45,7 @@ def generate(
     system: Annotated[str | None, typer.Option("--system", help="What the model is told to be.")] = None,
     ram_budget: RamBudgetOption = None,
     tensor_budget: TensorBudgetOption = None,
+    profile: ProfileOption = None,
     codec: CodecOption = "auto",
     cache_dir: CacheDirOption = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer.")] = 256,
@@ -103,18 +107,19 @@ def generate(
 
     qwen3vl-mem generate Qwen/Qwen3-VL-2B-Instruct --ram-budget 2GB -p "Tell a story." --dashboard 8080
     """
-    from ..config import MemoryConfig
     from ..errors import ConfigurationError
+    from ..profiles import configure
 
     # Checked before anything slow is done.
     if assistant and prompt_lookup:
         raise ConfigurationError("--assistant and --prompt-lookup both propose tokens: give one of them")
     check_watching(dashboard)
-    budgets = {"ram_budget": ram_budget, "tensor_budget": tensor_budget}
-    settings = {"codec": codec, "cache_dir": cache_dir, "image_policy": image_policy, "private": private}
-    config = MemoryConfig.from_mapping({**budgets, **settings})
+    budgets = typed(ctx, profile=profile, ram_budget=ram_budget, tensor_budget=tensor_budget)
+    settings = typed(ctx, codec=codec, cache_dir=cache_dir, image_policy=image_policy, private=private)
+    config = configure({**budgets, **settings})
 
     from .. import create_optimized_model
+    from ..energy import Cost, EnergyMeter
     from ..factory import local_directory as local_directory
     from ..model.admission import prepare_within_budget
     from ..model.processing import load_processor
@@ -163,21 +168,27 @@ def generate(
         choices["suppress_tokens"] = [processor.tokens.image_id, processor.tokens.video_id]
     interrupted = False
     read_before = optimizer.get_memory_efficiency_stats()["paging"]["bytes_read"]
-    start_s = time.perf_counter()
+    meter = EnergyMeter() if stats or as_json else None
+    if meter is not None:
+        meter.start()
+    start_s, before = time.perf_counter(), Cost.now(meter)
     try:
         try:
             optimized.generate(**inputs, **choices, max_new_tokens=max_new_tokens, streamer=streamer)
         except KeyboardInterrupt:
             interrupted = True
             streamer.end()  # the last word, which waited for its end
+        after = Cost.now(meter)
         memory = optimizer.get_memory_efficiency_stats()
     finally:
         watching.close()
         if exporter is not None:
             exporter.close()
         optimizer.close()
+        if meter is not None:
+            meter.close()
 
-    figures = Figures.of(streamer, start_s, memory, read_before)
+    figures = Figures.of(streamer, start_s, memory, read_before, before.per_token(after, streamer.n_tokens))
     if as_json:
         answer = {
             "answer": "".join(pieces).strip(),
@@ -215,6 +226,8 @@ class Figures:
         tokens_per_s: after the first one, or the first ones where several come at once.
         bytes_read_per_token: from the SSD.
         hit_rate: share of the weight bytes used that were in memory already.
+        cpu_s_per_token: processor time of all threads; of the whole answer, the prompt included.
+        joules_per_token: likewise, of the whole machine.
     """
 
     new_tokens: int
@@ -223,9 +236,18 @@ class Figures:
     peak_rss_bytes: int
     bytes_read_per_token: float | None
     hit_rate: float | None
+    cpu_s_per_token: float | None
+    joules_per_token: float | None
 
     @classmethod
-    def of(cls, streamer: AnswerStreamer, start_s: float, memory: dict[str, Any], read_before: int) -> Figures:
+    def of(
+        cls,
+        streamer: AnswerStreamer,
+        start_s: float,
+        memory: dict[str, Any],
+        read_before: int,
+        costs: dict[str, float | None],
+    ) -> Figures:
         """Return the figures of an answer that began at `start_s` (`time.perf_counter()`)."""
         tokens, first_s, last_s = streamer.n_tokens, streamer.first_token_s, streamer.last_token_s
         rate = None
@@ -238,6 +260,7 @@ class Figures:
             peak_rss_bytes=memory["budget"]["process_peak_rss_bytes"],
             bytes_read_per_token=(memory["paging"]["bytes_read"] - read_before) / tokens if tokens else None,
             hit_rate=memory["paging"]["hit_rate"],
+            **costs,
         )
 
     def line(self) -> str:
@@ -245,6 +268,7 @@ class Figures:
         from ..errors import format_bytes
 
         read, first = self.bytes_read_per_token, self.time_to_first_token_s
+        cpu_s, joules = self.cpu_s_per_token, self.joules_per_token
         return " | ".join(
             (
                 f"{self.new_tokens} tokens",
@@ -253,5 +277,7 @@ class Figures:
                 f"peak {format_bytes(self.peak_rss_bytes)}",
                 "-" if read is None else f"{format_bytes(read)} read a token",
                 f"hit rate {percent(self.hit_rate)}",
+                "-" if cpu_s is None else f"{cpu_s:.3g} CPU s a token",
+                *(() if joules is None else (f"{joules:.3g} J a token",)),
             )
         )

@@ -13,10 +13,12 @@ from ._output import (
     CodecOption,
     DebugOption,
     JsonOption,
+    ProfileOption,
     RamBudgetOption,
     console,
     print_json,
     progress_bar,
+    typed,
 )
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ _MOST_NAMED = 12
 
 
 def pack(
+    ctx: typer.Context,
     model: Annotated[Path, typer.Argument(help="A checkpoint directory.")],
     codec: CodecOption = "auto",
     plan: Annotated[
@@ -44,6 +47,7 @@ def pack(
             help="Make a new plan with these images and .txt files instead of those of this package.",
         ),
     ] = None,
+    profile: ProfileOption = None,
     ram_budget: RamBudgetOption = None,
     cache_dir: CacheDirOption = None,
     as_json: JsonOption = False,
@@ -57,10 +61,11 @@ def pack(
 
     Example: qwen3vl-mem pack ~/models/Qwen3-VL-2B-Instruct
     """
-    from ..config import MemoryConfig
     from ..errors import ConfigurationError
+    from ..profiles import configure
 
-    config = MemoryConfig.from_mapping({"codec": codec, "cache_dir": cache_dir, "ram_budget": ram_budget})
+    config = configure(typed(ctx, profile=profile, codec=codec, cache_dir=cache_dir, ram_budget=ram_budget))
+    codec = config.codec
     if config.weight_codec() == "none":
         raise ConfigurationError("codec 'none' needs no packing: the checkpoint is read as it is")
     if codec != "auto" and (plan or calibration):

@@ -16,6 +16,7 @@ from ..config import MemoryConfig
 from ..factory import create_optimized_model
 from ..model.packing import Progress
 from ..paging import ManagedTensor
+from ..profiles import configure
 from .comparison import AccuracyImpact, evaluate_accuracy_impact
 
 BASELINE_PLAIN = "plain transformers"
@@ -89,7 +90,7 @@ def evaluate_codecs(
         ConfigurationError: no such codec; raised before anything is loaded.
         InputError: a task without batches.
     """
-    config, report = config or MemoryConfig(), progress or (lambda description, done, total: None)
+    config, report = configure(config), progress or (lambda description, done, total: None)
     configs = [dataclasses.replace(config, codec=codec) for codec in _checked(codecs)]
     tasks = list(tasks)
     baseline: Any = None

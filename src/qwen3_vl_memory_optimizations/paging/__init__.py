@@ -2,6 +2,7 @@
 
 from .accounts import ProcessAccounts
 from .blocks import Account, Block, BlockSpace
+from .compaction import Compactor
 from .entry import PAGE_BYTES, FileSource, Page, PageState, TensorEntry, alias_memory
 from .joined import JoinedEntries, join
 from .ledger import PROCESS, TENSORS, Ledger
@@ -21,6 +22,7 @@ __all__ = [
     "PROCESS",
     "READ_AHEAD_BYTES",
     "TENSORS",
+    "Compactor",
     "FileSource",
     "JoinedEntries",
     "Ledger",

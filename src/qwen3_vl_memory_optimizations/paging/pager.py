@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -26,12 +26,12 @@ from typing import Protocol
 import torch
 
 from ..compression import EncodingLog, Scratch
-from ..errors import UnknownTensorError
-from ..pools import FRAME_BYTES, FramePool, units_of
+from ..errors import ConfigurationError, UnknownTensorError
+from ..pools import FRAME_BYTES, FramePool, TensorPool, units_of
 from ..prediction import PassSchedule
 from ..storage import BACKGROUND, PREFETCH, SwapFile
 from .access import Access
-from .entry import PAGE_BYTES, PageState, TensorEntry
+from .entry import PAGE_BYTES, PageState, TensorEntry, alias_memory
 from .finalizers import FinalizerQueue
 from .ledger import PROCESS, TENSORS, Ledger
 from .moves import PageMover
@@ -65,13 +65,15 @@ class Pager:
         swap_bytes: its largest size.
         reuse_frames: keep freed page frames for the next page (memory pooling).
         order: which runtime tensors leave first; `None`: those that were not used longest.
-        timer: a monotonic clock in seconds, for the stall counter.
+        timer: a monotonic clock in seconds, for the stall counter and the age of free frames.
 
     Attributes:
         products: computes with weights.
         encodings: what was encoded for its tensors; those who encode note it.
         runtime: the tensors that are no weights.
         lives: told, under the lock, of runtime tensors that come and go; `None`: nobody.
+        pools: kind -> address ranges for blocks of this kind; changed under `exclusive`. A kind without one, or whose
+            pool is full, gets ranges of its own from the system.
     """
 
     def __init__(
@@ -85,10 +87,11 @@ class Pager:
         timer: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.ledger = ledger
-        self.frames = FramePool(ledger.frames_limit_bytes(), reuse=reuse_frames)
+        self.frames = FramePool(ledger.frames_limit_bytes(), reuse=reuse_frames, timer=timer)
         self.stats = PagingStats()
         self.encodings = EncodingLog()
         self.entries: dict[str, TensorEntry] = {}
+        self.pools: Mapping[str, TensorPool] = {}
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._finalizers = FinalizerQueue(self._lock)
@@ -254,6 +257,10 @@ class Pager:
         """Do what `free` does as a finalizer has to: not in the midst of a change, but before room is needed."""
         self._finalizers.add(lambda: self.free(tensor_id, then))
 
+    def do_later(self, action: Callable[[], None]) -> None:
+        """Do something under the lock, as a finalizer has to (see `free_later`)."""
+        self._finalizers.add(action)
+
     def _release_freed(self, entry: TensorEntry) -> None:
         """Release a freed tensor once nothing holds or moves its pages; never waits."""
         moving = (PageState.LOADING, PageState.WRITING)
@@ -378,6 +385,32 @@ class Pager:
         with self._lock:
             self._finalizers.run()
             self.frames.trim()
+
+    def compact(self, idle_s: float) -> int:
+        """Return page frames that nobody took for so many seconds to the system; return their bytes."""
+        with self._lock:
+            self._finalizers.run()
+            return self.frames.compact(idle_s)
+
+    @property
+    def read_ahead_bytes(self) -> int:
+        """How much that leaves after its use may be in memory before it, or on its way there."""
+        return self._residency.read_ahead_bytes
+
+    def set_read_ahead(self, n_bytes: int | None) -> None:
+        """Choose how much of the weights is read ahead: what that takes is not kept from pass to pass.
+
+        Args:
+            n_bytes: at least the largest page, and at most half of the memory for weights, is used; `None`: chosen by
+                the memory there is.
+
+        Raises:
+            ConfigurationError: below one byte.
+        """
+        if n_bytes is not None and n_bytes < 1:
+            raise ConfigurationError(f"read_ahead: {n_bytes} bytes; give at least one, or None")
+        with self._lock:
+            self._residency.set_read_ahead(n_bytes)
 
     def usage(self) -> list[TensorUse]:
         """Return what each tensor holds."""
@@ -504,6 +537,19 @@ class Pager:
     def let_go(self, entries: Sequence[TensorEntry], upcoming: Sequence[TensorEntry], ahead_bytes: int) -> None:
         """Undo one `hold`, and go on to read ahead into the room that this leaves."""
         self._access.unpin_all(entries, lambda: self._residency.read_cycle_ahead(upcoming, ahead_bytes))
+
+    def zero(self, entry: TensorEntry) -> None:
+        """Fill a runtime tensor that is stored as it is with zeros.
+
+        Raises:
+            MemoryBudgetExceeded: it left meanwhile, and does not fit beside what is pinned.
+        """
+        self.pin(entry)
+        try:
+            alias_memory(entry.address, entry.n_bytes).zero_()
+            self.mark_dirty(entry)
+        finally:
+            self.unpin(entry)
 
     def mark_dirty(self, entry: TensorEntry) -> None:
         """Note that a pinned tensor was written to: its source no longer holds it."""

@@ -7,6 +7,7 @@ that cannot be dropped, the kernel drops the code that runs, again and again: co
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -14,7 +15,7 @@ import weakref
 from collections.abc import Callable
 
 from ..errors import MemoryOptimizationError, format_bytes
-from ..process import limiting_groups, major_faults, usable_memory
+from ..process import MemoryStalls, limiting_groups, major_faults, memory_stalls, usable_memory
 from .pager import Pager
 
 logger = logging.getLogger(__name__)
@@ -39,12 +40,42 @@ _MORE_SHARE = 2
 _FULL_BYTES = 16 << 20
 """A group with less than this left is full: the kernel drops a page of a file for each that it brings."""
 _MANY_FAULTS_A_S = 100
+_LONG_STALL_SHARE = 0.1
+"""Of the time somebody waits for memory: then it is short, whatever the figures say."""
 _SETTLE_S = 0.5
 _MOST_ROOM_SHARE = 8
 """Faults teach that more room is needed: 32 MiB more, up to one part in 8 of the group."""
 _LEARNT_STEP_BYTES = 32 << 20
 _LEFT_BYTES = 64 << 20
 """Weights keep so much, however little room there is."""
+
+
+class _Rate:
+    """A count that has grown fast lately, and in the half second before too: once is no sign.
+
+    After the first pass, for one, code is given back on purpose, and what is needed comes again.
+
+    Args:
+        read: returns the count; `None`: there is none.
+        most_a_s: what is fast.
+        timer: a monotonic clock in seconds.
+    """
+
+    def __init__(self, read: Callable[[], float | None], most_a_s: float, timer: Callable[[], float]) -> None:
+        self._read, self._most_a_s, self._timer = read, most_a_s, timer
+        self._before = (timer(), read())
+        self._was_fast = False
+
+    def is_fast(self) -> bool:
+        """Look again, if half a second has passed."""
+        now_s, (before_s, before) = self._timer(), self._before
+        if now_s - before_s < _SETTLE_S:
+            return False
+        count = self._read()
+        self._before = (now_s, count)
+        fast = count is not None and before is not None and count - before > self._most_a_s * (now_s - before_s)
+        was_fast, self._was_fast = self._was_fast, fast
+        return was_fast and fast
 
 
 class PressureMonitor:
@@ -57,6 +88,7 @@ class PressureMonitor:
         period_s: between two looks.
         timer: a monotonic clock in seconds.
         major_faults: returns how often this process has waited for a page of a file so far.
+        stalls: returns how long its group and the machine have waited for memory so far; default: as the system says.
         root: of the system's files.
 
     Attributes:
@@ -73,6 +105,7 @@ class PressureMonitor:
         period_s: float = _PERIOD_S,
         timer: Callable[[], float] = time.monotonic,
         major_faults: Callable[[], int] = major_faults,
+        stalls: Callable[[], MemoryStalls] | None = None,
         root: str = "/",
     ) -> None:
         self.reliefs = 0
@@ -82,11 +115,12 @@ class PressureMonitor:
         self._also = also
         self._period_s = period_s
         self._timer = timer
-        self._major_faults = major_faults
         self._root = root
         self._learnt_bytes = 0
-        self._faults_before = (timer(), major_faults())
-        self._faulted = False
+        self._faults = _Rate(major_faults, _MANY_FAULTS_A_S, timer)
+        stalls = stalls or functools.partial(memory_stalls, root=root)
+        self._group_stalls = _Rate(lambda: stalls().group_s, _LONG_STALL_SHARE, timer)
+        self._system_stalls = _Rate(lambda: stalls().system_s, _LONG_STALL_SHARE, timer)
         self._streak = 0
         self._close_looks = 0
         self._calm_since_s: float | None = None
@@ -134,29 +168,21 @@ class PressureMonitor:
 
     def _room(self) -> tuple[int, int]:
         """Return by how much the room is too small, and how much there is beyond what is comfortable."""
-        short, spare, faulting = 0, self._budget_bytes, self._faulting()
+        short, spare = 0, self._budget_bytes
+        starved = any([self._faults.is_fast(), self._group_stalls.is_fast()])  # both look each time
         for group in limiting_groups(root=self._root):
             least = max(self._learnt_bytes, min(_LEAST_ROOM_BYTES, group.limit_bytes // _ROOM_SHARE))
             room = group.limit_bytes - group.used_bytes + group.files_bytes
-            if faulting and group.limit_bytes - group.used_bytes < _FULL_BYTES:
+            if starved and group.limit_bytes - group.used_bytes < _FULL_BYTES:
                 least = min(max(least, room + _LEARNT_STEP_BYTES), group.limit_bytes // _MOST_ROOM_SHARE)
                 self._learnt_bytes = least
             short, spare = _worse(short, spare, room, least)
         total, available = usable_memory(root=self._root, groups=False)
-        return _worse(short, spare, available, min(_LEAST_AVAILABLE_BYTES, total // _ROOM_SHARE))
-
-    def _faulting(self) -> bool:
-        """Return whether this process waited for code again and again lately, and the half second before too.
-
-        Once is no sign: after the first pass code is given back on purpose, and what is needed comes again.
-        """
-        now_s, faults = self._timer(), self._major_faults()
-        before_s, before = self._faults_before
-        if now_s - before_s < _SETTLE_S:
-            return False
-        self._faults_before = (now_s, faults)
-        faulted, self._faulted = self._faulted, faults - before > _MANY_FAULTS_A_S * (now_s - before_s)
-        return faulted and self._faulted
+        least = min(_LEAST_AVAILABLE_BYTES, total // _ROOM_SHARE)
+        # What is available is an estimate; where others wait for memory, it is too high. The groups of others that are
+        # full wait too, with any amount of it: that is theirs.
+        least *= 2 if self._system_stalls.is_fast() else 1
+        return _worse(short, spare, available, least)
 
     def _give_up(self, pager: Pager, n_bytes: int) -> None:
         held = pager.ledger.held_bytes(OWNER)

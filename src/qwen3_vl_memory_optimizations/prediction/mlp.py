@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ _BATCH = 64
 _LEAST_EXAMPLES = 256
 _RATE, _BETA1, _BETA2, _EPSILON = 0.01, 0.9, 0.999, 1e-8
 _MOST_LOG = 30.0
+_JUDGED = 0.2
+"""What the newest examples weigh beside all before, each time that they are judged."""
 _FORMAT = "qwen3vl-mem wait predictor, version 1"
 
 
@@ -49,12 +52,16 @@ class LightweightMLPredictor:
     Each use of a key gives an example: the features that it had at a random moment since its use before, and the wait
     from then on, as a logarithm. Keys that never come back give none. Below 256 examples nothing is predicted.
 
+    New examples are judged before they are learnt, beside what a simple rule said of them: `better` tells whether the
+    network is worth asking.
+
     Args:
         seed: of the first weights and of what is drawn.
 
     Attributes:
         n_examples: seen so far.
         error: mean absolute error of the last batch before it was learnt, in logarithms to base e; `None`: none yet.
+        errors: the same of new examples, older ones counted less: of the `network` and of the `rule`; `None`: none yet.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -70,16 +77,23 @@ class LightweightMLPredictor:
         self._steps = 0
         self._inputs = np.zeros((_EXAMPLES, n))
         self._labels = np.zeros(_EXAMPLES)
+        self._ruled = np.zeros(_EXAMPLES)
+        self._n_judged = 0
+        self._was_loaded = False
         self.n_examples = 0
         self.error: float | None = None
+        self.errors: dict[str, float | None] = {"network": None, "rule": None}
 
-    def observe(self, history: UseHistory, now: int, n_bytes: int, kind: str) -> None:
+    def observe(
+        self, history: UseHistory, now: int, n_bytes: int, kind: str, rule: Callable[[int], float] | None = None
+    ) -> None:
         """Learn from a use, by and by.
 
         Args:
             history: of the key, without this use.
             now: when it is used, in uses of all keys.
             n_bytes, kind: of the key.
+            rule: says at a moment how long the key will wait, in uses of all keys; `None`: there is no rule.
         """
         gap = now - history.last
         if gap < 1:
@@ -88,19 +102,40 @@ class LightweightMLPredictor:
         place = self.n_examples % _EXAMPLES
         self._inputs[place] = features_of(history, moment, n_bytes, kind)
         self._labels[place] = math.log1p(now - moment)
+        self._ruled[place] = math.nan if rule is None else min(math.log1p(rule(moment)), _MOST_LOG)
         self.n_examples += 1
 
     @property
     def ready(self) -> bool:
         """Whether it has seen enough to predict."""
-        return self._steps > 0 and self.n_examples >= _LEAST_EXAMPLES
+        return self._steps > 0 and (self._was_loaded or self.n_examples >= _LEAST_EXAMPLES)
+
+    @property
+    def better(self) -> bool:
+        """Whether it is `ready`, and no worse than the rule so far."""
+        network, rule = self.errors["network"], self.errors["rule"]
+        return self.ready and (network is None or rule is None or network <= rule)
 
     def train(self, steps: int = 8) -> None:
         """Take some steps on examples drawn from the ring; does nothing before there are enough."""
+        self._judge()
         there = min(self.n_examples, _EXAMPLES)
         for _ in range(steps if there >= _LEAST_EXAMPLES else 0):
             chosen = self._draw.integers(there, size=_BATCH)
             self._step(self._inputs[chosen], self._labels[chosen])
+
+    def _judge(self) -> None:
+        """Compare the network and the rule on the examples that came since the last time."""
+        new = min(self.n_examples - self._n_judged, _EXAMPLES)
+        self._n_judged = self.n_examples
+        if not self.ready or not new:
+            return
+        places = np.arange(self.n_examples - new, self.n_examples) % _EXAMPLES
+        found = np.clip(self._forward(self._inputs[places])[1], 0.0, _MOST_LOG)
+        for name, given in (("network", found), ("rule", self._ruled[places])):
+            error, before = float(np.abs(given - self._labels[places]).mean()), self.errors[name]
+            if math.isfinite(error):
+                self.errors[name] = error if before is None else before + _JUDGED * (error - before)
 
     def predict(self, features: Sequence[Sequence[float]]) -> np.ndarray:
         """Return the wait of each row of features (`features_of`) in uses of all keys, float64 `[rows]`."""
@@ -130,7 +165,7 @@ class LightweightMLPredictor:
         """
         predictor = cls()
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 if str(stored["format"]) != _FORMAT:
                     raise ValueError(f"its format is not {_FORMAT!r}")
                 for name, value in predictor._parameters.items():
@@ -138,9 +173,10 @@ class LightweightMLPredictor:
                     if found.shape != value.shape or not np.isfinite(found).all():
                         raise ValueError(f"{name} has shape {found.shape}, or is not finite")
                     predictor._parameters[name] = found
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise ConfigurationError(f"{path}: no predictor ({type(error).__name__}: {error})") from error
         predictor._steps = 1
+        predictor._was_loaded = True
         return predictor
 
     def _forward(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

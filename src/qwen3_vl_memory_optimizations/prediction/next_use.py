@@ -80,17 +80,23 @@ class NextUse:
         """Forget a key."""
         self._known.pop(key, None)
 
-    def wait(self, key: Hashable) -> float:
-        """Return in how many uses of all keys this one is expected; infinite: it is not known."""
+    def wait(self, key: Hashable, now: int | None = None) -> float:
+        """Return in how many uses of all keys this one is expected; infinite: it is not known.
+
+        Args:
+            key: of what is asked for.
+            now: when it is asked, not before its last use; default: now.
+        """
         history = self._known.get(key)
         if history is None:
             return math.inf
-        age = self.now - history.last
+        now = self.now if now is None else now
+        age = now - history.last
         if history.gap and history.spread <= _STEADY * history.gap and age <= _LATE * history.gap:
             return max(history.gap - age, 1.0)
         # Uses over the time they could have come in, both with the same forgetting.
         life = self._half_life() / math.log(2)
-        span = life * (1 - self._kept(self.now - history.first + 1)) + 1
+        span = life * (1 - self._kept(now - history.first + 1)) + 1
         return (span + self._resident) / (history.weight * self._kept(age))
 
     def _half_life(self) -> float:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from ..errors import MemoryOptimizationError
+from ..errors import ConfigurationError, MemoryOptimizationError
 from ..paging import Pager
+from ..periodic import Periodic
 from ..prediction import LightweightMLPredictor, NextUse
 from ..prediction.mlp import features_of
+
+logger = logging.getLogger(__name__)
 
 _SHARES = {"gpu": (0.7, 1), "cpu": (0.5, 2), "ssd": (0.8, 3)}
 _MOST_BROUGHT = 8
@@ -22,7 +29,8 @@ class MemoryTieringSystem:
 
     Only memory that nobody uses is filled, up to the capacity of the tier, one read at a time and behind all others, so
     nothing leaves and nobody waits for it. (What leaves, and when, is `MemorySwappingSystem`'s; weights follow their
-    schedule.) Until the network has seen enough, the expectation from each tensor's own history ranks them (`NextUse`).
+    schedule.) Until the network has seen enough, and where it proves worse, the expectation from each tensor's own
+    history ranks them (`NextUse`).
 
     Args:
         memory: what the tiers have in bytes, by name; `None` or missing: there is none. Default: the SSD and RAM are
@@ -49,8 +57,8 @@ class MemoryTieringSystem:
         self._known: dict[str, tuple[int, str]] = {}  # id -> bytes, kind
         self._brought: set[str] = set()
         self._lock = threading.Lock()
-        self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._path: Path | None = None
+        self._periodic: Periodic | None = None
 
     def note(self, tensor_id: str, n_bytes: int, kind: str) -> None:
         """Note a use; those of weights are none of this system's business."""
@@ -59,7 +67,8 @@ class MemoryTieringSystem:
         with self._lock:
             history = self._next_use.history(tensor_id)
             if history is not None:
-                self.predictor.observe(history, self._next_use.now + 1, n_bytes, kind)
+                rule = functools.partial(self._next_use.wait, tensor_id)
+                self.predictor.observe(history, self._next_use.now + 1, n_bytes, kind, rule)
             self._next_use.use(tensor_id, len(self._known))
             self._known[tensor_id] = (n_bytes, kind)
             if tensor_id in self._brought:
@@ -82,7 +91,7 @@ class MemoryTieringSystem:
         with self._lock:
             known = [(each, self._next_use.history(each)) for each in tensor_ids if each in self._known]
             there = [(each, history) for each, history in known if history is not None]
-            if not self.predictor.ready:
+            if not self.predictor.better:
                 return {each: self._next_use.wait(each) for each, _ in there}
             now = self._next_use.now
             rows = [features_of(history, now, *self._known[each]) for each, history in there]
@@ -119,26 +128,75 @@ class MemoryTieringSystem:
             fitting.append(tensor_id)
         return fitting
 
+    def explain(self) -> dict[str, Any]:
+        """Return what ranks tensors now, the errors of both, and how much each feature moves the network."""
+        with self._lock:
+            return {
+                "decides": "network" if self.predictor.better else "history",
+                "errors": dict(self.predictor.errors),
+                "examples": self.predictor.n_examples,
+                "explanation": self.predictor.explain(),
+            }
+
+    def remember(self, path: Path) -> None:
+        """Go on from what an earlier run learnt, if it left anything, and leave what this one does when it closes.
+
+        A file that is no predictor is logged, and replaced.
+        """
+        self._path = path
+        if path.exists():
+            try:
+                self.predictor = LightweightMLPredictor.load(path)
+            except ConfigurationError as error:
+                logger.warning("what was learnt before is not used: %s", error)
+
+    def _leave(self) -> None:
+        if self._path is None or not self.predictor.n_examples or not self.predictor.ready:
+            return
+        partial = self._path.with_name(f"{self._path.stem}.{os.getpid()}.npz")
+        try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            self.predictor.save(partial)
+            os.replace(partial, self._path)
+        except OSError as error:
+            logger.warning("what was learnt is not kept: %s", error)
+            partial.unlink(missing_ok=True)
+
     def start(self, pager: Pager, interval_s: float) -> None:
         """Migrate each interval, in a thread that ends with the Pager or `close`."""
         reference = weakref.ref(pager)
 
-        def work() -> None:
-            while not self._ended.wait(interval_s):
-                pager = reference()
-                if pager is None:
-                    return
-                try:
-                    self.migrate(pager)
-                except MemoryOptimizationError:  # closed meanwhile
-                    return
-                del pager
+        def work() -> bool:
+            pager = reference()
+            if pager is None:
+                return False
+            try:
+                self.migrate(pager)
+            except MemoryOptimizationError:  # closed meanwhile
+                return False
+            return True
 
-        self._thread = threading.Thread(target=work, name="memory-tiering", daemon=True)
-        self._thread.start()
+        self._periodic = Periodic(work, interval_s, "memory-tiering")
+        self._periodic.start()
+
+    @property
+    def interval_s(self) -> float | None:
+        """The pause between two migrations in seconds; `None`: not started."""
+        return None if self._periodic is None else self._periodic.interval_s
+
+    def set_interval(self, interval_s: float) -> None:
+        """Change the pause between two migrations. Precondition: started.
+
+        Raises:
+            ConfigurationError: it is not above zero.
+        """
+        assert self._periodic is not None
+        self._periodic.interval_s = interval_s
 
     def close(self) -> None:
-        """End the thread."""
-        self._ended.set()
-        if self._thread is not None and threading.current_thread() is not self._thread:
-            self._thread.join()
+        """End the thread, and leave what was learnt (`remember`)."""
+        if self._periodic is not None:
+            self._periodic.close()
+        with self._lock:
+            self._leave()
+            self._path = None
