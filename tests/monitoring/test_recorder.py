@@ -82,6 +82,7 @@ def test_it_ends_when_the_optimizer_is_closed(make_optimizer, tmp_path):
 def test_it_does_not_keep_an_optimizer_alive(tmp_path):
     optimizer = MemoryOptimizer(memory_config={"cache_dir": tmp_path})
     recorder = Recorder(optimizer, period_s=0.01)
+    wait_until(lambda: recorder.history.last >= 5)
     del optimizer
     gc.collect()
     wait_until(lambda: not recorder.running and not threads())
