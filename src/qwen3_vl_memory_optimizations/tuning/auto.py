@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..cache import HierarchicalCacheSystem
+from ..errors import MemoryOptimizationError
 from ..paging import Pager
 from ..periodic import Periodic
 from .climb import PASS_RATE, Climber, Decision, Knob
@@ -157,9 +158,13 @@ class AutoTuner:
 
         def work() -> bool:
             tuner = reference()
-            if tuner is not None:
+            if tuner is None:
+                return False
+            try:
                 tuner.look()
-            return tuner is not None
+            except MemoryOptimizationError:  # closed meanwhile
+                return False
+            return True
 
         self._periodic = Periodic(work, window_s / _LOOKS, "auto-tuning")
 
