@@ -53,6 +53,10 @@ class FramePool:
         """Memory held for the next owner."""
         return len(self._free) * UNIT_BYTES
 
+    def free_units(self) -> list[int]:
+        """Return the addresses of the units that are held for the next owner."""
+        return list(self._free)
+
     @property
     def committed_bytes(self) -> int:
         """Physical memory held: used and free frames."""
