@@ -246,6 +246,7 @@ class ManagedKVLayer(CacheLayerMixin):
         stored = self._new_block(len(keys))
         with self.space.held([stored.block]):
             self.space.encodings.encode_block(self.space.kind, self.codec, keys, values, stored.encoded)
+            self.space.written(stored.block)
         self.blocks.append(stored)
 
     def _new_block(self, n: int) -> _StoredBlock:
@@ -298,6 +299,7 @@ class ManagedKVLayer(CacheLayerMixin):
         with self.space.held([new.block]):
             for name, part in new.encoded.segments.items():
                 part.copy_(picked[name])
+            self.space.written(new.block)
         stored.block, stored.encoded = new.block, new.encoded
 
     def copy_of(self, other: ManagedKVLayer) -> None:
@@ -310,6 +312,7 @@ class ManagedKVLayer(CacheLayerMixin):
             copied = self._new_block(self.batch_size * self.heads)
             with self.space.held([stored.block, copied.block]):
                 copied.block.data.copy_(stored.block.data)
+                self.space.written(copied.block)
             self.blocks.append(copied)
         self._make_tail(other.tail_length)
         assert self._tail is not None

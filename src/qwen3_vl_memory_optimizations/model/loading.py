@@ -303,7 +303,8 @@ class WeightLoader:
         self._pager.ledger.add("small weights", sum(segment.n_bytes for segment in segments[1:]))
         self._release_address_space(entry, _Place(address, address, reserved_bytes))
         self._pager.add(entry, resident=True)
-        entry.encoded(0, entry.rows)[first.name].copy_(encoded[first.name])
+        with self._pager.writing(entry):
+            entry.encoded(0, entry.rows)[first.name].copy_(encoded[first.name])
         put(site, ManagedTensor(self._pager, entry))
 
 

@@ -210,6 +210,8 @@ class Access:
             except BaseException:
                 for page in pinned:
                     page.pins -= 1
+                for entry in entries:
+                    self._release(entry)
                 self._changed.notify_all()
                 raise
             self._enter()

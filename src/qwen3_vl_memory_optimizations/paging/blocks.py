@@ -27,7 +27,7 @@ _numbers = itertools.count()
 
 
 class Block:
-    """Bytes at one address for life. `data` may be touched while the block is held, and right after it was made.
+    """Bytes at one address for life. `data` may be touched while the block is held: a new one may have left again.
 
     Attributes:
         data: uint8 `[n_bytes]`.
@@ -112,7 +112,7 @@ class BlockSpace:
         return Account(self.pager, self.kind)
 
     def allocate(self, n_bytes: int) -> Block:
-        """Return a block whose contents are the caller's to write at once; it is freed when it is collected.
+        """Return a block whose contents are the caller's to write (`held`, `written`); freed when it is collected.
 
         Raises:
             MemoryBudgetExceeded: there is no room, whatever else leaves.
@@ -188,7 +188,7 @@ class BlockSpace:
             self.pager.let_go(entries, ahead, ahead_bytes)
 
     def written(self, block: Block) -> None:
-        """Note that a held block was written to again: what the swap file has of it is stale."""
+        """Note that a held block was written to: what the swap file has of it is stale."""
         if self.pager is not None and block.entry is not None:
             self.pager.mark_dirty(block.entry)
 

@@ -272,14 +272,10 @@ def _address(tensor: torch.Tensor | np.ndarray) -> int:
 
 def _write_back(managed: ManagedTensor, decoded: torch.Tensor) -> None:
     pager, entry = managed.pager, managed.entry
-    pager.pin(entry)
-    try:
+    with pager.writing(entry):
         segments = entry.encoded(0, entry.rows)
         data = next(iter(segments.values()))
         in_place = decoded.untyped_storage().data_ptr() == data.untyped_storage().data_ptr()
         if not in_place:
             for name, values in entry.codec.encode(decoded.to(entry.dtype)).items():
                 segments[name].copy_(values)
-        pager.mark_dirty(entry)
-    finally:
-        pager.unpin(entry)

@@ -15,22 +15,25 @@ the I/O queue's or the swap file's. Finalizers wait for none.
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from ..compression import EncodingLog, Scratch
-from ..errors import ConfigurationError, UnknownTensorError
+from ..errors import ConfigurationError, MemoryOptimizationError, UnknownTensorError
 from ..pools import FRAME_BYTES, FramePool, TensorPool, units_of
 from ..prediction import PassSchedule
 from ..storage import BACKGROUND, PREFETCH, SwapFile
 from .access import Access
+from .check import IN_MEMORY, check
 from .entry import PAGE_BYTES, PageState, TensorEntry, alias_memory
 from .finalizers import FinalizerQueue
 from .ledger import PROCESS, TENSORS, Ledger
@@ -43,7 +46,7 @@ from .runtime import RuntimeTensors
 from .stats import PagingStats, TensorUse
 
 _LEAST_SCRATCH_BYTES = 1 << 16
-_IN_MEMORY = (PageState.RESIDENT, PageState.LOADING, PageState.WRITING)
+_WORKSPACE = "workspace"
 
 
 class Lives(Protocol):
@@ -109,6 +112,7 @@ class Pager:
         self._local = threading.local()
         self.products = Products(self._access, self.frames, lambda: self.scratch)
         self._adding = 0  # tensors that have memory and are not in `entries` yet
+        self._lingering: dict[TensorEntry, None] = {}  # freed, and somebody still holds or moves their pages
 
     @property
     def schedule(self) -> PassSchedule:
@@ -176,8 +180,9 @@ class Pager:
 
         Args:
             entry: its address space is reserved already.
-            resident: back it with memory now (its contents are the caller's to write; it is dirty); otherwise its
-                pages are read from its source when they are needed.
+            resident: back it with memory now; its contents are the caller's to write, as `writing` or, for those of a
+                cycle, `hold` and `mark_dirty`: it may have left by then. Otherwise its pages are read from its source
+                when they are needed.
 
         Raises:
             MemoryBudgetExceeded: no room; nothing was changed.
@@ -251,6 +256,7 @@ class Pager:
                 if self.lives is not None:
                     self.lives.died(tensor_id)
             entry.on_released = then or entry.on_released
+            self._lingering[entry] = None
             self._release_freed(entry)
 
     def free_later(self, tensor_id: str, then: Callable[[], None] | None = None) -> None:
@@ -264,10 +270,9 @@ class Pager:
     def _release_freed(self, entry: TensorEntry) -> None:
         """Release a freed tensor once nothing holds or moves its pages; never waits."""
         moving = (PageState.LOADING, PageState.WRITING)
-        if not entry.freed or any(page.pins or page.state in moving for page in entry.pages):
+        if entry not in self._lingering or any(page.pins or page.state in moving for page in entry.pages):
             return
-        if all(page.state is PageState.FREED for page in entry.pages):
-            return
+        del self._lingering[entry]
         for page in entry.pages:
             self._mover.discard(page)
         for frame in entry.shared_frames():
@@ -329,7 +334,9 @@ class Pager:
         """Return what of the budget is left when all managed tensors are in memory; negative where they do not fit."""
         with self._lock:
             self._finalizers.run()
-            return self.ledger.frames_limit_bytes() - sum(entry.frames_bytes for entry in self.entries.values())
+            # A freed tensor that a view still holds cannot even leave.
+            tensors = itertools.chain(self.entries.values(), self._lingering)
+            return self.ledger.frames_limit_bytes() - sum(entry.frames_bytes for entry in tensors)
 
     def lend(self, owner: str, n_bytes: int) -> bool:
         """Add to what an owner holds, if all managed tensors still fit beside it; or, below zero, take it back.
@@ -338,10 +345,17 @@ class Pager:
             Whether it was added. Nothing leaves memory for it.
         """
         with self._lock:
-            if n_bytes > 0 and n_bytes > self.spare_bytes():
+            if n_bytes < 0:
+                self.ledger.add(owner, n_bytes)
+                with suppress(MemoryOptimizationError):  # for those who asked for more than there is, not for this one
+                    self.refit()
+                return True
+            if n_bytes > self.spare_bytes():
                 return False
-            self.ledger.add(owner, n_bytes)
-            self.refit()
+            try:
+                self.debit(owner, n_bytes)
+            except MemoryOptimizationError:  # a tensor that is about to come has the room
+                return False
             return True
 
     def refit(self) -> None:
@@ -425,11 +439,11 @@ class Pager:
                     math.prod(entry.shape) * entry.dtype.itemsize,
                     entry.n_bytes,
                     entry.beside_bytes,
-                    sum(page.stop_bytes - page.start_bytes for page in entry.pages if page.state in _IN_MEMORY),
+                    sum(page.stop_bytes - page.start_bytes for page in entry.pages if page.state in IN_MEMORY),
                     sum(
                         page.stop_bytes - page.start_bytes
                         for page in entry.pages
-                        if page.state in _IN_MEMORY and (page.dirty or page.pins)
+                        if page.state in IN_MEMORY and (page.dirty or page.pins)
                     ),
                 )
                 for entry in self.entries.values()
@@ -463,11 +477,18 @@ class Pager:
 
     @property
     def scratch(self) -> Scratch:
-        """Workspace of the calling thread; what it grows by is debited."""
+        """Workspace of the calling thread; what it grows by is debited, and given back when the thread ends."""
         scratch = getattr(self._local, "scratch", None)
         if scratch is None:
             slot_bytes = max(_LEAST_SCRATCH_BYTES, min(4 * PAGE_BYTES, self.frames.limit_bytes // 16))
-            scratch = self._local.scratch = Scratch(lambda n_bytes: self.debit("workspace", n_bytes), slot_bytes)
+            held = [0]
+
+            def grow(n_bytes: int) -> None:
+                self.debit(_WORKSPACE, n_bytes)
+                held[0] += n_bytes
+
+            scratch = self._local.scratch = Scratch(grow, slot_bytes)
+            weakref.finalize(scratch, _return_workspace, weakref.ref(self), held).atexit = False
         return scratch
 
     def debit(self, owner: str, n_bytes: int, scope: str = TENSORS) -> None:
@@ -544,16 +565,32 @@ class Pager:
         Raises:
             MemoryBudgetExceeded: it left meanwhile, and does not fit beside what is pinned.
         """
-        self.pin(entry)
-        try:
+        with self.writing(entry):
             alias_memory(entry.address, entry.n_bytes).zero_()
-            self.mark_dirty(entry)
-        finally:
-            self.unpin(entry)
 
     def mark_dirty(self, entry: TensorEntry) -> None:
         """Note that a pinned tensor was written to: its source no longer holds it."""
         self._access.mark_dirty(entry)
+
+    def check(self) -> None:
+        """Assert that counters, pages, frames and the swap file agree; at any time, from any thread."""
+        with self._lock:
+            entries = itertools.chain(self.entries.values(), self._lingering)
+            check(entries, self.frames, self._mover, self._swap, complete=not self._adding)
+
+    @contextmanager
+    def writing(self, entry: TensorEntry) -> Iterator[None]:
+        """Have a whole tensor in memory, to be written to in a block.
+
+        Raises:
+            MemoryBudgetExceeded: it does not fit beside what is pinned.
+        """
+        self.pin(entry)
+        try:
+            yield
+        finally:
+            self.mark_dirty(entry)  # also what was written halfway
+            self.unpin(entry)
 
     # --- end --------------------------------------------------------------------------------------------------------
 
@@ -579,3 +616,10 @@ class Pager:
             self.frames.set_limit(0)  # also for what views release later
         self._swap.close()
         return all(page.state is PageState.FREED for entry in entries for page in entry.pages)
+
+
+def _return_workspace(pager: weakref.ref[Pager], held: list[int]) -> None:
+    """The thread that had a workspace ended."""
+    alive = pager()
+    if alive is not None and held[0]:
+        alive.debit_later(_WORKSPACE, -held[0])

@@ -89,8 +89,12 @@ class Residency:
         self._order_changed = True
 
     def remove(self, entry: TensorEntry) -> None:
-        """Forget a weight."""
+        """Forget a weight, and that some of it was read ahead."""
         self._order.remove(entry.tensor_id)
+        for page in entry.pages:
+            if page.unused and not page.kept:
+                self._mover.ahead_bytes -= page.n_bytes
+            page.kept = True
 
     def start(self, order: Sequence[str], priority: int) -> None:
         """Read ahead for a first pass in this order: all that will stay, and the first of what will not."""
@@ -227,7 +231,12 @@ class Residency:
                 return True
         except MemoryBudgetExceeded:
             return False  # whoever needs the page will be told
-        return page.state is PageState.SWAPPED and page.n_bytes <= self._frames.available_bytes
+        return self._still_fits(page)
+
+    def _still_fits(self, page: Page) -> bool:
+        """Whether a page can be loaded now. What asks for room may have given the lock up."""
+        away = page.state is PageState.SWAPPED and not self._mover.closed
+        return away and page.n_bytes <= self._frames.available_bytes
 
     def _evict_for_prefetch(self, wanted: Page) -> bool:
         """Make room by dropping pages that are not part of the kept subset, or not expected again."""
@@ -316,7 +325,7 @@ class Residency:
             self._mover.announce(wanted.n_bytes)
         except MemoryBudgetExceeded:
             return False  # whoever needs the page will be told
-        return wanted.state is PageState.SWAPPED and wanted.n_bytes <= self._frames.available_bytes
+        return self._still_fits(wanted)
 
     # --- what leaves ------------------------------------------------------------------------------------------------
 
@@ -351,8 +360,8 @@ class Residency:
             self._mover.announce(needed)
         except MemoryBudgetExceeded:
             return False
-        for page in away:  # the announcement may have given the lock up
-            if page.state is not PageState.SWAPPED or page.n_bytes > self._frames.available_bytes:
+        for page in away:
+            if not self._still_fits(page):
                 return False
             self._mover.load(page, BACKGROUND)
         return True

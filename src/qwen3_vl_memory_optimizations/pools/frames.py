@@ -65,6 +65,10 @@ class FramePool:
         """Memory held for the next owner."""
         return len(self._free) * UNIT_BYTES
 
+    def free_units(self) -> list[int]:
+        """Return the addresses of the units that are held for the next owner."""
+        return [address for address, _ in self._free.values()]
+
     @property
     def committed_bytes(self) -> int:
         """Physical memory held: used and free frames."""

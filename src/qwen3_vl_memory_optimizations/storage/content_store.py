@@ -305,7 +305,10 @@ class ContentStore:
                             change(self._index.entries[key].facts)
                 self._notes.clear()
                 yield True
-            except OSError as error:
+            except BaseException as error:
+                self._index_id, self._reconciled = None, False  # what is in memory may be ahead of the disk
+                if not isinstance(error, OSError):
+                    raise
                 path = error.filename or self.directory
                 raise StorageError(f"{path}: {error.strerror or error}", path=path) from error
             finally:

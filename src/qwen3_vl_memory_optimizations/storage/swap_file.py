@@ -68,6 +68,10 @@ class ExtentAllocator:
         """Return the size of the range that starts at `offset`."""
         return self._used[offset]
 
+    def offsets(self) -> list[int]:
+        """Return where the ranges that are handed out start."""
+        return list(self._used)
+
     def check(self) -> None:
         """Assert that ranges and gaps tile the space, and no two gaps touch."""
         position, was_gap = 0, False
@@ -170,6 +174,11 @@ class SwapFile:
             StorageError: the device failed.
         """
         return self._file_for(offset, n_bytes).read_into(address, offset, n_bytes)
+
+    def extents(self) -> list[int]:
+        """Return the offsets of all extents."""
+        with self._lock:
+            return self._extents.offsets()
 
     def check(self) -> None:
         """Assert that the extents tile the file and the file is as long as they say."""
