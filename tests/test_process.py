@@ -115,6 +115,13 @@ def test_stalls_of_the_group_and_of_the_machine_are_read(tmp_path):
     assert memory_stalls(root=root) == MemoryStalls(group_s=2.5, system_s=4.0)
 
 
+def test_in_a_container_the_stalls_are_those_of_the_mount(tmp_path):
+    root = group_tree(tmp_path, "0::/the/path/on/the/host\n")
+    (root / "sys/fs/cgroup").mkdir(parents=True, exist_ok=True)
+    (root / "sys/fs/cgroup/memory.pressure").write_text("some avg10=0.00 avg60=0.00 avg300=0.00 total=1500000\n")
+    assert memory_stalls(root=root) == MemoryStalls(group_s=1.5, system_s=None)
+
+
 @pytest.mark.parametrize("text", ["", "some", "some avg10=0.00 total=x\n", "full avg10=0.00 total=5\n"])
 def test_stalls_that_are_not_counted_are_absent(tmp_path, text):
     root = group_tree(tmp_path, "4:memory:/job\n")

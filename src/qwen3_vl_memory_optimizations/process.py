@@ -179,7 +179,12 @@ def memory_stalls(*, root: str | os.PathLike[str] = "/") -> MemoryStalls:
     """Return how long this process's group and the machine have waited for memory."""
     base = Path(root)
     group = next((line[3:] for line in read_lines(base / "proc/self/cgroup") if line.startswith("0::")), None)
-    own = None if group is None else _stall_s(base / "sys/fs/cgroup" / group.strip("/") / "memory.pressure")
+    own = None
+    if group is not None:
+        mount = base / "sys/fs/cgroup"
+        inner = mount / group.strip("/")
+        # Inside a container the path is often the host's: then only the mount, its own group, exists.
+        own = _stall_s((inner if inner.is_dir() else mount) / "memory.pressure")
     return MemoryStalls(own, _stall_s(base / "proc/pressure/memory"))
 
 

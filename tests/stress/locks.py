@@ -13,6 +13,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import qwen3_vl_memory_optimizations as package
 
@@ -33,6 +34,7 @@ class LockGraph:
         self.gates: dict[Edge, dict[frozenset[str], str]] = {}
         self.waits: dict[Edge, str] = {}
         self.names: set[str] = set()
+        self._lock = threading.Lock()
         self._held = threading.local()
 
     @contextmanager
@@ -49,16 +51,22 @@ class LockGraph:
 
     def _made(self, factory: object) -> object:
         frame: types.FrameType | None = sys._getframe(2)
-        inside = False
-        while frame is not None and frame.f_code.co_filename == threading.__file__:
-            inside, frame = True, frame.f_back  # a condition or an event makes its own
         lock = factory()  # type: ignore[operator]
+        event = False
+        while frame is not None and frame.f_code.co_filename == threading.__file__:
+            maker = frame.f_locals.get("self")
+            if isinstance(maker, threading.Thread):  # waits for it to start, which it does
+                return lock
+            event = event or isinstance(maker, threading.Event)
+            frame = frame.f_back  # a condition or an event makes its own
         if frame is None or not frame.f_code.co_filename.startswith(SOURCE):
             return lock
-        owner = frame.f_locals.get("self")
-        name = type(owner).__name__ if owner is not None else Path(frame.f_code.co_filename).stem
+        return self.noted(lock, type(frame.f_locals["self"]).__name__, event=event)
+
+    def noted(self, lock: object, name: str, *, event: bool = False) -> NotedLock:
+        """Return a lock of which is noted what is done with it; of an event only who waits for it."""
         self.names.add(name)
-        return NotedLock(lock, name, self, waited_on=inside)
+        return NotedLock(lock, name, self, event=event)
 
     def stack(self) -> list[str]:
         """Return the names of the locks that this thread holds, the first one taken first."""
@@ -72,7 +80,10 @@ class LockGraph:
         if name in held:
             return
         for each in held:
-            self.gates.setdefault((each, name), {}).setdefault(frozenset(held - {each}), _place())
+            gate = frozenset(held - {each})
+            if gate not in self.gates.get((each, name), ()):
+                with self._lock:
+                    self.gates.setdefault((each, name), {}).setdefault(gate, _place())
 
     def waiting(self, name: str) -> None:
         """Note that this thread gives a lock up to wait for a change."""
@@ -89,7 +100,6 @@ class LockGraph:
         def walk(path: list[str], gates: list[frozenset[str]]) -> None:
             for name in after.get(path[-1], ()):
                 for gate in self.gates[path[-1], name]:
-                    # Locks of the cycle itself are no gates.
                     if any(gate & other for other in gates):
                         continue
                     if name == path[0]:
@@ -121,38 +131,42 @@ class LockGraph:
 
 
 class NotedLock:
-    """A lock, or a re-entrant one, that tells a graph of what is done with it; a condition can use it."""
+    """A lock, or a re-entrant one, that tells a graph what is done with it; conditions can use it."""
 
-    def __init__(self, lock: object, name: str, graph: LockGraph, *, waited_on: bool) -> None:
-        self._lock, self._name, self._graph = lock, name, graph
+    def __init__(self, lock: Any, name: str, graph: LockGraph, *, event: bool) -> None:
+        self._lock, self._name, self._graph, self._event = lock, name, graph, event
         if hasattr(lock, "_is_owned"):
             self._is_owned = lock._is_owned
-            self._release_save, self._acquire_restore = self._give_up, self._take_again
-        self._waited_on = waited_on
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        if blocking:
+        if blocking and not self._event:
             self._graph.taking(self._name)
-        taken: bool = self._lock.acquire(blocking, timeout)  # type: ignore[attr-defined]
-        if taken:
+        taken: bool = self._lock.acquire(blocking, timeout)
+        if taken and not self._event:
             self._graph.stack().append(self._name)
         return taken
 
     def release(self) -> None:
-        stack = self._graph.stack()
-        del stack[len(stack) - 1 - stack[::-1].index(self._name)]
-        self._lock.release()  # type: ignore[attr-defined]
+        if not self._event:
+            stack = self._graph.stack()
+            del stack[len(stack) - 1 - stack[::-1].index(self._name)]
+        self._lock.release()
 
-    def _give_up(self) -> object:
+    def _release_save(self) -> tuple[int, Any]:
+        """Called by a condition whose change is waited for."""
         self._graph.waiting(self._name)
         stack = self._graph.stack()
         count = stack.count(self._name)
         stack[:] = [name for name in stack if name != self._name]
-        return count, self._lock._release_save()  # type: ignore[attr-defined]
+        return count, self._lock._release_save() if hasattr(self._lock, "_release_save") else self._lock.release()
 
-    def _take_again(self, state: tuple[int, object]) -> None:
-        self._graph.taking(self._name)
-        self._lock._acquire_restore(state[1])  # type: ignore[attr-defined]
+    def _acquire_restore(self, state: tuple[int, Any]) -> None:
+        if not self._event:
+            self._graph.taking(self._name)
+        if hasattr(self._lock, "_acquire_restore"):
+            self._lock._acquire_restore(state[1])
+        else:
+            self._lock.acquire()
         self._graph.stack().extend([self._name] * state[0])
 
     def __enter__(self) -> bool:

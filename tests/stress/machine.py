@@ -37,15 +37,18 @@ class Machine:
     Args:
         directory: for files.
         seed: of all that is drawn.
+        rate: the share of the calls to the system that meet a fault.
+        interval_s: how often systems with a thread look; by default the workers alone call them.
 
     Attributes:
         workers: the threads' work.
         met: how often each fault was met, by name.
     """
 
-    def __init__(self, directory: Path, seed: int, rate: float = 0.04) -> None:
-        settings = {"tier_migration_interval": 1000.0, "gc_collection_interval": 1000.0, "l2_cache_size": 400 * KIB}
-        settings |= {"cache_dir": directory / "cache", "memory_pool_size": 16 * 2**20, "l3_cache_size": 600 * KIB}
+    def __init__(self, directory: Path, seed: int, rate: float = 0.04, interval_s: float = 1000.0) -> None:
+        settings = {"tier_migration_interval": interval_s, "gc_collection_interval": interval_s}
+        settings |= {"cache_dir": directory / "cache", "memory_pool_size": 16 * 2**20}
+        settings |= {"l2_cache_size": 400 * KIB, "l3_cache_size": 600 * KIB}
         self.optimizer = MemoryOptimizer(memory_config={"tensor_budget": BUDGET_BYTES, **settings})
         weights = {**random_weights(N_WEIGHTS), "table": torch.randn(256, COLUMNS).bfloat16()}
         self.managed: dict[str, ManagedTensor] = register(

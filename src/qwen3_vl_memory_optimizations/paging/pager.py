@@ -9,8 +9,8 @@
     pager.py      registration, the budget, the end
 
 One lock guards pages, frames and the schedule. The Pager makes it and hands it to the other parts: `Access` takes it,
-the rest is used under it. I/O threads take it only to note that a transfer ended. Lock order: the Pager's lock, then
-the I/O queue's or the swap file's. Finalizers wait for none.
+the rest is used under it. I/O threads take it only to note that a transfer ended. The order of all locks:
+docs/locking.md.
 """
 
 from __future__ import annotations
