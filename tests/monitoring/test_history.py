@@ -45,6 +45,17 @@ def test_events_are_bounded_too():
     assert json.loads(lines[-1][1])["text"] == "999"
 
 
+def test_what_is_routine_does_not_crowd_out_an_alert():
+    history, state = History(limit=64), RunState()
+    for t in range(5000):
+        record = {"t": float(t), "event": "alert" if t == 7 else "response", "text": str(t)}
+        history.append(record)
+        state.apply(record)
+    assert [record["text"] for record in state.events if record["event"] == "alert"] == ["7"]
+    assert [event["text"] for event in replayed(history.after(0)).events][:1] == ["7"]
+    assert [event["t"] for event in state.events] == sorted(event["t"] for event in state.events)
+
+
 def test_only_what_is_new_is_given():
     history = History()
     assert history.after(0) == [] and history.last == 0
