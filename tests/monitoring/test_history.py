@@ -2,7 +2,7 @@
 
 import json
 
-from qwen3_vl_memory_optimizations.monitoring.history import History
+from qwen3_vl_memory_optimizations.monitoring.history import History, to_line
 from qwen3_vl_memory_optimizations.monitoring.run_record import RunState, merge_samples
 
 
@@ -68,3 +68,8 @@ def test_only_what_is_new_is_given():
 def test_merged_samples_have_the_effect_of_both():
     first, second = {"t": 1.0, "set": {"a": 1, "b": 1}, "map": "1r"}, {"t": 2.0, "set": {"b": 2}}
     assert merge_samples(first, second) == {"t": 2.0, "set": {"a": 1, "b": 2}, "map": "1r"}
+
+
+def test_a_number_that_json_does_not_know_is_null():
+    record = {"t": 1.0, "set": {"a": [float("nan"), 1.5], "b": {"c": float("inf")}}}
+    assert json.loads(to_line(record)) == {"t": 1.0, "set": {"a": [None, 1.5], "b": {"c": None}}}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
+from typing import Any
 
 from .events import ROUTINE
 from .run_record import Record, is_sample, merge_samples
@@ -51,8 +53,19 @@ class History:
 
 
 def to_line(record: Record) -> str:
-    """Return a record as one line, without the end of it."""
-    return json.dumps(record, separators=(",", ":"), default=str)
+    """Return a record as one line, without the end of it. A number that JSON has no word for is not measured: null."""
+    try:
+        return json.dumps(record, separators=(",", ":"), default=str, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(record), separators=(",", ":"), default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _thinned(lines: list[tuple[int, str]], most_samples: int, most_events: int) -> list[tuple[int, str]]:
