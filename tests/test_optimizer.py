@@ -85,6 +85,7 @@ def test_the_figures_are_there_and_add_up(optimizer):
         "tensor_budget_bytes",
         "baseline_bytes",
         "accounts_bytes",
+        "tensor_accounts_bytes",
         "pressure_reliefs",
         "frames_limit_bytes",
         "frames_used_bytes",

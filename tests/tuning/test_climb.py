@@ -98,7 +98,7 @@ def test_what_makes_passes_slower_is_taken_back_however_good_its_own_figure():
     machine = Machine(rules, {"a": 8}, knobs=[Knob("a", directions=(1,))])
     machine.run(30)
     assert machine.values == {"a": 8}
-    assert "passes take" in machine.decisions[0].why and not machine.decisions[0].kept
+    assert "fewer passes" in machine.decisions[0].why and not machine.decisions[0].kept
 
 
 def test_a_knob_without_a_figure_is_left_alone_and_a_trial_that_loses_it_is_given_up():
@@ -119,6 +119,22 @@ def test_what_cannot_be_undone_is_not_gone_back_on():
     machine.run(60)
     sizes = [values["a"] for values in machine.history]
     assert sizes == sorted(sizes) and sizes[-1] == 64
+
+
+def test_a_long_step_crosses_what_a_short_one_does_not():
+    machine = Machine(
+        {"a": lambda values: 0 if values["a"] < 100 else values["a"]},
+        {"a": 8},
+        most=512,
+        knobs=[Knob("a", directions=(1,), strides=(1, 4), reversible=False)],
+    )
+    machine.run(100)
+    assert machine.values == {"a": 512}
+    assert [(decision.after, decision.kept) for decision in machine.decisions[:3]] == [
+        (16, False),
+        (128, True),
+        (512, True),
+    ]
 
 
 def test_after_a_rest_it_looks_again():

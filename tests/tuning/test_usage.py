@@ -42,7 +42,7 @@ def test_the_bounds_hold(optimizer):
 def test_a_model_stands_for_its_optimizer(optimizer):
     model = torch.nn.Linear(2, 2)
     with pytest.raises(q.ConfigurationError, match="Linear has no memory optimizer"):
-        adapt_parameters_based_on_usage(POOR, model)
+        q.adapt_parameters_based_on_usage(POOR, model)
     model.memory_optimizer = optimizer
     adapt_parameters_based_on_usage(POOR, model)
     assert optimizer.cache.l2_cache.size_bytes == 12 * MIB

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..cache import HierarchicalCacheSystem
+from ..errors import MemoryOptimizationError
 from ..paging import Pager
 from ..periodic import Periodic
 from .climb import PASS_RATE, Climber, Decision, Knob
@@ -23,11 +24,12 @@ logger = logging.getLogger(__name__)
 
 KNOBS = (
     Knob("read_ahead_bytes"),
-    Knob("l2_cache_size", factor=1.5, directions=(1,), reversible=False),
+    Knob("l2_cache_size", factor=1.5, directions=(1,), strides=(1, 4), reversible=False),
     Knob("pool_compaction_interval"),
     Knob("tier_migration_interval"),
 )
-"""In the order in which they are tried. A smaller cache has no more hits: it is never tried."""
+"""In the order in which they are tried. A smaller cache has no more hits: it is never tried. One that is far too
+small has none until it is several times as large."""
 
 WINDOW_S = 1.0
 WINDOW_PASSES = 8
@@ -156,9 +158,13 @@ class AutoTuner:
 
         def work() -> bool:
             tuner = reference()
-            if tuner is not None:
+            if tuner is None:
+                return False
+            try:
                 tuner.look()
-            return tuner is not None
+            except MemoryOptimizationError:  # closed meanwhile
+                return False
+            return True
 
         self._periodic = Periodic(work, window_s / _LOOKS, "auto-tuning")
 

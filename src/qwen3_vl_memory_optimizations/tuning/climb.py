@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from .parameters import Parameter
 
 PASS_RATE = "passes_per_s"
-"""The figure that no change may make worse."""
+"""The figure that no change may make much worse."""
 
 _MOST_EMPTY = 8
 """So many times as many windows as a trial needs may be without its figure; then it is given up."""
@@ -27,12 +27,14 @@ class Knob:
         parameter: name of the parameter, and of the figure that says whether a change of it was good (more is better).
         factor: a step multiplies or divides by it.
         directions: 1 and -1, in the order in which they are tried.
+        strides: how many steps a trial goes; longer ones are tried where shorter ones change nothing.
         reversible: whether going back restores what was.
     """
 
     parameter: str
     factor: float = 2.0
     directions: Sequence[int] = (1, -1)
+    strides: Sequence[int] = (1,)
     reversible: bool = True
 
 
@@ -70,7 +72,7 @@ class Decision:
 @dataclass(slots=True)
 class _Trial:
     knob: Knob
-    direction: int
+    power: int
     before: float
     after: float
     phase: str = "A"  # A: old, B: new, C: old again
@@ -89,6 +91,8 @@ class Climber:
         windows: windows in each part of a trial.
         settle: windows that are not counted after each change.
         least_gain: the part by which a figure has to be better.
+        most_loss: the part by which passes a second may become fewer for the sake of another figure, in both
+            halves of a trial that can be undone.
         rest: windows without a trial, once no step of any knob was better.
         on_decision: called with each decision.
     """
@@ -101,12 +105,14 @@ class Climber:
         windows: int = 3,
         settle: int = 1,
         least_gain: float = 0.03,
+        most_loss: float = 0.1,
         rest: int = 100,
         on_decision: Callable[[Decision], None] = lambda decision: None,
     ) -> None:
         self._parameters = parameters
         self._knobs = [knob for knob in knobs if knob.parameter in parameters]
-        self._windows, self._settle, self._least_gain, self._rest = windows, settle, least_gain, rest
+        self._windows, self._settle, self._rest = windows, settle, rest
+        self._least_gain, self._most_loss = least_gain, most_loss
         self._on_decision = on_decision
         self._seen = 0
         self._resting = 0
@@ -138,17 +144,18 @@ class Climber:
     # --- trials -----------------------------------------------------------------------------------------------------
 
     def _round(self) -> list[tuple[Knob, int]]:
-        return [(knob, direction) for knob in self._knobs for direction in knob.directions]
+        """Return the steps to try: a knob, and the power of its factor."""
+        return [(knob, each * stride) for knob in self._knobs for each in knob.directions for stride in knob.strides]
 
     def _next_trial(self, figures: Mapping[str, float | None]) -> _Trial | None:
         """Return a trial of the first step from here on that has a figure and room; after a vain round, rest."""
         while self._step < len(self._steps):
-            knob, direction = self._steps[self._step]
+            knob, power = self._steps[self._step]
             parameter = self._parameters[knob.parameter]
             before = parameter.read()
-            after = parameter.clamped(before * knob.factor**direction)
+            after = parameter.clamped(before * knob.factor**power)
             if figures.get(knob.parameter) is not None and after != before:
-                return _Trial(knob, direction, before, after)
+                return _Trial(knob, power, before, after)
             self._step += 1
         self._steps, self._step = self._round(), 0
         vain, self._kept_in_round = not self._kept_in_round, False
@@ -186,11 +193,12 @@ class Climber:
 
     def _judge(self, trial: _Trial) -> list[Change]:
         gains = self._gains(trial.figures, trial.knob)
-        guards = self._gains(trial.guards, trial.knob) or [0.0]
-        gain, slower = statistics.mean(gains), -statistics.mean(guards)
+        # Without a way back, a machine that others began to use looks like a slower setting.
+        guards = self._gains(trial.guards, trial.knob) if trial.knob.reversible else []
+        gain, slower = statistics.mean(gains), -max(guards, default=0.0)
         shown = ", ".join(f"{100 * each:+.1f} %" for each in gains)
-        if slower > self._least_gain:
-            return self._end(trial, False, f"{shown}, but passes take {100 * slower:.1f} % longer")
+        if slower > self._most_loss:
+            return self._end(trial, False, f"{shown}, but {100 * slower:.1f} % fewer passes a second")
         if min(gains) <= 0 or gain < self._least_gain:
             return self._end(trial, False, f"{shown}: less than {100 * self._least_gain:g} % better")
         return self._end(trial, True, f"{shown} better")
@@ -219,8 +227,9 @@ class Climber:
         self._trial = None
         if kept:
             self._kept_in_round = True  # the same step again, and not the way back
-            self._steps = [step for step in self._steps if step != (trial.knob, -trial.direction)]
-            self._step = self._steps.index((trial.knob, trial.direction))
+            back = [step for step in self._steps if step[0] is trial.knob and step[1] * trial.power < 0]
+            self._steps = [step for step in self._steps if step not in back]
+            self._step = self._steps.index((trial.knob, trial.power))
         else:
             self._step += 1
         value = trial.after if kept else trial.before
