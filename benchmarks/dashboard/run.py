@@ -45,16 +45,20 @@ def main() -> None:
     model = create_optimized_model(arguments.model, settings)
     tokens_s: dict[str, list[float]] = {mode: [] for mode in MODES}
     rounds: list[dict[str, float]] = []
+    cpu_rounds: list[dict[str, float]] = []
     shares: dict[str, list[float]] = {"record": [], "page": [], "browser": []}
     with model.memory_optimizer as optimizer, Browser() as browser:
         answer(model, arguments.tokens)  # warms up
         for _ in range(arguments.rounds):
             seconds: dict[str, float] = dict.fromkeys(MODES, 0.0)
+            cpu: dict[str, float] = dict.fromkeys(MODES, 0.0)
             for mode in (*MODES, *reversed(MODES)):
                 with watched(optimizer, mode, browser):
                     before_s, page_s, start_s = thread_seconds(mode), browser.cpu_s(), time.perf_counter()
+                    process_s = time.process_time()
                     found = answer(model, arguments.tokens)
                     wall_s = time.perf_counter() - start_s
+                    cpu[mode] += time.process_time() - process_s
                     if mode != "without":
                         shares[mode].append((thread_seconds(mode) - before_s) / wall_s)
                     if mode == "page":
@@ -62,13 +66,16 @@ def main() -> None:
                 tokens_s[mode] += found
                 seconds[mode] += sum(found)
             rounds.append(seconds)
+            cpu_rounds.append(cpu)
     token_ms = {mode: 1e3 * statistics.median(tokens_s[mode]) for mode in MODES}
+    load = "/".join(f"{each:.0f}" for each in os.getloadavg())
     lines = [
         "",
         f"Machine: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, transformers {transformers.__version__}. "
         f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}. Model: {arguments.model.name}, codec "
-        f"{arguments.codec}, no budget; {arguments.rounds} rounds of six answers of {arguments.tokens} tokens.",
+        f"{arguments.codec}, no budget; {arguments.rounds} rounds of six answers of {arguments.tokens} tokens; load of "
+        f"the machine at the end (1, 5, 15 minutes): {load}.",
         "",
         "| figure | without | record | page open |",
         "|---|---|---|---|",
@@ -78,6 +85,11 @@ def main() -> None:
         + " |",
         "| / without, median of rounds | 1 | "
         + " | ".join(f"{statistics.median(each[mode] / each['without'] for each in rounds):.4f}" for mode in MODES[1:])
+        + " |",
+        "| processor time of the process / without, median of rounds | 1 | "
+        + " | ".join(
+            f"{statistics.median(each[mode] / each['without'] for each in cpu_rounds):.4f}" for mode in MODES[1:]
+        )
         + " |",
         "| processor time of its threads, of one core | 0 | "
         + " | ".join(f"{100 * statistics.mean(shares[mode]):.2f} %" for mode in MODES[1:])

@@ -149,7 +149,7 @@ def test_a_port_that_is_taken_is_said_and_nothing_is_left_running(optimizer):
         other.listen()
         with pytest.raises(ConfigurationError, match="port .* cannot be used: Address already in use"):
             start_dashboard(optimizer, other.getsockname()[1])
-    assert optimizer.lifecycle.on_phase == ()
+    assert optimizer.lifecycle._listeners == ()
 
 
 def test_what_is_not_installed_is_named_with_the_remedy(optimizer, monkeypatch):

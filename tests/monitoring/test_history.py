@@ -2,7 +2,7 @@
 
 import json
 
-from qwen3_vl_memory_optimizations.monitoring.history import History
+from qwen3_vl_memory_optimizations.monitoring.history import History, to_line
 from qwen3_vl_memory_optimizations.monitoring.run_record import RunState, merge_samples
 
 
@@ -45,6 +45,17 @@ def test_events_are_bounded_too():
     assert json.loads(lines[-1][1])["text"] == "999"
 
 
+def test_what_is_routine_does_not_crowd_out_an_alert():
+    history, state = History(limit=64), RunState()
+    for t in range(5000):
+        record = {"t": float(t), "event": "alert" if t == 7 else "response", "text": str(t)}
+        history.append(record)
+        state.apply(record)
+    assert [record["text"] for record in state.events if record["event"] == "alert"] == ["7"]
+    assert [event["text"] for event in replayed(history.after(0)).events][:1] == ["7"]
+    assert [event["t"] for event in state.events] == sorted(event["t"] for event in state.events)
+
+
 def test_only_what_is_new_is_given():
     history = History()
     assert history.after(0) == [] and history.last == 0
@@ -57,3 +68,8 @@ def test_only_what_is_new_is_given():
 def test_merged_samples_have_the_effect_of_both():
     first, second = {"t": 1.0, "set": {"a": 1, "b": 1}, "map": "1r"}, {"t": 2.0, "set": {"b": 2}}
     assert merge_samples(first, second) == {"t": 2.0, "set": {"a": 1, "b": 2}, "map": "1r"}
+
+
+def test_a_number_that_json_does_not_know_is_null():
+    record = {"t": 1.0, "set": {"a": [float("nan"), 1.5], "b": {"c": float("inf")}}}
+    assert json.loads(to_line(record)) == {"t": 1.0, "set": {"a": [None, 1.5], "b": {"c": None}}}

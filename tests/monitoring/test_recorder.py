@@ -93,8 +93,7 @@ def test_answers_phases_and_alerts_are_noted(tmp_path):
     model = q.create_optimized_model(DIRECTORY, settings)
     monitor = AlertMonitor(AlertLimits(response_s=1e-6, hold_s=0.0))
     with model.memory_optimizer as optimizer, Recorder(optimizer, period_s=NEVER_S, monitor=monitor) as recorder:
-        listeners = optimizer.lifecycle.on_phase
-        assert len(listeners) == 1
+        assert len(optimizer.lifecycle._listeners) == 1
         model.generate(**cases()["image"], do_sample=False, max_new_tokens=8)
         recorder.look()
         phases = recorder.state.snapshot["phases"]
@@ -107,7 +106,7 @@ def test_answers_phases_and_alerts_are_noted(tmp_path):
         assert events["response"].startswith(f"{responses['tokens']} tokens in ")
         assert events["alert"].startswith("response_time fires")
         assert [row["name"] for row in recorder.state.snapshot["alerts"] if row["active"]] == ["response_time"]
-    assert optimizer.lifecycle.on_phase == ()
+    assert optimizer.lifecycle._listeners == ()
 
 
 def test_swaps_are_noted(make_optimizer):
@@ -163,3 +162,14 @@ def test_all_samples_come_back_from_the_history(make_optimizer):
     state = state_of(line for _, line in recorder.history.after(0))
     assert len(state.samples) == 5
     assert state.samples[-1][1] == recorder.state.snapshot
+
+
+def test_a_failure_ends_the_recording_and_says_so(make_optimizer, tmp_path, monkeypatch, caplog):
+    optimizer = make_optimizer(8 * MIB)
+    recorder = Recorder(optimizer, path=tmp_path / "run.jsonl", period_s=0.01)
+    monkeypatch.setattr(optimizer.pager, "page_map", lambda: 1 / 0)
+    wait_until(lambda: not recorder.running and not threads())
+    assert "division by zero" in RunFile(tmp_path / "run.jsonl").state.events[-1]["text"]
+    assert "the recording ends" in caplog.text and optimizer.lifecycle._listeners == ()
+    monkeypatch.undo()
+    recorder.close()

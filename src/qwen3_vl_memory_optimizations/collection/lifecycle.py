@@ -74,12 +74,11 @@ class TensorLifecycleTracker:
 
     Attributes:
         now: rounds so far.
-        on_phase: called with each phase that begins, by the thread that computes it; whoever listens adds itself.
     """
 
     def __init__(self) -> None:
         self.now = 0
-        self.on_phase: tuple[Callable[[str], None], ...] = ()
+        self._listeners: tuple[Callable[[str], None], ...] = ()
         self.lives: dict[Hashable, TensorLife] = {}
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
@@ -152,8 +151,19 @@ class TensorLifecycleTracker:
     def _change_phase(self, phase: str) -> None:
         if phase != self._phase:
             self._phase = phase
-            for listener in self.on_phase:
+            for listener in self._listeners:
                 listener(phase)
+
+    def listen(self, listener: Callable[[str], None]) -> Callable[[], None]:
+        """Call `listener` with each phase that begins, in the thread that computes it; return what ends that."""
+        with self._locked():
+            self._listeners = (*self._listeners, listener)
+
+        def end() -> None:
+            with self._locked():
+                self._listeners = tuple(each for each in self._listeners if each is not listener)
+
+        return end
 
     def leaks(self) -> list[Leak]:
         """Return the latest tensors that outlived their session, and still do, the oldest first."""

@@ -11,6 +11,9 @@ _LEAST_STALL_S = 0.1
 
 ALERT, PRESSURE, RESPONSE, STALL, SWAP = "alert", "pressure", "response", "stall", "swap"
 
+ROUTINE = frozenset({RESPONSE, STALL, SWAP})
+"""Sorts of which there may be one each half second; they must not crowd out the others."""
+
 
 def events_between(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the sort and the text of what happened between two snapshots; `before` may be empty."""

@@ -24,7 +24,7 @@ def as_json(header: Record, state: RunState) -> dict[str, Any]:
     return {
         "header": header,
         "samples": [{"t": t, **snapshot} for t, snapshot in state.samples],
-        "events": list(state.events),
+        "events": state.events,
     }
 
 

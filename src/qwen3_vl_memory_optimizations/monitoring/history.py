@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
+from typing import Any
 
+from .events import ROUTINE
 from .run_record import Record, is_sample, merge_samples
 
 _PARTS = 3
@@ -50,14 +53,25 @@ class History:
 
 
 def to_line(record: Record) -> str:
-    """Return a record as one line, without the end of it."""
-    return json.dumps(record, separators=(",", ":"), default=str)
+    """Return a record as one line, without the end of it. A number that JSON has no word for is not measured: null."""
+    try:
+        return json.dumps(record, separators=(",", ":"), default=str, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(record), separators=(",", ":"), default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _thinned(lines: list[tuple[int, str]], most_samples: int, most_events: int) -> list[tuple[int, str]]:
     """Return samples that are evenly apart, each merged with those left out before it, and the latest events."""
     rows = [(number, json.loads(line)) for number, line in lines]
-    n_events = sum(not is_sample(record) for _, record in rows)
+    kept_events = _latest_events(rows, most_events // 2)
     samples = [record["t"] for _, record in rows if is_sample(record)]
     least_gap_s = (samples[-1] - samples[0]) / most_samples if samples else 0.0
     result: list[tuple[int, Record]] = []
@@ -65,8 +79,7 @@ def _thinned(lines: list[tuple[int, str]], most_samples: int, most_events: int) 
     kept_s = -least_gap_s
     for number, record in rows:
         if not is_sample(record):
-            n_events -= 1
-            if n_events < most_events:
+            if number in kept_events:
                 result.append((number, record))
             continue
         waiting = record if waiting is None else merge_samples(waiting, record)
@@ -74,3 +87,13 @@ def _thinned(lines: list[tuple[int, str]], most_samples: int, most_events: int) 
             result.append((number, waiting))
             waiting, kept_s = None, record["t"]
     return [(number, to_line(record)) for number, record in result]
+
+
+def _latest_events(rows: list[tuple[int, Record]], most: int) -> set[int]:
+    """Return the numbers of the latest events: at most so many of those that are routine, and so many others."""
+    events = [(number, record["event"] in ROUTINE) for number, record in rows if not is_sample(record)]
+    return {
+        number
+        for routine in (False, True)
+        for number in [each for each, is_routine in events if is_routine == routine][-most:]
+    }

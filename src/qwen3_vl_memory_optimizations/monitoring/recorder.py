@@ -65,8 +65,8 @@ class PhaseTimes:
 class Recorder:
     """Notes snapshots, the memory map, alerts and events of an optimizer until it, or `close`, ends.
 
-    Its thread is the only one that takes snapshots; nothing of it is in the way of those who compute, but that the map
-    needs the Pager's lock for a moment.
+    Samples are taken by a thread of its own. Those who compute wait for nothing of it but for the Pager's lock, which a
+    snapshot and the map take for about a millisecond.
 
     Args:
         optimizer: not closed. It is not kept alive.
@@ -114,7 +114,7 @@ class Recorder:
         self._phases = PhaseTimes(optimizer.lifecycle.phase, clock)
         self._writer = None if path is None else RunWriter(path, self.header)
         self._look(optimizer)
-        optimizer.lifecycle.on_phase += (self._phases.begin,)
+        self._end_listening = optimizer.lifecycle.listen(self._phases.begin)
         self._thread = threading.Thread(target=self._record, name="memory-recorder", daemon=True)
         self._thread.start()
 
@@ -162,6 +162,10 @@ class Recorder:
             except MemoryOptimizationError as error:  # closed meanwhile
                 self._end(str(error))
                 return
+            except Exception as error:  # the file must say that there will be no more
+                logger.exception("the recording ends")
+                self._end(f"the recording failed: {error!r}")
+                return
             del optimizer
 
     def _look(self, optimizer: MemoryOptimizer) -> None:
@@ -199,10 +203,7 @@ class Recorder:
                 logger.warning("%s", error)
 
     def _end(self, reason: str) -> None:
-        optimizer = self._optimizer()
-        if optimizer is not None:
-            tracker = optimizer.lifecycle
-            tracker.on_phase = tuple(each for each in tracker.on_phase if each != self._phases.begin)
+        self._end_listening()
         with self._lock:
             if not self.state.ended:
                 self._append({"t": self._now_s(), "event": END, "text": reason})

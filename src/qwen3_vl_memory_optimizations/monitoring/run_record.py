@@ -14,6 +14,7 @@ from collections import deque
 from typing import Any
 
 from ..errors import ConfigurationError
+from .events import ROUTINE
 from .memory_map import MemoryMap, merge_changes
 
 FORMAT = "qwen3vl-mem run"
@@ -60,7 +61,6 @@ class RunState:
         first: the first sample, (`t`, snapshot); `None`: there is none.
         samples: all of them; unchanged parts are shared.
         memory_map: where the pages are.
-        events: the latest ones.
         ended: the run ended by itself.
     """
 
@@ -70,7 +70,7 @@ class RunState:
         self.first: tuple[float, dict[str, Any]] | None = None
         self.samples: list[tuple[float, dict[str, Any]]] = []
         self.memory_map = MemoryMap()
-        self.events: deque[Record] = deque(maxlen=_MOST_EVENTS)
+        self._events: dict[bool, deque[Record]] = {routine: deque(maxlen=_MOST_EVENTS) for routine in (False, True)}
         self.ended = False
         self._keep_samples = keep_samples
 
@@ -86,4 +86,9 @@ class RunState:
         elif record["event"] == END:
             self.ended = True
         if not is_sample(record):
-            self.events.append(record)
+            self._events[record["event"] in ROUTINE].append(record)
+
+    @property
+    def events(self) -> list[Record]:
+        """The latest events, by time: so many of those that are routine, and so many others."""
+        return sorted((*self._events[False], *self._events[True]), key=lambda record: record["t"])

@@ -36,7 +36,7 @@ class TensorPages:
 
 
 def describe_pages(entries: Iterable[TensorEntry]) -> list[TensorPages]:
-    """Return the pages of tensors as they are now; about 0.1 us a page. Needs the Pager's lock."""
+    """Return the pages of tensors as they are now; about 0.3 us a page. Needs the Pager's lock."""
     return [
         TensorPages(
             entry.tensor_id, entry.kind, entry.codec.name, entry.n_bytes, "".join(_letter(page) for page in entry.pages)

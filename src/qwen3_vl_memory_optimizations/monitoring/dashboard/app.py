@@ -26,7 +26,7 @@ from .source import RunSource, newest, run_id
 HOSTS = ["127.0.0.1", "localhost"]
 """Names under which it answers: a page of another site whose name was bent to 127.0.0.1 is refused."""
 
-_LOOK_S = 0.2
+_LOOK_S = 0.4
 _BEAT_S = 15.0
 _BATCH = 200
 _HEADERS = {

@@ -2,6 +2,7 @@
 
 import { colourOf } from "./chart.js";
 import { figureAt, format, formatBytes, formatTime, NOT_MEASURED, words } from "./format.js";
+import { latestEvents } from "./state.js";
 
 const TILES = [
   ["Tokens a second", "responses.tokens_per_s", "plain"],
@@ -272,7 +273,7 @@ function showAlerts(alerts) {
 }
 
 export function showEvents(events, until) {
-  const past = events.filter((event) => event.t <= until).slice(-100).reverse();
+  const past = latestEvents(events.filter((event) => event.t <= until), 50).reverse();
   if (!isNew("events", past.length, past[0], past.at(-1))) return;
   byId("events").replaceChildren(
     ...past.map((event) => {

@@ -3,6 +3,16 @@
 const MOST_SAMPLES = 1800;
 const MOST_EVENTS = 500;
 
+// Sorts of which there may be one each half second; they must not crowd out the others.
+const ROUTINE = ["response", "stall", "swap"];
+
+// The latest events: at most so many of those that are routine, and so many others.
+export function latestEvents(events, most) {
+  const isRoutine = ({ event }) => ROUTINE.includes(event);
+  const kept = new Set([...events.filter(isRoutine).slice(-most), ...events.filter((each) => !isRoutine(each)).slice(-most)]);
+  return events.filter((event) => kept.has(event));
+}
+
 export class RunState {
   constructor(header = {}) {
     this.header = header;
@@ -16,7 +26,7 @@ export class RunState {
   apply(record) {
     if (!("set" in record)) {
       this.events.push(record);
-      if (this.events.length > MOST_EVENTS) this.events.shift();
+      if (this.events.length > 3 * MOST_EVENTS) this.events = latestEvents(this.events, MOST_EVENTS);
       return;
     }
     this.snapshot = { ...this.snapshot, ...record.set };
