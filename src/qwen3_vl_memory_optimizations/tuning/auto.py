@@ -81,8 +81,8 @@ class Counters:
 def figures_of(before: Counters, after: Counters, pass_starts_s: Sequence[float]) -> dict[str, float | None]:
     """Return the figures of a window, by name of the parameter that each judges; more is better.
 
-    - `passes_per_s`: 1 / mean time from the start of a pass to that of the next; what takes more than 5 times the
-      median (a pause between requests, a long prompt) is left out. Waits for the SSD are not: they are what it is about.
+    - `passes_per_s`: 1 / mean time from the start of a pass to that of the next. What takes more than 5 times the
+      median (a pause between requests, a long prompt) is left out; waits for the SSD are not.
     - `read_ahead_bytes`: the same, where pages had to be read.
     - `l2_cache_size`: share of the look-ups that the L2 cache answered.
     - `pool_compaction_interval`: part of the frames taken that were free ones, times the part of the memory held that
