@@ -25,7 +25,7 @@ def test_the_figures_of_a_window_are_those_of_its_formulas():
     after = counters(
         hits=13, lookups=24, misses=15, faults=7, swap_reads=2, reused_bytes=175, backed_bytes=200, fragmentation=0.2
     )
-    found = figures_of(before, after, [0.0, 0.5, 1.0, 60.0, 60.5])  # somebody thought for a minute
+    found = figures_of(before, after, [0.0, 0.25, 1.0, 60.0, 60.5])  # somebody thought for a minute
     assert found == {
         "passes_per_s": 2.0,
         "read_ahead_bytes": 2.0,

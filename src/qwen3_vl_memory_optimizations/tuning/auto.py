@@ -23,7 +23,7 @@ from .parameters import Parameter
 logger = logging.getLogger(__name__)
 
 KNOBS = (
-    Knob("read_ahead_bytes"),
+    Knob("read_ahead_bytes", strides=(1, 2)),
     Knob("l2_cache_size", factor=1.5, directions=(1,), strides=(1, 4), reversible=False),
     Knob("pool_compaction_interval"),
     Knob("tier_migration_interval"),
@@ -33,6 +33,7 @@ small has none until it is several times as large."""
 
 WINDOW_S = 1.0
 WINDOW_PASSES = 8
+_PAUSE = 5
 _LOOKS = 4
 """So many looks a window."""
 _REMEMBERED_PASSES = 4096
@@ -80,8 +81,8 @@ class Counters:
 def figures_of(before: Counters, after: Counters, pass_starts_s: Sequence[float]) -> dict[str, float | None]:
     """Return the figures of a window, by name of the parameter that each judges; more is better.
 
-    - `passes_per_s`: 1 / median time from the start of a pass to that of the next (pauses between requests are few
-      among them, and do not move it).
+    - `passes_per_s`: 1 / mean time from the start of a pass to that of the next. What takes more than 5 times the
+      median (a pause between requests, a long prompt) is left out; waits for the SSD are not.
     - `read_ahead_bytes`: the same, where pages had to be read.
     - `l2_cache_size`: share of the look-ups that the L2 cache answered.
     - `pool_compaction_interval`: part of the frames taken that were free ones, times the part of the memory held that
@@ -97,7 +98,8 @@ def figures_of(before: Counters, after: Counters, pass_starts_s: Sequence[float]
         return part / whole if whole > 0 else None
 
     times = [stop - start for start, stop in itertools.pairwise(pass_starts_s)]
-    typical_s = statistics.median(times) if times else 0.0
+    longest_s = _PAUSE * statistics.median(times) if times else 0.0
+    typical_s = statistics.mean(each for each in times if each <= longest_s) if times else 0.0
     rate = 1 / typical_s if typical_s > 0 else None
     misses, faults = after.misses - before.misses, after.faults - before.faults
     reuse = share(after.reused_bytes - before.reused_bytes, after.backed_bytes - before.backed_bytes)
