@@ -11,7 +11,8 @@ from transformers import Qwen3VLForConditionalGeneration
 from qwen3_vl_memory_optimizations import TensorFreedError, create_optimized_model
 from qwen3_vl_memory_optimizations.errors import StorageError
 from qwen3_vl_memory_optimizations.paging import BlockSpace, ManagedTensor, Pager
-from qwen3_vl_memory_optimizations.storage import ContentStore, content_store
+from qwen3_vl_memory_optimizations.storage import ContentStore, Index, content_store
+from qwen3_vl_memory_optimizations.storage.content_store import StoredEntry
 from tests.model import tiny
 from tests.model.test_kv_cache import ids, our_cache, run
 from tests.paging.weights import FRAMES_BYTES, random_weights, register, settle
@@ -207,6 +208,19 @@ def test_the_index_of_a_store_is_that_of_its_files_after_a_failure(tmp_path, mon
     with store._locked():
         assert set(store._index.entries) == {keys[1]} == {path.name for path in store._files()}
     assert put(keys[2])
+
+
+def test_the_bytes_of_an_index_are_added_up_while_another_thread_changes_it():
+    index = Index()
+
+    class Entry:
+        @property
+        def n_bytes(self):  # as if another thread came in between
+            index.entries["new"] = StoredEntry(1, {})
+            return 1
+
+    index.entries = {"a": Entry(), "b": Entry()}
+    assert index.used_bytes == 2
 
 
 def _fail(*arguments):
