@@ -29,7 +29,7 @@ from qwen3_vl_memory_optimizations.tuning import AutoTuner  # noqa: E402
 
 READ_AHEADS = [2**20 * step for step in (4, 8, 16, 20, 32, 64, 96)]
 CACHES = [2**10 * step for step in (48, 96, 192, 384, 768, 1536, 3072)]
-_MOST_S = 420.0
+_MOST_S = 600.0
 _PICTURES = 60
 
 

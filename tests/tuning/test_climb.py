@@ -77,6 +77,23 @@ def test_noise_alone_moves_nothing():
     assert not any(decision.kept for decision in machine.decisions)
 
 
+def test_a_gain_is_found_in_noise_and_noise_is_seldom_taken_for_one():
+    found, wrong, decided = 0, 0, 0
+    for seed in range(20):
+        rules = {"a": lambda values: 130 if values["a"] >= 64 else 100}
+        machine = Machine(rules, {"a": 32}, most=64, noise=0.2, knobs=[Knob("a", directions=(1,))], rest=1)
+        machine.draw = random.Random(seed)
+        machine.run(80)
+        found += machine.values["a"] == 64
+        idle = Machine({"a": lambda values: 100}, {"a": 32}, noise=0.2, rest=1)
+        idle.draw = random.Random(seed)
+        idle.run(200)
+        wrong += sum(decision.kept for decision in idle.decisions)
+        decided += len(idle.decisions)
+    assert found >= 18
+    assert wrong <= decided // 5
+
+
 @pytest.mark.parametrize("drift", [0.01, -0.01])
 def test_a_load_that_changes_is_not_taken_for_a_gain_or_a_loss(drift):
     idle = Machine({"a": lambda values: 100}, {"a": 16}, drift=drift, rest=5)

@@ -1,7 +1,8 @@
 """`Climber`: which setting to try next, and whether to keep it. Pure: it is fed figures, and answers with changes.
 
-A trial compares windows with the old setting (A) and the new one (B) in the order A B B A, so that a slow change of the
-load meets both. Where going back costs what was gained (a cache that shrinks forgets), the order is A B B.
+A trial compares windows with the old setting (A) and the new one (B) in the order A B B A, so that a slow change of
+the load meets both. Where those pairs differ too much to tell, B B A follows, twice at the most. Where going back costs
+what was gained (a cache that shrinks forgets), the order is A B B.
 """
 
 from __future__ import annotations
@@ -10,11 +11,17 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..errors import ConfigurationError
 from .parameters import Parameter
 
 PASS_RATE = "passes_per_s"
 """The figure that no change may make much worse."""
 
+_HOPELESS = -0.3
+"""What is so much worse at first is looked at no longer."""
+_MOST_PAIRS = 6
+_SURE = 1.5
+"""So many standard errors a gain has to be above zero; with twice as many nothing more is measured."""
 _MOST_EMPTY = 8
 """So many times as many windows as a trial needs may be without its figure; then it is given up."""
 
@@ -80,6 +87,10 @@ class _Trial:
     empty: int = 0
     figures: dict[str, list[float]] = field(default_factory=lambda: {"A": [], "B": [], "C": []})
     guards: dict[str, list[float]] = field(default_factory=lambda: {"A": [], "B": [], "C": []})
+    gains: list[float] = field(default_factory=list)  # of each pair so far
+    guard_gains: list[float] = field(default_factory=list)
+    old: list[float] = field(default_factory=list)  # figures of rounds that are over
+    new: list[float] = field(default_factory=list)
 
 
 class Climber:
@@ -88,13 +99,16 @@ class Climber:
     Args:
         parameters: by name; only their values and bounds are read.
         knobs: in the order in which they are tried; those without a parameter are left out.
-        windows: windows in each part of a trial.
+        windows: windows in each part of a trial, at least two.
         settle: windows that are not counted after each change.
         least_gain: the part by which a figure has to be better.
         most_loss: the part by which passes a second may become fewer for the sake of another figure, in both
             halves of a trial that can be undone.
         rest: windows without a trial, once no step of any knob was better.
         on_decision: called with each decision.
+
+    Raises:
+        ConfigurationError: fewer than two windows, which say nothing of how much windows differ.
     """
 
     def __init__(
@@ -109,6 +123,8 @@ class Climber:
         rest: int = 100,
         on_decision: Callable[[Decision], None] = lambda decision: None,
     ) -> None:
+        if windows < 2:
+            raise ConfigurationError(f"windows: {windows} in each part of a trial; at least two are needed")
         self._parameters = parameters
         self._knobs = [knob for knob in knobs if knob.parameter in parameters]
         self._windows, self._settle, self._rest = windows, settle, rest
@@ -182,7 +198,7 @@ class Climber:
             return [Change(trial.knob.parameter, trial.after)]
         if trial.phase == "B" and count == self._windows:
             before, after = (statistics.median(trial.figures[phase]) for phase in "AB")
-            if _gain(before, after) < -self._least_gain:
+            if _gain(before, after) < _HOPELESS:
                 return self._end(trial, False, "worse")
         if trial.phase == "B" and count == 2 * self._windows and trial.knob.reversible:
             trial.phase, trial.settle = "C", self._settle
@@ -192,16 +208,26 @@ class Climber:
         return []
 
     def _judge(self, trial: _Trial) -> list[Change]:
-        gains = self._gains(trial.figures, trial.knob)
-        # Without a way back, a machine that others began to use looks like a slower setting.
-        guards = self._gains(trial.guards, trial.knob) if trial.knob.reversible else []
-        gain, slower = statistics.mean(gains), -max(guards, default=0.0)
-        shown = ", ".join(f"{100 * each:+.1f} %" for each in gains)
+        """Decide, or, where the pairs differ too much for that and can be repeated, go on with B B A."""
+        trial.gains += self._gains(trial.figures, trial.knob)
+        if trial.knob.reversible:  # else a machine that others began to use would look like a slower setting
+            trial.guard_gains += self._gains(trial.guards, trial.knob)
+        trial.old += trial.figures["A"]
+        trial.new += trial.figures["B"]
+        gain, slower = statistics.mean(trial.gains), -max(trial.guard_gains, default=0.0)
+        error = max(statistics.stdev(trial.gains) / len(trial.gains) ** 0.5, _error(trial.old, trial.new))
+        shown = ", ".join(f"{100 * each:+.1f} %" for each in trial.gains)
         if slower > self._most_loss:
             return self._end(trial, False, f"{shown}, but {100 * slower:.1f} % fewer passes a second")
-        if min(gains) <= 0 or gain < self._least_gain:
-            return self._end(trial, False, f"{shown}: less than {100 * self._least_gain:g} % better")
-        return self._end(trial, True, f"{shown} better")
+        better = gain >= self._least_gain and gain > _SURE * error
+        unsure = gain < 2 * _SURE * error if better else gain + error >= self._least_gain
+        if unsure and trial.knob.reversible and len(trial.gains) < _MOST_PAIRS:
+            for table in (trial.figures, trial.guards):
+                table["A"], table["B"], table["C"] = table["C"], [], []
+            trial.phase, trial.settle = "B", self._settle
+            return [Change(trial.knob.parameter, trial.after)]
+        verdict = " better" if better else f": not surely {100 * self._least_gain:g} % better"
+        return self._end(trial, better, shown + verdict)
 
     def _gains(self, figures: Mapping[str, list[float]], knob: Knob) -> list[float]:
         """Return the gain of each half of the new windows over the old ones beside it."""
@@ -210,7 +236,7 @@ class Climber:
         return [_gain(statistics.median(old), statistics.median(half)) for old, half in halves if old and half]
 
     def _end(self, trial: _Trial, kept: bool, why: str) -> list[Change]:
-        old = trial.figures["A"] + trial.figures["C"]
+        old, new = trial.old + trial.figures["C"] or trial.figures["A"], trial.new or trial.figures["B"]
         self._on_decision(
             Decision(
                 self._seen,
@@ -219,7 +245,7 @@ class Climber:
                 trial.after,
                 kept,
                 statistics.median(old) if old else None,
-                statistics.median(trial.figures["B"]) if trial.figures["B"] else None,
+                statistics.median(new) if new else None,
                 why,
             )
         )
@@ -241,3 +267,9 @@ def _gain(before: float, after: float) -> float:
     if before == 0:
         return 0.0 if after == 0 else 1.0
     return (after - before) / abs(before)
+
+
+def _error(old: Sequence[float], new: Sequence[float]) -> float:
+    """Return the standard error of the gain of some windows over others, by how much those of each set differ."""
+    middle = abs(statistics.median(old))
+    return sum(statistics.variance(each) / len(each) for each in (old, new)) ** 0.5 / middle if middle else 0.0
