@@ -73,7 +73,7 @@ class Index:
     @property
     def used_bytes(self) -> int:
         """Bytes of all files."""
-        return sum(entry.n_bytes for entry in self.entries.values())
+        return sum(entry.n_bytes for entry in list(self.entries.values()))  # others add some meanwhile
 
 
 @dataclass(slots=True)
