@@ -128,3 +128,19 @@ def test_blocks_of_a_closed_optimizer_are_refused(make_optimizer, budget):
     optimizer.close()
     with pytest.raises(TensorFreedError, match="closed"), space.held(blocks):
         torch.zeros(1)
+
+
+def test_a_block_that_did_not_fit_leaves_no_frames_without_an_address(make_optimizer):
+    pager = make_optimizer(12 * MIB).pager
+    asked = []
+
+    def refuse_the_second(n_bytes):
+        asked.append(n_bytes)
+        if len(asked) == 2:
+            raise MemoryBudgetExceeded("no", requested_bytes=1, available_bytes=0, budget_bytes=0, owner="test")
+
+    pager.on_growth = refuse_the_second
+    with pytest.raises(MemoryBudgetExceeded):
+        BlockSpace(pager).allocate(8 * MIB)
+    assert len(asked) == 2
+    assert pager.frames.committed_bytes == 0

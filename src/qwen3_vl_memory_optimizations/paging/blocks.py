@@ -138,6 +138,8 @@ class BlockSpace:
             )
             pager.add(entry, resident=True)
         except BaseException:
+            with pager.exclusive():
+                pager.frames.forget(address, size)
             unreserve(address, size)
             raise
 
