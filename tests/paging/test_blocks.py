@@ -173,3 +173,19 @@ def test_a_pool_lets_its_address_space_go_with_the_last_block(make_optimizer):
 def is_mapped(address):
     ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
     return any(int(start, 16) <= address < int(stop, 16) for start, stop in ranges)
+
+
+def test_a_block_that_did_not_fit_leaves_no_frames_without_an_address(make_optimizer):
+    pager = make_optimizer(12 * MIB, memory_pool_size=4 * MIB).pager  # the pool has no place for it
+    asked = []
+
+    def refuse_the_second(n_bytes):
+        asked.append(n_bytes)
+        if len(asked) == 2:
+            raise MemoryBudgetExceeded("no", requested_bytes=1, available_bytes=0, budget_bytes=0, owner="test")
+
+    pager.on_growth = refuse_the_second
+    with pytest.raises(MemoryBudgetExceeded):
+        BlockSpace(pager).allocate(8 * MIB)
+    assert len(asked) == 2
+    assert pager.frames.committed_bytes == 0

@@ -201,8 +201,7 @@ class Pager:
                 self._residency.add(entry)
                 if resident:
                     self._mover.weights_resident_bytes += sum(page.n_bytes for page in entry.pages)
-                largest = max((page.n_bytes for page in entry.pages), default=0)
-                self.ledger.frames_floor_bytes = max(self.ledger.frames_floor_bytes, largest)
+                self.ledger.frames_floor_bytes = max(self.ledger.frames_floor_bytes, entry.largest_page_bytes)
             elif self.lives is not None:
                 self.lives.born(entry.tensor_id, entry.kind, entry.n_bytes, entry.kind, owned=True)
 
@@ -251,6 +250,7 @@ class Pager:
             entry.freed = True
             if entry.kind == "weights":
                 self._residency.remove(entry)
+                self._lower_floor(entry.largest_page_bytes)
             else:
                 self._residency.forget(entry)
                 if self.lives is not None:
@@ -258,6 +258,12 @@ class Pager:
             entry.on_released = then or entry.on_released
             self._lingering[entry] = None
             self._release_freed(entry)
+
+    def _lower_floor(self, freed_bytes: int) -> None:
+        """Once a weight is gone, ask for no more room than the largest page of those that are left."""
+        if freed_bytes == self.ledger.frames_floor_bytes:
+            weights = (entry for entry in self.entries.values() if entry.kind == "weights")
+            self.ledger.frames_floor_bytes = max((entry.largest_page_bytes for entry in weights), default=0)
 
     def free_later(self, tensor_id: str, then: Callable[[], None] | None = None) -> None:
         """Do what `free` does as a finalizer has to: not in the midst of a change, but before room is needed."""

@@ -377,7 +377,7 @@ class Residency:
                 break
             if page.entry.kind != "weights" and page not in self._cycle:
                 self._mover.evict(page)
-                leaving += page.n_bytes
+                leaving += 0 if page.resident else page.n_bytes  # it stays where the SSD has no room
         return leaving
 
     def _runtime_ranks(self) -> dict[Hashable, int]:

@@ -134,7 +134,9 @@ class FramePool:
             self.reused_bytes += UNIT_BYTES
         except MemoryOptimizationError as error:
             # Out of mappings, most likely: pages are then faulted in anew, which is slower and always works.
-            logger.warning("page frames cannot be moved any more (%s); they are returned to the system instead", error)
+            logger.warning(
+                "page frames cannot be moved any more (%s); they are returned to the system instead", str(error)
+            )
             self._reuse = False
             discard(source, UNIT_BYTES)
             self.trim()
