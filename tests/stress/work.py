@@ -317,6 +317,7 @@ class Worker:
 
     def figures(self) -> None:
         self.optimizer.get_memory_efficiency_stats()
+        self.optimizer.figures.metrics(measure=False)
 
     def cycle(self) -> None:
         """Leave a tensor and a view of it to the collector of Python."""

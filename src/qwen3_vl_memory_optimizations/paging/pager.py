@@ -21,7 +21,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -329,12 +329,7 @@ class Pager:
             before = self.ledger.held_bytes(owner)
             if before != n_bytes:
                 self.ledger.set(owner, n_bytes, PROCESS)
-                try:
-                    self.refit()
-                except BaseException:
-                    self.ledger.set(owner, before, PROCESS)
-                    self._room.undo_refit()
-                    raise
+                self._refit_for(n_bytes - before, lambda: self.ledger.set(owner, before, PROCESS))
 
     def spare_bytes(self) -> int:
         """Return what of the budget is left when all managed tensors are in memory; negative where they do not fit."""
@@ -351,18 +346,25 @@ class Pager:
             Whether it was added. Nothing leaves memory for it.
         """
         with self._lock:
-            if n_bytes < 0:
-                self.ledger.add(owner, n_bytes)
-                with suppress(MemoryOptimizationError):  # for those who asked for more than there is, not for this one
-                    self.refit()
-                return True
-            if n_bytes > self.spare_bytes():
+            if n_bytes > 0 and n_bytes > self.spare_bytes():
                 return False
             try:
                 self.debit(owner, n_bytes)
             except MemoryOptimizationError:  # a tensor that is about to come has the room
                 return False
             return True
+
+    def _refit_for(self, growth_bytes: int, undo: Callable[[], None]) -> None:
+        """Refit after an account grew; call `undo` if that is refused. One that shrank is never refused."""
+        try:
+            self.refit()
+        except BaseException as error:
+            if growth_bytes > 0:
+                undo()
+                self._room.undo_refit()
+                raise
+            if not isinstance(error, MemoryOptimizationError):  # else it is for those who asked for too much
+                raise
 
     def refit(self) -> None:
         """Bring the frames under the limit that the ledger now leaves."""
@@ -511,12 +513,7 @@ class Pager:
         with self._lock:
             self._finalizers.run()
             self.ledger.add(owner, n_bytes, scope)
-            try:
-                self.refit()
-            except BaseException:
-                self.ledger.add(owner, -n_bytes, scope)
-                self._room.undo_refit()
-                raise
+            self._refit_for(n_bytes, lambda: self.ledger.add(owner, -n_bytes, scope))
 
     def debit_later(self, owner: str, n_bytes: int, scope: str = TENSORS) -> None:
         """Do what `debit` does with fewer bytes, as a finalizer has to (see `free_later`)."""
