@@ -68,12 +68,24 @@ def test_the_figures_are_there_and_add_up(optimizer):
         for kind in ("kv_cache", "vision_features", "text_embeddings", "general", "general")
     ]
     stats = optimizer.get_memory_efficiency_stats()
-    assert set(stats) == {"budget", "paging", "tiers", "pools", "kinds", "codecs", "cache", "gc", "sessions_open"}
+    assert set(stats) == {
+        "budget",
+        "paging",
+        "tiers",
+        "pools",
+        "kinds",
+        "codecs",
+        "cache",
+        "gc",
+        "tuning",
+        "sessions_open",
+    }
     assert set(stats["budget"]) == {
         "ram_budget_bytes",
         "tensor_budget_bytes",
         "baseline_bytes",
         "accounts_bytes",
+        "tensor_accounts_bytes",
         "pressure_reliefs",
         "frames_limit_bytes",
         "frames_used_bytes",

@@ -50,6 +50,7 @@ PUBLIC = [
     "TensorLifecycleTracker",
     "UnknownTensorError",
     "__version__",
+    "adapt_parameters_based_on_usage",
     "calculate_metrics",
     "create_optimized_model",
     "evaluate_accuracy_impact",

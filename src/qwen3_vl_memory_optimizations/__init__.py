@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         PredictiveSwappingAlgorithm,
     )
     from .tiering import LightweightMLPredictor, MemoryTieringSystem
+    from .tuning import adapt_parameters_based_on_usage
 
 # torch takes seconds to import; the command line and `--help` do without it.
 _LAZY = {
@@ -77,6 +78,7 @@ _LAZY = {
     "SimpleMLPredictor": ".collection",
     "SparseCompressionCompressor": ".compression",
     "TensorLifecycleTracker": ".collection",
+    "adapt_parameters_based_on_usage": ".tuning",
     "calculate_metrics": ".evaluation",
     "create_optimized_model": ".factory",
     "evaluate_accuracy_impact": ".evaluation",
@@ -123,6 +125,7 @@ __all__ = [
     "TensorLifecycleTracker",
     "UnknownTensorError",
     "__version__",
+    "adapt_parameters_based_on_usage",
     "calculate_metrics",
     "create_optimized_model",
     "evaluate_accuracy_impact",

@@ -2,7 +2,7 @@
 
 Keys and defaults follow sections 4.1 and 5.2 of the specification; `profile`, `ram_budget`, `tensor_budget`,
 `gpu_budget`, `cache_dir`, `private`, `reuse_codec`, `prefix_reuse`, `codec`, `kv_codec`, `swap_algorithm`,
-`image_policy` and `fused_modules` are this library's own.
+`image_policy`, `fused_modules`, `l2_cache_max`, `pool_compaction_interval` and `auto_tune` are this library's own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from .errors import ConfigurationError
+from .process import usable_memory
 
 SWAP_ALGORITHMS = ("lru", "clock", "predictive")
 IMAGE_POLICIES = ("downsize", "refuse")
@@ -34,12 +35,13 @@ _UNITS = {
 }
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", re.IGNORECASE)
 _FRACTIONS = ("swap_pressure_threshold",)
-_INTERVALS = ("tier_migration_interval", "gc_collection_interval")
+_INTERVALS = ("tier_migration_interval", "gc_collection_interval", "pool_compaction_interval")
 _SIZES = (
     "memory_pool_size",
     "l1_cache_size",
     "l2_cache_size",
     "l3_cache_size",
+    "l2_cache_max",
     "ram_budget",
     "tensor_budget",
     "gpu_budget",
@@ -117,6 +119,10 @@ class MemoryConfig:
         enable_swapping, enable_memory_swapping: with either `False`, the longest unused leave, and none ahead of need.
         enable_tiering, enable_memory_tiering: runtime tensors come back before they are used, where there is room;
             looked at each `tier_migration_interval` seconds.
+        l2_cache_max: the most that `l2_cache_size` may grow to while a model runs; `None`: half of `ram_budget`, or of
+            the memory there is.
+        pool_compaction_interval: free page frames that no tensor took for so many seconds go back to the system.
+        auto_tune: settings are changed while a model runs, one at a time, and kept where that is better (`tuning`).
         image_policy: pictures that the budget has no room for are scaled down (`downsize`) or refused (`refuse`).
         memory_pool_size: address space reserved for each pool of runtime tensors.
 
@@ -145,6 +151,10 @@ class MemoryConfig:
     enable_memory_tiering: bool = True
     tier_migration_interval: float = 0.5
     gc_collection_interval: float = 1.0
+
+    pool_compaction_interval: float = 5.0
+    l2_cache_max: int | None = None
+    auto_tune: bool = False
 
     profile: str | None = None
     ram_budget: int | None = None
@@ -198,6 +208,11 @@ class MemoryConfig:
     def reuse_dir(self) -> Path:
         """Where cached results are kept."""
         return self.base_dir / "reuse"
+
+    def most_l2_bytes(self) -> int:
+        """Return what `l2_cache_size` may grow to, with `l2_cache_max` resolved; never less than it is."""
+        most = self.l2_cache_max or (self.ram_budget or usable_memory()[0]) // 2
+        return max(self.l2_cache_size, most)
 
     def weight_codec(self) -> str:
         """Return the codec for the large weights of a checkpoint: `auto` where each gets its own, by measurement."""

@@ -9,6 +9,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,12 +23,23 @@ from .config import MemoryConfig
 from .errors import ConfigurationError, MemoryBudgetExceeded, format_bytes
 from .figures import FigureMethods, MemoryFigures
 from .hardware import HardwareProfile
-from .paging import PAGE_BYTES, Ledger, ManagedTensor, Pager, PressureMonitor, ProcessAccounts, TensorEntry
+from .paging import (
+    PAGE_BYTES,
+    TENSORS,
+    Compactor,
+    Ledger,
+    ManagedTensor,
+    Pager,
+    PressureMonitor,
+    ProcessAccounts,
+    TensorEntry,
+)
 from .pools import AdvancedMemoryPool
 from .process import process_memory, rss_bytes, usable_memory
 from .profiles import configure
 from .swapping import MemorySwappingSystem
 from .tiering import MemoryTieringSystem
+from .tuning import AutoTuner, live_parameters
 
 TENSOR_KINDS = ("kv_cache", "vision_features", "text_embeddings", "general")
 
@@ -52,6 +64,8 @@ class MemoryOptimizer(FigureMethods):
         lifecycle: who made which runtime tensor, in which session, and what outlives it.
         pressure: gives memory up when others take it; `None` without `ram_budget`.
         tiering: brings runtime tensors back before they are used; `None`: switched off, or without a budget.
+        parameters: what may be changed while a model runs, by name.
+        tuner: changes them; `None`: `auto_tune` is off.
         swapping: says which runtime tensors leave first; `None`: switched off, and the longest unused do.
 
     Raises:
@@ -95,6 +109,7 @@ class MemoryOptimizer(FigureMethods):
                 self.tiering.remember(self.config.base_dir / _LEARNT_WAITS)
             self.tiering.start(self.pager, self.config.tier_migration_interval)
         self.pool = AdvancedMemoryPool(self.config.memory_pool_size)
+        self.pager.pools = self.pool.pools if self.config.enable_memory_pooling else {}
         self.cache: HierarchicalCacheSystem | None = None
         if self.config.enable_cache_hierarchy:
             self.cache = HierarchicalCacheSystem(self.config, budget=LedgerBudget(self.pager))
@@ -107,6 +122,21 @@ class MemoryOptimizer(FigureMethods):
             self.collector = self._start_collector()
         pool = self.pool if self.config.enable_memory_pooling else None
         self.figures = MemoryFigures(self.pager, pool, self.cache, self.collector)
+        self._compactor: Compactor | None = None
+        if self.config.enable_memory_pooling:
+            self._compactor = Compactor(self.pager, self.config.pool_compaction_interval)
+            self._compactor.start()
+        self.parameters = live_parameters(
+            self.pager,
+            cache=self.cache,
+            most_l2_bytes=self.config.most_l2_bytes(),
+            tiering=self.tiering,
+            swapping=self.swapping,
+            compactor=self._compactor,
+        )
+        self.tuner = AutoTuner(self.pager, self.parameters, cache=self.cache) if self.config.auto_tune else None
+        if self.tuner is not None:
+            self.tuner.start()
         self._ids = itertools.count()
 
     def _start_collector(self) -> PredictiveGarbageCollector:
@@ -185,10 +215,11 @@ class MemoryOptimizer(FigureMethods):
             with self.pager.exclusive():
                 pool.free(address)
             raise
+        entry.on_released = partial(pool.free, address)  # once no view holds its pages
         tensor = ManagedTensor(self.pager, entry)
         self.lifecycle.refer(entry.tensor_id, tensor, _caller())
-        weakref.finalize(tensor, _drop, self.pager, pool, entry, address)
-        tensor.zero_()
+        weakref.finalize(tensor, self.pager.free_later, entry.tensor_id)
+        self.pager.zero(entry)
         return tensor
 
     def record_tensor_access(self, tensor_id: str) -> None:
@@ -277,7 +308,7 @@ class MemoryOptimizer(FigureMethods):
     def get_memory_efficiency_stats(self) -> dict[str, Any]:
         """Return what is held where, and what happened.
 
-        The keys: `budget`, `paging`, `tiers`, `pools`, `kinds`, `codecs`, `cache`, `gc`, `sessions_open`.
+        The keys: `budget`, `paging`, `tiers`, `pools`, `kinds`, `codecs`, `cache`, `gc`, `tuning`, `sessions_open`.
         """
         memory = process_memory()
         pager, ledger = self.pager, self.pager.ledger
@@ -298,6 +329,7 @@ class MemoryOptimizer(FigureMethods):
                 "tensor_budget_bytes": ledger.tensor_budget_bytes,
                 "baseline_bytes": self.baseline_bytes,
                 "accounts_bytes": ledger.accounts(),
+                "tensor_accounts_bytes": ledger.accounts(TENSORS),
                 "frames_limit_bytes": pager.frames.limit_bytes if ledger.limited else None,
                 "frames_used_bytes": pager.frames.used_bytes,
                 "frames_peak_bytes": pager.frames.peak_bytes,
@@ -319,6 +351,7 @@ class MemoryOptimizer(FigureMethods):
             "codecs": codecs,
             "cache": None if self.cache is None else self.cache.stats(),
             "gc": None if self.collector is None else self.collector.stats(),
+            "tuning": None if self.tuner is None else self.tuner.stats(),
             "sessions_open": self.lifecycle.sessions_open,
         }
 
@@ -326,12 +359,13 @@ class MemoryOptimizer(FigureMethods):
 
     def close(self) -> None:
         """Stop the I/O threads, remove the swap file, return the memory. Managed tensors are unusable afterwards."""
-        for system in (self.pressure, self.tiering, self.collector):
+        for system in (self.tuner, self.pressure, self.tiering, self.collector, self._compactor):
             if system is not None:
                 system.close()
         if self.cache is not None:
             self.cache.close()
-        if self.pager.close():
+        self.pager.close()
+        with self.pager.exclusive():
             self.pool.close()
 
     def __enter__(self) -> MemoryOptimizer:
@@ -349,8 +383,3 @@ def _caller() -> str:
     while frame.f_back is not None and frame.f_code.co_filename == __file__:
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"
-
-
-def _drop(pager: Pager, pool: Any, entry: TensorEntry, address: int) -> None:
-    """The last reference to a runtime tensor went; its address is free once no view holds its pages."""
-    pager.free_later(entry.tensor_id, then=lambda: pool.free(address))

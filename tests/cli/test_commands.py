@@ -11,7 +11,7 @@ import pytest
 import qwen3_vl_memory_optimizations
 from qwen3_vl_memory_optimizations import __version__
 
-COMMANDS = ("demo", "generate", "pack", "doctor")
+COMMANDS = ("demo", "generate", "pack", "doctor", "top", "report")
 
 
 def test_the_program_lists_its_commands(run):

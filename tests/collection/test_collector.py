@@ -1,5 +1,4 @@
 import gc
-import threading
 import time
 import weakref
 
@@ -227,7 +226,7 @@ def test_the_thread_collects_after_a_session_and_while_something_is_used_outside
         assert collector.has_collected("a")
     finally:
         collector.close()
-    assert "memory-collection" not in {thread.name for thread in threading.enumerate()}
+    assert not collector._thread.is_alive()
 
 
 def test_the_thread_keeps_no_collector_alive():

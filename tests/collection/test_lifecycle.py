@@ -134,3 +134,16 @@ def test_the_tracker_follows_the_tensors_of_an_optimizer_and_names_who_made_them
     assert leak.creator.endswith("test_the_tracker_follows_the_tensors_of_an_optimizer_and_names_who_made_them")
     kinds = optimizer.get_memory_efficiency_stats()["gc"]["life_cycles"]["kinds"]
     assert kinds["kv_cache"]["deaths"] == 1 and kinds["general"]["alive"] == 1
+
+
+def test_listeners_hear_each_phase_that_begins_until_they_stop():
+    tracker, heard = TensorLifecycleTracker(), []
+    tracker.begin_session()
+    stop = tracker.listen(heard.append)
+    for phase in ("prefill", "decode", "decode"):
+        tracker.enter_phase(phase)
+    tracker.end_session()
+    stop()
+    tracker.begin_session()
+    tracker.enter_phase("vision")
+    assert heard == ["prefill", "decode", "idle"]

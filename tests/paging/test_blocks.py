@@ -1,11 +1,12 @@
 """Blocks that are used in a cycle: their bytes survive the swap file, count against the budget, and come in time."""
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
 
-from qwen3_vl_memory_optimizations import MemoryBudgetExceeded, TensorFreedError
+from qwen3_vl_memory_optimizations import MemoryBudgetExceeded, MemoryConfig, MemoryOptimizer, TensorFreedError
 from qwen3_vl_memory_optimizations.paging import BlockSpace
 from tests.paging.weights import settle
 
@@ -128,3 +129,63 @@ def test_blocks_of_a_closed_optimizer_are_refused(make_optimizer, budget):
     optimizer.close()
     with pytest.raises(TensorFreedError, match="closed"), space.held(blocks):
         torch.zeros(1)
+
+
+def test_blocks_of_keys_and_values_come_from_their_pool_and_reuse_its_frames(make_optimizer):
+    optimizer = make_optimizer()
+    space, pool = BlockSpace(optimizer.pager), optimizer.pool.pools["kv_cache"]
+    blocks = make_blocks(space, 4)
+    assert pool.stats()["used_bytes"] == 4 * MIB
+    del blocks
+    gc.collect()
+    optimizer.pager.usage()  # runs what finalizers left
+    assert pool.stats()["used_bytes"] == 0 and optimizer.pager.frames.free_bytes == 4 * MIB
+    before = optimizer.pager.frames.reused_bytes
+    make_blocks(space, 4)
+    assert optimizer.pager.frames.reused_bytes - before == 4 * MIB
+
+
+def test_a_full_pool_does_not_keep_blocks_from_being_made(tmp_path):
+    config = MemoryConfig(cache_dir=tmp_path, memory_pool_size=2 * MIB)
+    with MemoryOptimizer(memory_config=config) as optimizer:
+        space = BlockSpace(optimizer.pager)
+        blocks = make_blocks(space, 5)
+        assert scan(space, blocks) == [1, 2, 3, 4, 5]
+        assert optimizer.pool.pools["kv_cache"].stats()["used_bytes"] == 2 * MIB
+        assert optimizer.pager.frames.used_bytes == 5 * MIB
+
+
+def test_a_pool_lets_its_address_space_go_with_the_last_block(make_optimizer):
+    optimizer = make_optimizer()
+    space, pool = BlockSpace(optimizer.pager), optimizer.pool.pools["kv_cache"]
+    (block,) = make_blocks(space, 1)
+    optimizer.close()
+    assert int(block.data.sum()) == 0  # the memory is gone, the addresses are still there
+    assert pool.stats()["used_bytes"] == MIB
+    address = block.data.data_ptr()
+    assert is_mapped(address)
+    del block
+    gc.collect()
+    optimizer.pager.usage()  # runs what finalizers left
+    assert not is_mapped(address)
+
+
+def is_mapped(address):
+    ranges = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+    return any(int(start, 16) <= address < int(stop, 16) for start, stop in ranges)
+
+
+def test_a_block_that_did_not_fit_leaves_no_frames_without_an_address(make_optimizer):
+    pager = make_optimizer(12 * MIB, memory_pool_size=4 * MIB).pager  # the pool has no place for it
+    asked = []
+
+    def refuse_the_second(n_bytes):
+        asked.append(n_bytes)
+        if len(asked) == 2:
+            raise MemoryBudgetExceeded("no", requested_bytes=1, available_bytes=0, budget_bytes=0, owner="test")
+
+    pager.on_growth = refuse_the_second
+    with pytest.raises(MemoryBudgetExceeded):
+        BlockSpace(pager).allocate(8 * MIB)
+    assert len(asked) == 2
+    assert pager.frames.committed_bytes == 0

@@ -9,11 +9,13 @@ import torch.nn.functional as F
 
 from qwen3_vl_memory_optimizations import (
     MemoryBudgetExceeded,
+    StorageError,
     UnknownTensorError,
 )
 from qwen3_vl_memory_optimizations.compression import RawCodec
-from qwen3_vl_memory_optimizations.paging import PROCESS, Ledger, Pager, TensorEntry
+from qwen3_vl_memory_optimizations.paging import PROCESS, BlockSpace, Ledger, Pager, TensorEntry
 from qwen3_vl_memory_optimizations.pools import reserve
+from qwen3_vl_memory_optimizations.storage import SwapFile
 from tests.paging.weights import COLUMNS, FRAMES_BYTES, random_weights, register, run_pass, settle, state
 
 MIB = 2**20
@@ -294,3 +296,30 @@ def test_a_tensor_that_was_refused_may_be_added_again(make_optimizer):
     optimizer.pager.on_growth = None
     optimizer.pager.add(entry, resident=True)
     assert entry.missing == 0
+
+
+def test_what_the_ssd_has_no_room_for_is_not_counted_as_leaving(make_optimizer, monkeypatch):
+    pager = make_optimizer(8 * MIB).pager
+    block = BlockSpace(pager).allocate(MIB)
+
+    def full(self, n_bytes):
+        raise StorageError("full", path="swap")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SwapFile, "allocate", full)
+        assert pager.swap_ahead(0.0) == 0
+    assert pager.swap_ahead(0.0) == block.n_bytes
+
+
+def test_weights_that_were_freed_need_no_room(make_optimizer, tmp_path):
+    pager = make_optimizer(5 * FRAMES_BYTES).pager
+    register(pager, random_weights(1), tmp_path / "small.safetensors")
+    register(pager, {"large": torch.zeros(192, COLUMNS).bfloat16()}, tmp_path / "large.safetensors", rows_per_page=192)
+    with pytest.raises(MemoryBudgetExceeded, match="that the weights need"):
+        pager.debit("something else", 3 * FRAMES_BYTES)
+    pager.free("large")
+    pager.debit("something else", 3 * FRAMES_BYTES)
+    with pytest.raises(MemoryBudgetExceeded, match="that the weights need"):
+        pager.debit("something else", 2 * FRAMES_BYTES)
+    pager.free("w0")
+    pager.debit("something else", 2 * FRAMES_BYTES)

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from qwen3_vl_memory_optimizations import AdvancedMemoryPool, MemoryBudgetExceeded
+from qwen3_vl_memory_optimizations import AdvancedMemoryPool, MemoryBudgetExceeded, TensorFreedError
 from qwen3_vl_memory_optimizations.errors import MemoryOptimizationError
 from qwen3_vl_memory_optimizations.pools import FRAME_BYTES, UNIT_BYTES, BlockAllocator, FramePool, reserve, unreserve
 from qwen3_vl_memory_optimizations.pools.frames import round_up, units_of
@@ -331,3 +331,37 @@ def test_typed_pools_hand_out_usable_addresses_and_their_figures():
     finally:
         pools.close()
         pools.close()
+    with pytest.raises(TensorFreedError, match="kv_cache"):
+        kv.allocate(4096)
+    fill(address, MIB, 3)  # its block was not freed yet
+    kv.free(address)
+
+
+@needs_moves
+def test_frames_that_nobody_takes_go_back_after_their_residence_time(space):
+    now = [0.0]
+    pool = FramePool(64 * UNIT_BYTES, timer=lambda: now[0])
+    for second in range(4):  # one unit is freed each second
+        pool.back(space + second * UNIT_BYTES, UNIT_BYTES, owner="a")
+    for second in range(4):
+        now[0] = float(second)
+        pool.release(space + second * UNIT_BYTES, UNIT_BYTES)
+    assert pool.compact(3.5) == 0
+    now[0] = 4.0
+    assert pool.compact(2.5) == 2 * UNIT_BYTES  # those of the seconds 0 and 1
+    assert (pool.free_bytes, pool.compacted_bytes) == (2 * UNIT_BYTES, 2 * UNIT_BYTES)
+    assert holds(space, UNIT_BYTES, 0)
+
+
+@needs_moves
+def test_the_frames_that_were_freed_last_are_taken_first_so_that_the_others_age(space):
+    now = [0.0]
+    pool = FramePool(64 * UNIT_BYTES, timer=lambda: now[0])
+    pool.back(space, 4 * UNIT_BYTES, owner="a")
+    pool.release(space, 4 * UNIT_BYTES)
+    for second in range(1, 6):  # a user of one unit, at changing places
+        now[0] = float(second)
+        pool.back(space + (8 + second) * UNIT_BYTES, UNIT_BYTES, owner="b")
+        pool.release(space + (8 + second) * UNIT_BYTES, UNIT_BYTES)
+    assert pool.compact(4.5) == 3 * UNIT_BYTES
+    assert pool.free_bytes == UNIT_BYTES

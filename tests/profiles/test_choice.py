@@ -2,8 +2,16 @@
 
 import pytest
 
-from qwen3_vl_memory_optimizations import ConfigurationError, MemoryConfig, MemoryOptimizer, create_optimized_model
+from qwen3_vl_memory_optimizations import (
+    ConfigurationError,
+    InputError,
+    MemoryConfig,
+    MemoryOptimizer,
+    create_optimized_model,
+)
+from qwen3_vl_memory_optimizations.evaluation import checkpoint
 from qwen3_vl_memory_optimizations.hardware import HardwareProfile
+from qwen3_vl_memory_optimizations.planning import pack_model
 from qwen3_vl_memory_optimizations.profiles import choice as choice_module
 from qwen3_vl_memory_optimizations.profiles import choose, configure, user_directory
 from tests.model import tiny
@@ -181,5 +189,29 @@ def test_a_profile_that_the_configuration_of_a_model_names_is_used_and_stays_nam
     model = create_optimized_model(config)
     with model.memory_optimizer as optimizer:
         assert optimizer.config.tensor_budget == 2_000_000
+        assert {entry.codec.name for entry in optimizer.pager.entries.values()} == {"none"}
     # Saved with the model, it is chosen anew on the machine that loads it.
     assert config.memory_optimization_config == {"profile": "mine", "cache_dir": str(tmp_path)}
+
+
+def test_packing_follows_the_profile(tmp_path, user_directory):
+    write_profile(user_directory, "mine", settings='codec = "none"')
+    settings = MemoryConfig(profile="mine", cache_dir=tmp_path)
+    assert pack_model(tiny.DIRECTORY, settings) == tiny.DIRECTORY, "nothing to encode"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_codec_is_evaluated_within_the_profile_and_not_replaced_by_its_codec(
+    tmp_path, monkeypatch, user_directory
+):
+    write_profile(user_directory, "mine", settings='tensor_budget = "2MB"\ncodec = "int8"')
+    loaded = []
+
+    def load(directory, config, **options):
+        loaded.append(config)
+        raise InputError("seen")
+
+    monkeypatch.setattr(checkpoint, "create_optimized_model", load)
+    with pytest.raises(InputError, match="seen"):
+        next(checkpoint.evaluate_codecs(tiny.DIRECTORY, ["auto"], [], config=MemoryConfig(profile="mine")))
+    assert loaded == [MemoryConfig(tensor_budget="2MB", codec="auto")]

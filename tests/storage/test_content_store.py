@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from qwen3_vl_memory_optimizations.errors import CorruptDataError, StorageError
-from qwen3_vl_memory_optimizations.storage import ContentStore
+from qwen3_vl_memory_optimizations.storage import ContentStore, Index, StoredEntry
 
 LIMIT_BYTES = 400_000
 
@@ -275,3 +275,16 @@ def test_two_processes_share_one_directory(tmp_path):
     sizes = {path.name: path.stat().st_size for path in files_of(store) if len(path.name) == 64}
     assert sizes == {key: entry.n_bytes for key, entry in store.index().entries.items()}
     assert sum(sizes.values()) <= LIMIT_BYTES
+
+
+def test_bytes_are_counted_while_another_thread_adds_an_entry():
+    index = Index()
+
+    class AnotherComes:
+        @property
+        def n_bytes(self):
+            index.entries[key_of(1)] = StoredEntry(1, {})
+            return 1
+
+    index.entries[key_of(0)] = AnotherComes()
+    assert index.used_bytes == 1

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy.random  # noqa: F401 - imported while locks are watched, it would make all of its own watched ones
+
 import qwen3_vl_memory_optimizations as package
 
 SOURCE = str(Path(package.__file__).parent)

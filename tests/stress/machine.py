@@ -165,7 +165,9 @@ class Machine:
                     granted[own.pool_kind] += max(1, -(-own.n_bytes // FRAME_BYTES)) * FRAME_BYTES
                 if own.tensor is not None:
                     alive.add(own.entry.tensor_id)
-            alive.update(block.entry.tensor_id for block, _ in worker.blocks)
+            for block, _ in worker.blocks:
+                granted[block.entry.kind] += -(-block.n_bytes // FRAME_BYTES) * FRAME_BYTES
+                alive.add(block.entry.tensor_id)
         _equal({kind: row["used_bytes"] for kind, row in self.optimizer.pool.stats().items()}, granted)
         _equal(set(pager.entries), alive)
         order = self.optimizer.swapping.algorithm

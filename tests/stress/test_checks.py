@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from qwen3_vl_memory_optimizations.pools import UNIT_BYTES
 from tests.paging.weights import random_weights, register, run_pass, settle
 from tests.stress.contents import content
 from tests.stress.machine import Hung, Machine
@@ -43,6 +44,10 @@ def on_both(pager):
     return pager.tensors[2].entry.pages[0]
 
 
+def free_too(pager, address):
+    pager.frames._free[address // UNIT_BYTES] = (address, 0.0)
+
+
 COUNTERS = ["moving", "leaving_bytes", "ahead_bytes", "weights_resident_bytes", "untouched_bytes"]
 DAMAGE = {
     "frames": lambda pager: setattr(pager.frames, "used_bytes", pager.frames.used_bytes + 4096),
@@ -54,7 +59,7 @@ DAMAGE = {
     "an extent of nobody": lambda pager: pager._swap.allocate(4096),
     "an extent of two": lambda pager: setattr(on_both(pager), "swap_offset", swapped(pager).swap_offset),
     "an extent that was freed": lambda pager: pager._swap.free(on_both(pager).swap_offset),
-    "a frame that is free and in use": lambda pager: pager.frames._free.setdefault(resident(pager).frames_start),
+    "a frame that is free and in use": lambda pager: free_too(pager, resident(pager).frames_start),
 } | {name: lambda pager, name=name: setattr(pager._mover, name, getattr(pager._mover, name) + 1) for name in COUNTERS}
 
 

@@ -33,8 +33,9 @@ def test_locks_are_taken_in_the_documented_order(tmp_path, monkeypatch):
         monitor.close()
         machine.close()
     order = documented_order()
-    events = {"PressureMonitor", "Flight"}
-    assert set(order) == graph.names - events, "the document lists each lock"
+    events = {"PressureMonitor", "Flight", "Periodic"}
+    of_numpy = {"LightweightMLPredictor", "SimpleMLPredictor"}  # which takes one or none, by its version
+    assert set(order) - of_numpy <= graph.names - events <= set(order), "the document lists each lock"
     assert not graph.disorder(order, GATE)
     assert not graph.cycles()
     assert set(graph.waits) <= WAITS_WITH_A_LOCK, graph.waits

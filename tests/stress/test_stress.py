@@ -1,5 +1,6 @@
 """10,000 random operations from 8 threads while the SSD fails now and then; all that must hold is checked."""
 
+import logging
 import os
 import sys
 import tempfile
@@ -14,8 +15,13 @@ N_OPERATIONS = 10_000
 
 
 @pytest.fixture(autouse=True)
-def many_switches():
-    """Threads change places often, and torch adds none of its own."""
+def many_switches(caplog):
+    """Threads change places often, and torch adds none of its own; nothing is logged.
+
+    A record that is kept, as pytest does, holds its error, that holds the frames it came through, and those what they
+    made: tensors would not be freed.
+    """
+    caplog.set_level(logging.CRITICAL, logger="qwen3_vl_memory_optimizations")
     interval, threads = sys.getswitchinterval(), torch.get_num_threads()
     sys.setswitchinterval(1e-4)
     torch.set_num_threads(1)

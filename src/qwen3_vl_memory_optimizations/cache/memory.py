@@ -164,6 +164,17 @@ class CPUCache:
         if twice:  # by another thread meanwhile
             self._release(held.n_bytes)
 
+    def resize(self, size: int) -> None:
+        """Allow more bytes, or fewer: then the least worth goes.
+
+        Raises:
+            ConfigurationError: below one byte.
+        """
+        if size < 1:
+            raise ConfigurationError(f"size: {size} bytes; a cache holds at least one")
+        self.size_bytes = int(size)
+        self.shrink(self.size_bytes)
+
     def shrink(self, to_bytes: int) -> int:
         """Let the least worth go until at most so much is held; return the bytes released."""
         if self._used_bytes <= to_bytes:

@@ -1,4 +1,7 @@
-"""`SSDCache`: the level that survives the process, on a `ContentStore`."""
+"""`SSDCache`: the level that survives the process, on a `ContentStore`.
+
+Failures are logged as text: a handler that keeps the error would keep the frames of all callers, and their tensors.
+"""
 
 from __future__ import annotations
 
@@ -93,12 +96,12 @@ class SSDCache:
             if loaded is not None:
                 item = decode(split_payload(loaded.meta, loaded.payload), copy=False)
         except (CorruptDataError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            logger.warning("a cached entry is not used, and is removed: %s", error)
+            logger.warning("a cached entry is not used, and is removed: %s", str(error))
             self.counters.corrupt += 1
             self._remove(key)
             loaded = item = None
         except StorageError as error:
-            logger.warning("a cached entry cannot be read now: %s", error)
+            logger.warning("a cached entry cannot be read now: %s", str(error))
             self.counters.failures += 1
             loaded = item = None
         if loaded is None or item is None:
@@ -154,7 +157,7 @@ class SSDCache:
         try:
             kept = self.store_files.put(key, encoded.description, encoded.pieces(), facts, make_room)
         except StorageError as error:
-            logger.warning("an entry was not cached: %s", error)
+            logger.warning("an entry was not cached: %s", str(error))
             self.counters.failures += 1
             return False
         if not kept:
@@ -193,7 +196,7 @@ class SSDCache:
         try:
             self.store_files.flush(note)
         except StorageError as error:
-            logger.warning("what was learnt about cached entries is not kept: %s", error)
+            logger.warning("what was learnt about cached entries is not kept: %s", str(error))
 
     def stats(self) -> dict[str, Any]:
         """Return counters, bytes held and ratios, and the bandwidth of reads (`None` until there was one)."""
@@ -226,7 +229,7 @@ class SSDCache:
         try:
             self.store_files.remove(key)
         except StorageError as error:
-            logger.warning("it could not be removed: %s", error)
+            logger.warning("it could not be removed: %s", str(error))
 
 
 def _number(facts: Facts, name: str) -> float:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
-from . import cache, demo, doctor, evaluate, generate, pack
+from . import cache, dashboard, demo, doctor, evaluate, generate, pack, report, top
 from ._output import CommandGroup
 
 __all__ = ["app", "main"]
@@ -22,7 +22,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (demo.demo, generate.generate, pack.pack, evaluate.evaluate, doctor.doctor):
+for command in (
+    demo.demo,
+    generate.generate,
+    pack.pack,
+    evaluate.evaluate,
+    doctor.doctor,
+    dashboard.dashboard,
+    top.top,
+    report.report,
+):
     app.command()(command)
 app.add_typer(cache.app)
 

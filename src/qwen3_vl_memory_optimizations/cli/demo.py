@@ -23,6 +23,7 @@ from ._output import (
     progress_bar,
     working,
 )
+from ._watching import DashboardOption, RecordOption, check_watching, watched
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,6 +42,8 @@ def demo(
         typer.Option("--tensor-budget", metavar="SIZE", help="(default: a third of the stored weights)"),
     ] = None,
     cache_dir: CacheDirOption = None,
+    dashboard: DashboardOption = None,
+    record: RecordOption = True,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -53,12 +56,13 @@ def demo(
     """
     from ..config import MemoryConfig
 
+    check_watching(dashboard)
     budgets = {"tensor_budget": tensor_budget}
     config = MemoryConfig.from_mapping({**budgets, "codec": codec, "cache_dir": cache_dir})
     questions = json.loads(_QUESTIONS.read_text(encoding="utf-8"))
     with working("asking plain transformers", quiet=as_json):
         plain = _ask_plain_transformers()
-    managed = _ask_managed(config, questions, quiet=as_json)
+    managed = _ask_managed(config, questions, quiet=as_json, dashboard=dashboard, record=record)
     rows = [
         question | {"answer": ours, "plain_answer": theirs, "correct": ours == question["expected"]}
         for question, ours, theirs in zip(questions, managed.pop("answers"), plain.pop("answers"), strict=True)
@@ -93,7 +97,9 @@ def _ask_plain_transformers() -> dict[str, Any]:
     return result
 
 
-def _ask_managed(config: MemoryConfig, questions: list[dict[str, str]], *, quiet: bool) -> dict[str, Any]:
+def _ask_managed(
+    config: MemoryConfig, questions: list[dict[str, str]], *, quiet: bool, dashboard: int | None, record: bool
+) -> dict[str, Any]:
     import dataclasses
 
     from .. import create_optimized_model
@@ -113,8 +119,9 @@ def _ask_managed(config: MemoryConfig, questions: list[dict[str, str]], *, quiet
         model = create_optimized_model(_MODEL, memory_config=config, progress=progress)
     optimizer = model.memory_optimizer
     try:
-        with working("asking within the budget", quiet=quiet):
-            answers = answer_all(model, processor, questions, _QUESTIONS.parent)
+        with watched(optimizer, dashboard=dashboard, record=record, command="demo", model=_MODEL.name):
+            with working("asking within the budget", quiet=quiet):
+                answers = answer_all(model, processor, questions, _QUESTIONS.parent)
         seconds = time.perf_counter() - start
         memory = optimizer.get_memory_efficiency_stats()
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -25,6 +26,7 @@ from ._output import (
     progress_bar,
     typed,
 )
+from ._watching import DashboardOption, RecordOption, check_watching, watched
 
 if TYPE_CHECKING:
     from ..model.processing import AnswerStreamer
@@ -83,6 +85,8 @@ def generate(
             help="Serve figures for Prometheus on 127.0.0.1 while it runs (0: any free port).",
         ),
     ] = None,
+    dashboard: DashboardOption = None,
+    record: RecordOption = True,
     stats: Annotated[bool, typer.Option("--stats", help="Show speed and memory at the end (on stderr).")] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
@@ -98,6 +102,10 @@ def generate(
     With a draft:
 
     qwen3vl-mem generate Qwen/Qwen3-VL-8B-Instruct --assistant Qwen/Qwen3-VL-2B-Instruct -p "Tell a story."
+
+    With a live page of what the memory does:
+
+    qwen3vl-mem generate Qwen/Qwen3-VL-2B-Instruct --ram-budget 2GB -p "Tell a story." --dashboard 8080
     """
     from ..errors import ConfigurationError
     from ..profiles import configure
@@ -105,6 +113,7 @@ def generate(
     # Checked before anything slow is done.
     if assistant and prompt_lookup:
         raise ConfigurationError("--assistant and --prompt-lookup both propose tokens: give one of them")
+    check_watching(dashboard)
     budgets = typed(ctx, profile=profile, ram_budget=ram_budget, tensor_budget=tensor_budget)
     settings = typed(ctx, codec=codec, cache_dir=cache_dir, image_policy=image_policy, private=private)
     config = configure({**budgets, **settings})
@@ -122,13 +131,18 @@ def generate(
         optimized = create_optimized_model(directory, memory_config=config, assistant=assistant, progress=progress)
     optimizer = optimized.memory_optimizer
     exporter = None
+    watching = contextlib.ExitStack()
     try:
         if metrics is not None:
             exporter = _serve_metrics(optimizer, metrics)
+        watching.enter_context(
+            watched(optimizer, dashboard=dashboard, record=record, command="generate", model=Path(model).resolve().name)
+        )
         inputs, notes = prepare_within_budget(
             processor, optimized, prompt, image or [], video, system, max_pixels=max_pixels
         )
     except BaseException:
+        watching.close()
         if exporter is not None:
             exporter.close()
         optimizer.close()
@@ -167,6 +181,7 @@ def generate(
         after = Cost.now(meter)
         memory = optimizer.get_memory_efficiency_stats()
     finally:
+        watching.close()
         if exporter is not None:
             exporter.close()
         optimizer.close()

@@ -348,7 +348,7 @@ class PredictiveGarbageCollector:
                 try:
                     collector.look()
                 except MemoryOptimizationError as error:  # closed meanwhile, or no room on the SSD
-                    logger.debug("nothing was collected: %s", error)
+                    logger.debug("nothing was collected: %s", str(error))
                 del collector
 
         self._thread = threading.Thread(target=work, name="memory-collection", daemon=True)

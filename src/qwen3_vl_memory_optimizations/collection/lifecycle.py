@@ -78,6 +78,7 @@ class TensorLifecycleTracker:
 
     def __init__(self) -> None:
         self.now = 0
+        self._listeners: tuple[Callable[[str], None], ...] = ()
         self.lives: dict[Hashable, TensorLife] = {}
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
@@ -118,7 +119,6 @@ class TensorLifecycleTracker:
             number = self._session()
             assert number is not None
             del self._open[number]
-            self._phase = IDLE
             found = [
                 Leak(str(life.key), life.kind, life.n_bytes, life.creator, number, life.phase)
                 for life in self.lives.values()
@@ -126,6 +126,7 @@ class TensorLifecycleTracker:
             ]
             self._leaks.extend(found)
             self._n_leaks += len(found)
+        self._change_phase(IDLE)
         if found:
             n_bytes = sum(leak.n_bytes for leak in found)
             logger.info("session %d ended; %d tensors outlive it, %s", number, len(found), format_bytes(n_bytes))
@@ -145,7 +146,24 @@ class TensorLifecycleTracker:
     def enter_phase(self, phase: str) -> None:
         """Note what is being computed from now on, in the session that is open."""
         if self._open:
+            self._change_phase(phase)
+
+    def _change_phase(self, phase: str) -> None:
+        if phase != self._phase:
             self._phase = phase
+            for listener in self._listeners:
+                listener(phase)
+
+    def listen(self, listener: Callable[[str], None]) -> Callable[[], None]:
+        """Call `listener` with each phase that begins, in the thread that computes it; return what ends that."""
+        with self._locked():
+            self._listeners = (*self._listeners, listener)
+
+        def end() -> None:
+            with self._locked():
+                self._listeners = tuple(each for each in self._listeners if each is not listener)
+
+        return end
 
     def leaks(self) -> list[Leak]:
         """Return the latest tensors that outlived their session, and still do, the oldest first."""

@@ -1,9 +1,33 @@
-"""What happens inside an optimizer, shown: snapshots, metrics, alerts, and an exporter for Prometheus."""
+"""What happens inside an optimizer, shown: snapshots, metrics, alerts, an exporter for Prometheus, records, a page."""
 
-from .alerts import ALERTS, Alert, AlertLimits, AlertMonitor, AlertWatch, alert_rows
-from .exporter import MetricsExporter, exported_names
-from .metrics import get_memory_performance_metrics
-from .snapshot import take_snapshot
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .alerts import ALERTS, Alert, AlertLimits, AlertMonitor, AlertWatch, alert_rows
+    from .dashboard import Dashboard, start_dashboard
+    from .exporter import MetricsExporter, exported_names
+    from .metrics import get_memory_performance_metrics
+    from .recorder import Recorder
+    from .report import write_report
+    from .snapshot import take_snapshot
+
+# Whoever looks at a recorded run needs no torch.
+_LAZY = {
+    "ALERTS": ".alerts",
+    "Alert": ".alerts",
+    "AlertLimits": ".alerts",
+    "AlertMonitor": ".alerts",
+    "AlertWatch": ".alerts",
+    "Dashboard": ".dashboard",
+    "MetricsExporter": ".exporter",
+    "Recorder": ".recorder",
+    "alert_rows": ".alerts",
+    "exported_names": ".exporter",
+    "get_memory_performance_metrics": ".metrics",
+    "start_dashboard": ".dashboard",
+    "take_snapshot": ".snapshot",
+    "write_report": ".report",
+}
 
 __all__ = [
     "ALERTS",
@@ -11,9 +35,21 @@ __all__ = [
     "AlertLimits",
     "AlertMonitor",
     "AlertWatch",
+    "Dashboard",
     "MetricsExporter",
+    "Recorder",
     "alert_rows",
     "exported_names",
     "get_memory_performance_metrics",
+    "start_dashboard",
     "take_snapshot",
+    "write_report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

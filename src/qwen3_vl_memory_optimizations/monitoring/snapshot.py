@@ -29,8 +29,9 @@ def take_snapshot(optimizer: MemoryOptimizer, *, measure: bool = False) -> dict[
         schema: `SCHEMA`.
         time_s: seconds since 1970; `uptime_s`: of the optimizer.
         process: `rss_bytes`, `peak_rss_bytes`, `cpu_s` (CPU-seconds so far, all threads).
-        budget: limits, `accounts_bytes` by owner, page frames (`frames_*_bytes`), what was given up under pressure;
-            `undroppable_bytes`, `capacity_bytes`, `undroppable_share`: see `MemoryFigures.occupancy`.
+        budget: limits, `accounts_bytes` by owner (`tensor_accounts_bytes`: those under `tensor_budget`), page frames
+            (`frames_*_bytes`), what was given up under pressure; `undroppable_bytes`, `capacity_bytes`,
+            `undroppable_share`: see `MemoryFigures.occupancy`.
         memory_map: rows `tier` (`cpu`, `ssd`), `kind`, `codec`, `tensors`, `bytes`: encoded bytes that lie there; those
             of `ssd` are not in memory besides.
         tiers, kinds, codecs, paging, sessions_open: as in `get_memory_efficiency_stats`. Each kind has besides

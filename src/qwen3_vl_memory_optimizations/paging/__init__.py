@@ -2,10 +2,12 @@
 
 from .accounts import ProcessAccounts
 from .blocks import Account, Block, BlockSpace
+from .compaction import Compactor
 from .entry import PAGE_BYTES, FileSource, Page, PageState, TensorEntry, alias_memory
 from .joined import JoinedEntries, join
 from .ledger import PROCESS, TENSORS, Ledger
 from .managed_tensor import ManagedTensor, linear_joined, whole_linears
+from .page_map import PINNED, TensorPages
 from .pager import Pager
 from .pressure import PressureMonitor
 from .residency import READ_AHEAD_BYTES
@@ -16,9 +18,11 @@ __all__ = [
     "Block",
     "BlockSpace",
     "PAGE_BYTES",
+    "PINNED",
     "PROCESS",
     "READ_AHEAD_BYTES",
     "TENSORS",
+    "Compactor",
     "FileSource",
     "JoinedEntries",
     "Ledger",
@@ -30,6 +34,7 @@ __all__ = [
     "PressureMonitor",
     "ProcessAccounts",
     "TensorEntry",
+    "TensorPages",
     "TensorUse",
     "alias_memory",
     "join",

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 
 from ..compression import EncodingLog, RawCodec, Scratch
-from ..errors import TensorFreedError
+from ..errors import MemoryBudgetExceeded, TensorFreedError
 from ..pools import FRAME_BYTES, reserve, unreserve
 from .entry import PAGE_BYTES, TensorEntry
 from .ledger import PROCESS
@@ -121,7 +121,7 @@ class BlockSpace:
             return Block(torch.empty(n_bytes, dtype=torch.uint8))
         pager, codec = self.pager, RawCodec()
         size = -(-n_bytes // FRAME_BYTES) * FRAME_BYTES
-        address = reserve(size)
+        address, give_back = self._range(pager, size)
         try:
             entry = TensorEntry(
                 f"{self.kind}-block-{next(_numbers)}",
@@ -138,16 +138,30 @@ class BlockSpace:
             )
             pager.add(entry, resident=True)
         except BaseException:
-            unreserve(address, size)
+            with pager.exclusive():
+                give_back()
             raise
+        block = Block(entry.encoded(0, n_bytes)["data"].view(-1), entry)
+        weakref.finalize(block, _drop, pager, entry, give_back).atexit = False
+        return block
 
-        def release() -> None:
+    def _range(self, pager: Pager, size: int) -> tuple[int, Callable[[], None]]:
+        """Return an address range, of the pool of this kind while that has one, and what gives it back."""
+        pool = pager.pools.get(self.kind)
+        if pool is not None:
+            try:
+                with pager.exclusive():
+                    address = pool.allocate(size)
+                return address, lambda: pool.free(address)
+            except MemoryBudgetExceeded:  # its address space is used up
+                pass
+        address = reserve(size)
+
+        def unmap() -> None:
             pager.frames.forget(address, size)
             unreserve(address, size)
 
-        block = Block(entry.encoded(0, n_bytes)["data"].view(-1), entry)
-        weakref.finalize(block, _drop, pager, entry, release).atexit = False
-        return block
+        return address, unmap
 
     @contextmanager
     def held(self, blocks: Sequence[Block], upcoming: Iterable[Block] = ()) -> Iterator[None]:
@@ -182,7 +196,7 @@ class BlockSpace:
 def _drop(pager: Pager, entry: TensorEntry, release: Callable[[], None]) -> None:
     """The last reference to a block went."""
     if entry.freed:  # with the Pager
-        release()
+        pager.do_later(release)
     else:
         pager.free_later(entry.tensor_id, release)
 

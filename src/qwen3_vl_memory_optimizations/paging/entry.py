@@ -117,6 +117,7 @@ class TensorEntry:
         rows_per_page: rows a page (weights), or `None`: pages of `page_bytes` whatever the rows.
 
     Attributes:
+        largest_page_bytes: what must fit for it to be used.
         writes: how often it was written to, as far as that is told: not what views of it write.
     """
 
@@ -143,6 +144,7 @@ class TensorEntry:
         self.rows = rows
         step = (rows_per_page * columns * paged_dtype.itemsize) if rows_per_page else page_bytes
         self.pages = self._cut(step)
+        self.largest_page_bytes = max((page.n_bytes for page in self.pages), default=0)
         self.missing = len(self.pages)
         self.writes = 0
         self.freed = False

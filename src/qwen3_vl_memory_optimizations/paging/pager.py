@@ -20,7 +20,7 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -28,16 +28,17 @@ from typing import Protocol
 import torch
 
 from ..compression import EncodingLog, Scratch
-from ..errors import MemoryOptimizationError, UnknownTensorError
-from ..pools import FRAME_BYTES, FramePool, units_of
+from ..errors import ConfigurationError, MemoryOptimizationError, UnknownTensorError
+from ..pools import FRAME_BYTES, FramePool, TensorPool, units_of
 from ..prediction import PassSchedule
 from ..storage import BACKGROUND, PREFETCH, SwapFile
 from .access import Access
 from .check import IN_MEMORY, check
-from .entry import PAGE_BYTES, PageState, TensorEntry
+from .entry import PAGE_BYTES, PageState, TensorEntry, alias_memory
 from .finalizers import FinalizerQueue
 from .ledger import PROCESS, TENSORS, Ledger
 from .moves import PageMover
+from .page_map import TensorPages, describe_pages
 from .products import Products
 from .residency import Residency, VictimOrder
 from .room import Room
@@ -67,13 +68,15 @@ class Pager:
         swap_bytes: its largest size.
         reuse_frames: keep freed page frames for the next page (memory pooling).
         order: which runtime tensors leave first; `None`: those that were not used longest.
-        timer: a monotonic clock in seconds, for the stall counter.
+        timer: a monotonic clock in seconds, for the stall counter and the age of free frames.
 
     Attributes:
         products: computes with weights.
         encodings: what was encoded for its tensors; those who encode note it.
         runtime: the tensors that are no weights.
         lives: told, under the lock, of runtime tensors that come and go; `None`: nobody.
+        pools: kind -> address ranges for blocks of this kind; changed under `exclusive`. A kind without one, or whose
+            pool is full, gets ranges of its own from the system.
     """
 
     def __init__(
@@ -87,10 +90,11 @@ class Pager:
         timer: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.ledger = ledger
-        self.frames = FramePool(ledger.frames_limit_bytes(), reuse=reuse_frames)
+        self.frames = FramePool(ledger.frames_limit_bytes(), reuse=reuse_frames, timer=timer)
         self.stats = PagingStats()
         self.encodings = EncodingLog()
         self.entries: dict[str, TensorEntry] = {}
+        self.pools: Mapping[str, TensorPool] = {}
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._finalizers = FinalizerQueue(self._lock)
@@ -197,8 +201,7 @@ class Pager:
                 self._residency.add(entry)
                 if resident:
                     self._mover.weights_resident_bytes += sum(page.n_bytes for page in entry.pages)
-                largest = max((page.n_bytes for page in entry.pages), default=0)
-                self.ledger.frames_floor_bytes = max(self.ledger.frames_floor_bytes, largest)
+                self.ledger.frames_floor_bytes = max(self.ledger.frames_floor_bytes, entry.largest_page_bytes)
             elif self.lives is not None:
                 self.lives.born(entry.tensor_id, entry.kind, entry.n_bytes, entry.kind, owned=True)
 
@@ -247,6 +250,7 @@ class Pager:
             entry.freed = True
             if entry.kind == "weights":
                 self._residency.remove(entry)
+                self._lower_floor(entry.largest_page_bytes)
             else:
                 self._residency.forget(entry)
                 if self.lives is not None:
@@ -255,9 +259,19 @@ class Pager:
             self._lingering[entry] = None
             self._release_freed(entry)
 
+    def _lower_floor(self, freed_bytes: int) -> None:
+        """Once a weight is gone, ask for no more room than the largest page of those that are left."""
+        if freed_bytes == self.ledger.frames_floor_bytes:
+            weights = (entry for entry in self.entries.values() if entry.kind == "weights")
+            self.ledger.frames_floor_bytes = max((entry.largest_page_bytes for entry in weights), default=0)
+
     def free_later(self, tensor_id: str, then: Callable[[], None] | None = None) -> None:
         """Do what `free` does as a finalizer has to: not in the midst of a change, but before room is needed."""
         self._finalizers.add(lambda: self.free(tensor_id, then))
+
+    def do_later(self, action: Callable[[], None]) -> None:
+        """Do something under the lock, as a finalizer has to (see `free_later`)."""
+        self._finalizers.add(action)
 
     def _release_freed(self, entry: TensorEntry) -> None:
         """Release a freed tensor once nothing holds or moves its pages; never waits."""
@@ -394,6 +408,32 @@ class Pager:
             self._finalizers.run()
             self.frames.trim()
 
+    def compact(self, idle_s: float) -> int:
+        """Return page frames that nobody took for so many seconds to the system; return their bytes."""
+        with self._lock:
+            self._finalizers.run()
+            return self.frames.compact(idle_s)
+
+    @property
+    def read_ahead_bytes(self) -> int:
+        """How much that leaves after its use may be in memory before it, or on its way there."""
+        return self._residency.read_ahead_bytes
+
+    def set_read_ahead(self, n_bytes: int | None) -> None:
+        """Choose how much of the weights is read ahead: what that takes is not kept from pass to pass.
+
+        Args:
+            n_bytes: at least the largest page, and at most half of the memory for weights, is used; `None`: chosen by
+                the memory there is.
+
+        Raises:
+            ConfigurationError: below one byte.
+        """
+        if n_bytes is not None and n_bytes < 1:
+            raise ConfigurationError(f"read_ahead: {n_bytes} bytes; give at least one, or None")
+        with self._lock:
+            self._residency.set_read_ahead(n_bytes)
+
     def usage(self) -> list[TensorUse]:
         """Return what each tensor holds."""
         with self._lock:
@@ -416,6 +456,19 @@ class Pager:
                 )
                 for entry in self.entries.values()
             ]
+
+    def page_map(self) -> list[TensorPages]:
+        """Return where the pages of each tensor are: those of weights in the order of a pass, then runtime tensors."""
+        with self._lock:
+            self._finalizers.run()
+            weights = [entry for entry in self.entries.values() if entry.kind == "weights"]
+            runtime = [entry for entry in self.entries.values() if entry.kind != "weights"]
+            return describe_pages([*weights, *runtime])
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing comes or leaves any more."""
+        return self._mover.closed
 
     @property
     def touched_bytes(self) -> int:
@@ -508,6 +561,15 @@ class Pager:
     def let_go(self, entries: Sequence[TensorEntry], upcoming: Sequence[TensorEntry], ahead_bytes: int) -> None:
         """Undo one `hold`, and go on to read ahead into the room that this leaves."""
         self._access.unpin_all(entries, lambda: self._residency.read_cycle_ahead(upcoming, ahead_bytes))
+
+    def zero(self, entry: TensorEntry) -> None:
+        """Fill a runtime tensor that is stored as it is with zeros.
+
+        Raises:
+            MemoryBudgetExceeded: it left meanwhile, and does not fit beside what is pinned.
+        """
+        with self.writing(entry):
+            alias_memory(entry.address, entry.n_bytes).zero_()
 
     def mark_dirty(self, entry: TensorEntry) -> None:
         """Note that a pinned tensor was written to: its source no longer holds it."""

@@ -163,7 +163,7 @@ class PressureMonitor:
             elif pager.ledger.held_bytes(OWNER):
                 self._take_back(pager, spare)
         except MemoryOptimizationError as error:  # pinned, or closed meanwhile; the next look is soon
-            logger.debug("no memory could be given up: %s", error)
+            logger.debug("no memory could be given up: %s", str(error))
         return True
 
     def _room(self) -> tuple[int, int]:

@@ -15,6 +15,8 @@ from .moves import PageMover
 
 READ_AHEAD_BYTES = 5 * PAGE_BYTES
 _READ_AHEAD_SHARE = 8
+_MOST_READ_AHEAD_SHARE = 2
+"""Of the memory for weights, where somebody chose."""
 _LOOK_AHEAD_TENSORS = 64
 
 
@@ -53,6 +55,7 @@ class Residency:
     Attributes:
         schedule: the order of accesses, as far as it is known.
         on_pass: called when an access began a pass.
+        read_ahead_bytes: how much that leaves after its use may be in memory before it, or on its way there.
     """
 
     def __init__(
@@ -72,7 +75,8 @@ class Residency:
         mover.on_left = self._left
         self._order_changed = False
         self._expected_bytes = 0
-        self._read_ahead_bytes = READ_AHEAD_BYTES
+        self.read_ahead_bytes = READ_AHEAD_BYTES
+        self._chosen_read_ahead_bytes: int | None = None
         self._least_streamed_bytes = 0
         self._plan_state: tuple[object, ...] = ()
         self._current: TensorEntry | None = None
@@ -148,8 +152,10 @@ class Residency:
         if total <= weights_limit:
             self._set_kept(pages, set(pages))
             return
-        self._read_ahead_bytes = max(largest, min(READ_AHEAD_BYTES, weights_limit // _READ_AHEAD_SHARE))
-        capacity = weights_limit - self._read_ahead_bytes
+        chosen = self._chosen_read_ahead_bytes
+        share = _READ_AHEAD_SHARE if chosen is None else _MOST_READ_AHEAD_SHARE
+        self.read_ahead_bytes = max(largest, min(chosen or READ_AHEAD_BYTES, weights_limit // share))
+        capacity = weights_limit - self.read_ahead_bytes
         kept: set[Page] = set()
         planned: set[Page] = set()
         for cycle in self.schedule.cycles():
@@ -177,13 +183,20 @@ class Residency:
             if waiting and not page.kept:
                 self._mover.ahead_bytes += page.n_bytes
 
+    def set_read_ahead(self, n_bytes: int | None) -> None:
+        """Choose how much is read ahead, in bytes; `None`: what suits the memory there is."""
+        self._chosen_read_ahead_bytes = n_bytes
+        self.read_ahead_bytes = n_bytes or READ_AHEAD_BYTES  # until weights are there that do not fit
+        self._plan_state = ()
+        self._replan()
+
     # --- what comes -------------------------------------------------------------------------------------------------
 
     def prefetch(self) -> None:
         """Start reads for what is needed next, as far as frames and the read-ahead window allow."""
         if self._mover.weights_resident_bytes >= self._expected_bytes:
             return  # all there, or on its way
-        if self._mover.ahead_bytes + self._least_streamed_bytes > self._read_ahead_bytes:
+        if self._mover.ahead_bytes + self._least_streamed_bytes > self.read_ahead_bytes:
             return
         for page in self._expected_pages():
             if page.state is not PageState.SWAPPED or page.error is not None:
@@ -196,7 +209,7 @@ class Residency:
 
     def _has_place(self, page: Page) -> bool:
         """Whether a page stays, or the read-ahead window has room for it."""
-        return page.kept or self._mover.ahead_bytes + page.n_bytes <= self._read_ahead_bytes
+        return page.kept or self._mover.ahead_bytes + page.n_bytes <= self.read_ahead_bytes
 
     def _expected_pages(self) -> Iterator[Page]:
         """Yield pages in the order of their next use: the rest of this tensor, then tensors that miss some."""
@@ -364,7 +377,7 @@ class Residency:
                 break
             if page.entry.kind != "weights" and page not in self._cycle:
                 self._mover.evict(page)
-                leaving += page.n_bytes
+                leaving += 0 if page.resident else page.n_bytes  # it stays where the SSD has no room
         return leaving
 
     def _runtime_ranks(self) -> dict[Hashable, int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container
+import time
+from collections.abc import Callable, Container
 
 from ..errors import MemoryBudgetExceeded, MemoryOptimizationError, format_bytes
 from .virtual import FRAME_BYTES, can_move_frames, discard, move_frames
@@ -31,22 +32,33 @@ class FramePool:
     Because frames move between addresses, free ones never fragment: any of them serve any block. A range must be
     released as it was backed, and forgotten before it is backed in other pieces. Not thread-safe: the Pager locks.
 
+    The frames that were freed last are taken first, so that those beyond what is needed stay untouched, and `compact`
+    finds them.
+
     Args:
         limit_bytes: the most memory, used and free frames together.
         reuse: keep freed frames (True) or return them to the system at once (`enable_memory_pooling=False`).
+        timer: a monotonic clock in seconds.
 
     Attributes:
+        backed_bytes: what was backed since the start.
+        reused_bytes: the part of it that was backed with frames that others left.
+        compacted_bytes: what `compact` returned to the system.
         high_bytes: the most that was committed since the limit was last set; `peak_bytes`: since the start.
     """
 
-    def __init__(self, limit_bytes: int, *, reuse: bool = True) -> None:
+    def __init__(self, limit_bytes: int, *, reuse: bool = True, timer: Callable[[], float] = time.monotonic) -> None:
         self.limit_bytes = limit_bytes // FRAME_BYTES * FRAME_BYTES
         self.used_bytes = 0
         self.peak_bytes = 0
         self.high_bytes = 0
+        self.backed_bytes = 0
         self.reused_bytes = 0
+        self.compacted_bytes = 0
         self._reuse = reuse and can_move_frames()
-        self._free: dict[int, None] = {}  # addresses of free units, oldest first
+        self._timer = timer
+        # Free units, longest free first: address // UNIT_BYTES (no two begin in one such slot) -> address, since when.
+        self._free: dict[int, tuple[int, float]] = {}
 
     @property
     def free_bytes(self) -> int:
@@ -55,7 +67,7 @@ class FramePool:
 
     def free_units(self) -> list[int]:
         """Return the addresses of the units that are held for the next owner."""
-        return list(self._free)
+        return [address for address, _ in self._free.values()]
 
     @property
     def committed_bytes(self) -> int:
@@ -66,6 +78,11 @@ class FramePool:
     def available_bytes(self) -> int:
         """What can still be backed without an eviction."""
         return self.limit_bytes - self.used_bytes
+
+    @property
+    def fragmentation(self) -> float | None:
+        """Part of the memory held that nobody uses: free frames / all; `None` where none is held."""
+        return self.free_bytes / self.committed_bytes if self.committed_bytes else None
 
     def growth_bytes(self, n_bytes: int) -> int:
         """Return by how much `back` of so many bytes would raise `committed_bytes`: what no free frame serves."""
@@ -90,29 +107,36 @@ class FramePool:
                 budget_bytes=self.limit_bytes,
                 owner=owner,
             )
-        units = units_of(address, n_bytes)
-        there = [unit for unit in units if unit in self._free]
-        for unit in there:
-            del self._free[unit]
-        self.reused_bytes += len(there) * UNIT_BYTES
-        for unit in set(units).difference(there) if self._free else ():
+        missing = [unit for unit in units_of(address, n_bytes) if not self._take(unit)] if self._free else []
+        for unit in missing:
             if not self._free:
                 break
             self._move_to(unit)
         self.used_bytes += n_bytes
+        self.backed_bytes += n_bytes
         self._trim()
         self.high_bytes = max(self.high_bytes, self.committed_bytes)
         self.peak_bytes = max(self.peak_bytes, self.high_bytes)
 
+    def _take(self, unit: int) -> bool:
+        """Take a free unit that is at its place already; return whether it is."""
+        slot = unit // UNIT_BYTES
+        if slot not in self._free or self._free[slot][0] != unit:
+            return False
+        del self._free[slot]
+        self.reused_bytes += UNIT_BYTES
+        return True
+
     def _move_to(self, unit: int) -> None:
-        source = next(iter(self._free))
-        del self._free[source]
+        _, (source, _) = self._free.popitem()
         try:
             move_frames(source, unit, UNIT_BYTES)
             self.reused_bytes += UNIT_BYTES
         except MemoryOptimizationError as error:
             # Out of mappings, most likely: pages are then faulted in anew, which is slower and always works.
-            logger.warning("page frames cannot be moved any more (%s); they are returned to the system instead", error)
+            logger.warning(
+                "page frames cannot be moved any more (%s); they are returned to the system instead", str(error)
+            )
             self._reuse = False
             discard(source, UNIT_BYTES)
             self.trim()
@@ -121,7 +145,8 @@ class FramePool:
         """Take the memory behind a range for the next owner; what it held is lost."""
         self.used_bytes -= n_bytes
         whole = n_bytes // UNIT_BYTES * UNIT_BYTES if self._reuse else 0
-        self._free.update(dict.fromkeys(range(address, address + whole, UNIT_BYTES)))
+        now_s = self._timer()
+        self._free.update((unit // UNIT_BYTES, (unit, now_s)) for unit in units_of(address, whole))
         discard(address + whole, n_bytes - whole)
         self._trim()
 
@@ -138,21 +163,44 @@ class FramePool:
             address, n_bytes: the range.
             keep: units that may stay, because they will be backed as they were.
         """
-        for unit in [unit for unit in self._free if address - UNIT_BYTES < unit < address + n_bytes]:
-            if unit not in keep:
-                del self._free[unit]
-                discard(unit, UNIT_BYTES)
+        slots = range((address - UNIT_BYTES) // UNIT_BYTES, (address + n_bytes) // UNIT_BYTES + 1)
+        near = [slot for slot in slots if slot in self._free] if len(slots) < len(self._free) else list(self._free)
+        for slot in near:
+            unit = self._free[slot][0]
+            if address - UNIT_BYTES < unit < address + n_bytes and unit not in keep:
+                self._return(slot)
+
+    def compact(self, idle_s: float) -> int:
+        """Return the frames that nobody took for so long to the system, longest free first.
+
+        Args:
+            idle_s: the residence time that a free frame is allowed, in seconds.
+
+        Returns:
+            The bytes returned.
+        """
+        before, freed = self._timer() - idle_s, 0
+        while self._free:
+            slot = next(iter(self._free))
+            if self._free[slot][1] > before:
+                break
+            freed += self._return(slot)
+        self.compacted_bytes += freed
+        return freed
 
     def trim(self) -> int:
         """Return all free frames to the system; return how many bytes that were."""
         freed = self.free_bytes
-        for unit in self._free:
+        for unit, _ in self._free.values():
             discard(unit, UNIT_BYTES)
         self._free.clear()
         return freed
 
+    def _return(self, slot: int) -> int:
+        unit, _ = self._free.pop(slot)
+        discard(unit, UNIT_BYTES)
+        return UNIT_BYTES
+
     def _trim(self) -> None:
         while self._free and self.committed_bytes > self.limit_bytes:
-            unit = next(iter(self._free))
-            del self._free[unit]
-            discard(unit, UNIT_BYTES)
+            self._return(next(iter(self._free)))

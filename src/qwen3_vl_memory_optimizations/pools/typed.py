@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..errors import TensorFreedError
 from .blocks import BlockAllocator
 from .virtual import reserve, unreserve
 
@@ -27,7 +28,10 @@ class TensorPool:
 
         Raises:
             MemoryBudgetExceeded: the pool's address space is used up.
+            TensorFreedError: the pool is closed.
         """
+        if self._closed:
+            raise TensorFreedError(f"the {self.kind} pool is closed")
         address = self._base + self._blocks.allocate(n_bytes, owner=self.kind)
         self.allocations += 1
         return address
@@ -35,6 +39,7 @@ class TensorPool:
     def free(self, address: int) -> None:
         """Free a block; its neighbours coalesce with it."""
         self._blocks.free(address - self._base)
+        self._unreserve_closed()
 
     def stats(self) -> dict[str, float | int | None]:
         """Return bytes, allocations and fragmentation of this pool."""
@@ -49,10 +54,14 @@ class TensorPool:
         }
 
     def close(self) -> None:
-        """Give the address space back. Blocks that are still to be freed hold no memory any more."""
+        """Give the address space back, once the last block is freed. No block is allocated any more."""
         if not self._closed:
-            unreserve(self._base, self._blocks.size_bytes)
             self._closed = True
+            self._unreserve_closed()
+
+    def _unreserve_closed(self) -> None:
+        if self._closed and not self._blocks.granted_bytes:
+            unreserve(self._base, self._blocks.size_bytes)
 
 
 class GeneralTensorPool(TensorPool):

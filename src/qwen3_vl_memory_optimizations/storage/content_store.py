@@ -359,7 +359,7 @@ class ContentStore:
         except FileNotFoundError:
             self._index, self._index_id, self._reconciled = Index(), None, False
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("%s cannot be used (%s); it is made again from the entries", self._index_path, error)
+            logger.warning("%s cannot be used (%s); it is made again from the entries", self._index_path, str(error))
             self._index, self._index_id, self._reconciled = Index(), None, False
 
     def _reconcile(self) -> None:

@@ -47,13 +47,22 @@ class MemorySwappingSystem:
     """
 
     def __init__(self, memory_pressure_threshold: float = 0.8, algorithm: str = "predictive") -> None:
-        if not 0 < memory_pressure_threshold <= 1:
-            raise ConfigurationError(f"memory_pressure_threshold: {memory_pressure_threshold!r} is outside (0, 1]")
         self.memory_pressure_threshold = memory_pressure_threshold
         self.swapping_algorithms = {name: create_swapping_algorithm(name) for name in ALGORITHMS}
         self.algorithm = create_swapping_algorithm(algorithm)
         self.swapping_algorithms[algorithm] = self.algorithm
         self.swapped_ahead_bytes = 0
+
+    @property
+    def memory_pressure_threshold(self) -> float:
+        """Share of the memory above which runtime tensors leave ahead of need."""
+        return self._memory_pressure_threshold
+
+    @memory_pressure_threshold.setter
+    def memory_pressure_threshold(self, share: float) -> None:
+        if not 0 < share <= 1:
+            raise ConfigurationError(f"memory_pressure_threshold: {share!r} is outside (0, 1]")
+        self._memory_pressure_threshold = share
 
     def look(self, pager: Pager) -> None:
         """Let runtime tensors leave as far as they fill more than the threshold."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import ConfigurationError, MemoryOptimizationError
 from ..paging import Pager
+from ..periodic import Periodic
 from ..prediction import LightweightMLPredictor, NextUse
 from ..prediction.mlp import features_of
 
@@ -57,8 +58,7 @@ class MemoryTieringSystem:
         self._brought: set[str] = set()
         self._lock = threading.Lock()
         self._path: Path | None = None
-        self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._periodic: Periodic | None = None
 
     def note(self, tensor_id: str, n_bytes: int, kind: str) -> None:
         """Note a use; those of weights are none of this system's business."""
@@ -166,25 +166,37 @@ class MemoryTieringSystem:
         """Migrate each interval, in a thread that ends with the Pager or `close`."""
         reference = weakref.ref(pager)
 
-        def work() -> None:
-            while not self._ended.wait(interval_s):
-                pager = reference()
-                if pager is None:
-                    return
-                try:
-                    self.migrate(pager)
-                except MemoryOptimizationError:  # closed meanwhile
-                    return
-                del pager
+        def work() -> bool:
+            pager = reference()
+            if pager is None:
+                return False
+            try:
+                self.migrate(pager)
+            except MemoryOptimizationError:  # closed meanwhile
+                return False
+            return True
 
-        self._thread = threading.Thread(target=work, name="memory-tiering", daemon=True)
-        self._thread.start()
+        self._periodic = Periodic(work, interval_s, "memory-tiering")
+        self._periodic.start()
+
+    @property
+    def interval_s(self) -> float | None:
+        """The pause between two migrations in seconds; `None`: not started."""
+        return None if self._periodic is None else self._periodic.interval_s
+
+    def set_interval(self, interval_s: float) -> None:
+        """Change the pause between two migrations. Precondition: started.
+
+        Raises:
+            ConfigurationError: it is not above zero.
+        """
+        assert self._periodic is not None
+        self._periodic.interval_s = interval_s
 
     def close(self) -> None:
         """End the thread, and leave what was learnt (`remember`)."""
-        self._ended.set()
-        if self._thread is not None and threading.current_thread() is not self._thread:
-            self._thread.join()
+        if self._periodic is not None:
+            self._periodic.close()
         with self._lock:
             self._leave()
             self._path = None

@@ -1,0 +1,49 @@
+"""`qwen3vl-mem dashboard`: the page of a run, live or recorded."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ._output import CacheDirOption, DebugOption, error_console
+
+RunArgument = Annotated[
+    Path | None,
+    typer.Argument(metavar="[RUN]", help="A recorded run. (default: the newest that still runs, else the newest)"),
+]
+
+
+def dashboard(
+    run: RunArgument = None,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="On 127.0.0.1; 0: any that is free.")] = 0,
+    cache_dir: CacheDirOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Show a run on a page, until Ctrl-C.
+
+    Without a name it is the newest run that is still under way, in whatever process, and the page
+    follows it; else the newest that ended. `generate` and `demo` record theirs in the cache directory.
+
+    Example: qwen3vl-mem dashboard
+    """
+    from ..monitoring.dashboard import serve_run
+    from ..monitoring.run_file import find_run
+
+    path = find_run(run, _runs_dir(cache_dir))
+    with serve_run(path, port) as page:
+        text = f"{page.url}  ({path.name}, {'running' if page.source.running else 'ended'}; Ctrl-C ends the page)"
+        error_console().print(text, markup=False, highlight=False, soft_wrap=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            pass
+
+
+def _runs_dir(cache_dir: Path | None) -> Path:
+    from ..config import MemoryConfig
+    from ..monitoring.run_file import runs_dir
+
+    return runs_dir(MemoryConfig(cache_dir=cache_dir))

@@ -1,0 +1,38 @@
+"""`qwen3vl-mem report`: a recorded run as one HTML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ._output import CacheDirOption, DebugOption, JsonOption, console, print_json
+from .dashboard import RunArgument, _runs_dir
+
+
+def report(
+    run: RunArgument = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="(default: the name of the run with .html, here)"),
+    ] = None,
+    cache_dir: CacheDirOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write what happened in a run to one HTML file that needs nothing else.
+
+    It has plots, tables, alerts, the settings and the machine.
+
+    Example: qwen3vl-mem report -o run.html
+    """
+    from ..monitoring.report import write_report
+    from ..monitoring.run_file import find_run
+
+    path = find_run(run, _runs_dir(cache_dir))
+    written = write_report(path, output or Path(f"{path.stem}.html"))
+    if as_json:
+        print_json({"run": str(path), "report": str(written), "bytes": written.stat().st_size})
+    else:
+        console().print(str(written), markup=False, highlight=False, soft_wrap=True)

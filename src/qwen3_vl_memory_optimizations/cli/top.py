@@ -1,0 +1,189 @@
+"""`qwen3vl-mem top`: a run in the terminal, as it goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ._output import CacheDirOption, DebugOption, JsonOption, console, print_json
+from .dashboard import RunArgument, _runs_dir
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from ..monitoring.run_file import RunFile
+
+_LOOK_S = 0.5
+_MAP_ROWS = 4
+_STATE_MARKS = {"r": "█", "p": "█", "l": "▓", "w": "▓", "s": "·", "f": " "}
+_KIND_COLOURS = {
+    "weights": "blue",
+    "kv_cache": "yellow",
+    "vision_features": "green",
+    "text_embeddings": "magenta",
+    "general": "white",
+}
+
+Sample = tuple[float, Mapping[str, Any]]
+
+
+def top(
+    run: RunArgument = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and exit.")] = False,
+    cache_dir: CacheDirOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Follow a run in the terminal: speed, memory, what lies where, caches, alerts.
+
+    Ctrl-C ends it, and not the run. Without a terminal, and with --json, it prints one frame.
+
+    Example: qwen3vl-mem top
+    """
+    from ..monitoring.run_file import RunFile, find_run
+
+    followed = RunFile(find_run(run, _runs_dir(cache_dir)), limit=4)
+    if as_json:
+        from ..monitoring.dashboard.source import newest
+
+        print_json({"header": followed.header, **newest(followed)})
+        return
+    screen = console()
+    if once or not screen.is_terminal:
+        screen.print(frame(followed, None, screen.width))
+        return
+    _follow(followed)
+
+
+def _follow(followed: RunFile) -> None:
+    from rich.live import Live
+
+    screen = console()
+    before: Sample | None = None
+    shown: Sample = (followed.state.t, followed.state.snapshot)
+    with Live(frame(followed, None, screen.width), console=screen, auto_refresh=False) as live:
+        try:
+            while followed.running:
+                time.sleep(_LOOK_S)
+                followed.poll()
+                if followed.state.t > shown[0]:
+                    before, shown = shown, (followed.state.t, followed.state.snapshot)
+                live.update(frame(followed, before, screen.width), refresh=True)
+        except KeyboardInterrupt:
+            pass  # what was seen last stays on the screen
+
+
+def frame(followed: RunFile, before: Sample | None, width: int) -> RenderableType:
+    """Return the latest state for people.
+
+    Args:
+        followed: the run.
+        before: an earlier sample, that rates are counted from; `None`: the first one of the run.
+        width: of the terminal.
+    """
+    from rich.console import Group
+    from rich.text import Text
+
+    state, snapshot = followed.state, followed.state.snapshot
+    if not snapshot:
+        return Text("no figures so far", style="dim")
+    header = followed.header
+    status = "running" if followed.running else "ended"
+    what = " · ".join(
+        str(each) for each in (header.get("command"), header.get("model"), f"process {header['pid']}") if each
+    )
+    phase = snapshot["phases"]["now"] if followed.running else "-"
+    title = Text(f"{what}  {state.t:.0f} s  ", style="bold")
+    title.append(f"{status}, {phase}", style="green" if followed.running else "dim")
+    return Group(
+        title, _figures(state.t, snapshot, before or state.first), _memory_map(followed, width), _alerts(snapshot)
+    )
+
+
+def _figures(t: float, snapshot: Mapping[str, Any], before: Sample | None) -> RenderableType:
+    from rich.table import Table
+
+    from ..monitoring.charts import figure_at
+    from ..monitoring.show import show
+
+    def now(path: str, unit: str = "share") -> str:
+        return show(figure_at(snapshot, path.split(".")), unit)
+
+    def rate(path: str, unit: str) -> str:
+        before_s, earlier = before or (t, {})
+        value, start = figure_at(snapshot, path.split(".")), figure_at(earlier, path.split("."))
+        known = value is not None and start is not None and t > before_s
+        return show((value - start) / (t - before_s) if known else None, unit)  # type: ignore[operator]
+
+    table = Table.grid(padding=(0, 2))
+    rows = [
+        ("tokens/s", now("responses.tokens_per_s", "plain"), "first token", now("responses.first_token_s", "s")),
+        ("process", now("process.rss_bytes", "bytes"), "its peak", now("process.peak_rss_bytes", "bytes")),
+        ("budget", _budget(snapshot), "occupied, not droppable", now("budget.undroppable_share")),
+        ("weights in memory", now("paging.hit_rate"), "prefetch used", now("prediction.prefetch_accuracy")),
+        ("SSD read", rate("paging.bytes_read", "bytes/s"), "SSD written", rate("paging.bytes_written", "bytes/s")),
+        ("waiting for SSD", rate("paging.stall_s", "share"), "processor", rate("process.cpu_s", "cores")),
+        ("cache hit rate", now("cache.hit_rate"), "cache in memory", now("cache.levels.cpu.used_bytes", "bytes")),
+        ("compression", now("metrics.compression_ratio", "times"), "quality", now("metrics.compression_quality")),
+        ("fragmentation", now("fragmentation"), "responses", now("responses.count", "count")),
+    ]
+    for left, value, right, other in rows:
+        table.add_row(f"[dim]{left}[/dim]", value, f"[dim]{right}[/dim]", other)
+    return table
+
+
+def _budget(snapshot: Mapping[str, Any]) -> str:
+    from ..errors import format_bytes
+
+    budget = snapshot["budget"]
+    if budget["ram_budget_bytes"] is not None:
+        return f"{format_bytes(budget['ram_budget_bytes'])} for the process"
+    if budget["tensor_budget_bytes"] is not None:
+        return f"{format_bytes(budget['tensor_budget_bytes'])} for tensors"
+    return "none"
+
+
+def _memory_map(followed: RunFile, width: int) -> RenderableType:
+    """Return the pages as marks, in the order of use, with what lies in each tier by kind and codec."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from ..errors import format_bytes
+
+    pages = followed.state.memory_map
+    letters = [
+        (tensor.kind, letter)
+        for key, states in pages.states().items()
+        for tensor in (pages.tensors[key],)
+        for letter in states
+    ]
+    step = max(1, -(-len(letters) // (width * _MAP_ROWS)))
+    marks = Text()
+    for kind, letter in letters[::step]:
+        marks.append(_STATE_MARKS[letter], style=_KIND_COLOURS.get(kind, "white"))
+    table = Table(box=None, padding=(0, 2))
+    for heading in ("kind", "codec"):
+        table.add_column(heading)
+    for heading in ("GPU", "memory", "SSD only"):
+        table.add_column(heading, justify="right")
+    held: dict[tuple[str, str], dict[str, int]] = {}
+    for row in followed.state.snapshot["memory_map"]:
+        held.setdefault((row["kind"], row["codec"]), {})[row["tier"]] = row["bytes"]
+    for (kind, codec), tiers in held.items():
+        colour = _KIND_COLOURS.get(kind, "white")
+        figures = (format_bytes(tiers.get(tier, 0)) for tier in ("cpu", "ssd"))
+        table.add_row(f"[{colour}]█[/{colour}] {kind}", codec, "absent", *figures)
+    return Group(Text("█ in memory  ▓ moving  · on the SSD only", style="dim"), marks, table)
+
+
+def _alerts(snapshot: Mapping[str, Any]) -> RenderableType:
+    from rich.text import Text
+
+    active = [row["message"] for row in snapshot["alerts"] if row["active"]]
+    return (
+        Text("\n".join(f"! {text}" for text in active), style="bold red") if active else Text("no alert", style="dim")
+    )

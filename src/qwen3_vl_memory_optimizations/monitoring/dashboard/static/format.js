@@ -1,0 +1,48 @@
+// Figures for people. One that is not there is said to be so, and is never zero.
+
+export const NOT_MEASURED = "not measured";
+
+function digits(value) {
+  return value === 0 ? "0" : String(Number(value.toPrecision(3)));
+}
+
+export function formatBytes(bytes) {
+  for (const [unit, scale] of [["GB", 1e9], ["MB", 1e6], ["kB", 1e3]]) {
+    if (Math.abs(bytes) >= scale) return `${digits(bytes / scale)} ${unit}`;
+  }
+  return `${digits(bytes)} B`;
+}
+
+const FORMATS = {
+  bytes: formatBytes,
+  "bytes/s": (value) => `${formatBytes(value)}/s`,
+  share: (value) => `${Math.abs(value) < 0.01 ? Number((100 * value).toPrecision(2)) : Number((100 * value).toFixed(1))} %`,
+  "/s": (value) => `${digits(value)}/s`,
+  times: (value) => `${digits(value)} x`,
+  cores: (value) => digits(value),
+  count: (value) => (Number.isInteger(value) ? value.toLocaleString("en") : digits(value)),
+  s: (value) => `${digits(value)} s`,
+  plain: digits,
+};
+
+export function format(value, unit) {
+  return typeof value === "number" ? FORMATS[unit](value) : NOT_MEASURED;
+}
+
+export function formatTime(seconds) {
+  if (seconds < 60) return `${seconds.toFixed(1)} s`;
+  const whole = Math.floor(seconds);
+  const parts = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60];
+  return parts.slice(parts[0] ? 0 : 1).map((part, i) => (i ? String(part).padStart(2, "0") : part)).join(":");
+}
+
+// A path of keys joined by dots, as in the definitions of charts.
+export function figureAt(snapshot, keys) {
+  let value = snapshot;
+  for (const key of keys) value = value !== null && typeof value === "object" ? value[key] : undefined;
+  return typeof value === "number" ? value : null;
+}
+
+export function words(name) {
+  return name.replaceAll("_", " ");
+}

@@ -1,0 +1,65 @@
+"""`Periodic`: a thread that does something again and again, with pauses that may change while it runs."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+
+from .errors import ConfigurationError
+
+
+class Periodic:
+    """Does `work` after each pause, until that returns `False` or `close` is called.
+
+    Args:
+        work: returns whether there is more to do. It should refer weakly to what owns this thread.
+        interval_s: the pause in seconds.
+        name: of the thread.
+
+    Raises:
+        ConfigurationError: the pause is not above zero.
+    """
+
+    def __init__(self, work: Callable[[], bool], interval_s: float, name: str) -> None:
+        self._work = work
+        self._ended = False
+        self._changed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self.interval_s = interval_s
+
+    @property
+    def interval_s(self) -> float:
+        """The pause in seconds; a new one begins at once."""
+        return self._interval_s
+
+    @interval_s.setter
+    def interval_s(self, interval_s: float) -> None:
+        if not (math.isfinite(interval_s) and interval_s > 0):
+            raise ConfigurationError(f"{self._thread.name}: an interval of {interval_s!r} s is not above zero")
+        self._interval_s = float(interval_s)
+        self._changed.set()
+
+    def start(self) -> None:
+        """Begin, with a pause."""
+        self._thread.start()
+
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        """End the thread, once what it does just now is done."""
+        self._ended = True
+        self._changed.set()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            if self._changed.wait(self._interval_s):
+                self._changed.clear()
+                if self._ended:
+                    return
+            elif not self._work():
+                return
