@@ -313,11 +313,15 @@ class Worker:
         self.ledger[owner] = held + n_bytes
 
     def trim(self) -> None:
-        self.pager.trim()
+        if self.random.random() < 0.5:
+            self.pager.trim()
+        else:
+            self.pager.compact(0.01)
 
     def figures(self) -> None:
         self.optimizer.get_memory_efficiency_stats()
         self.optimizer.figures.metrics(measure=False)
+        self.pager.page_map()
 
     def cycle(self) -> None:
         """Leave a tensor and a view of it to the collector of Python."""

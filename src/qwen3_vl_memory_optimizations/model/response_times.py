@@ -169,6 +169,7 @@ def attach_response_times(model: Any, times: ResponseTimes) -> None:
     def after(module: Any, args: Any, output: Any) -> None:
         times.forward_ended(failed=output is None)
 
+    after.changes_nothing = True  # type: ignore[attr-defined]
     model.register_forward_pre_hook(before)
     model.register_forward_hook(after, always_call=True)
     if not hasattr(model, "generate"):
