@@ -40,6 +40,28 @@ def keep(content: dict, path: Path) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def add_result_options(parser: argparse.ArgumentParser, here: Path, *, adds: bool = True) -> None:
+    """Add `--json`, `--add` and `--report` to the options of a benchmark.
+
+    Args:
+        parser: of the benchmark.
+        here: its folder.
+        adds: whether runs can be added to those that are there.
+    """
+    parser.add_argument("--json", type=Path, default=here / "results.json", help="where results are kept")
+    if adds:
+        parser.add_argument("--add", action="store_true", help="keep what is there, and add to it")
+    parser.add_argument("--report", action="store_true", help="write the tables again; measure nothing")
+
+
+def publish(lines: Iterable[str], json_path: Path, here: Path) -> None:
+    """Print a report; where its results are the published ones, write it into the README of the benchmark too."""
+    lines = list(lines)
+    print("\n".join(lines))
+    if json_path == here / "results.json":
+        write_between(here / "README.md", BEGIN, END, [*lines, ""])
+
+
 def write_between(path: Path, begin: str, end: str, lines: Iterable[str]) -> None:
     """Replace what stands between two markers of a file."""
     text = path.read_text()

@@ -29,16 +29,11 @@ def main() -> None:
     parser.add_argument("model", help="checkpoint directory")
     parser.add_argument("--cache-dir", required=True, help="where its packed form lies, or is put")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the order of the pictures")
-    parser.add_argument("--json", type=Path, default=HERE / "results.json", help="where results are kept")
-    parser.add_argument("--add", action="store_true", help="keep the runs that are there, and add to them")
-    parser.add_argument("--report", action="store_true", help="write the table again; measure nothing")
+    results.add_result_options(parser, HERE)
     arguments = parser.parse_args()
     if not arguments.report:
         measure_all(arguments)
-    lines = list(report(json.loads(arguments.json.read_text())))
-    print("\n".join(lines))
-    if arguments.json == parser.get_default("json"):
-        results.write_between(HERE / "README.md", results.BEGIN, results.END, [*lines, ""])
+    results.publish(report(json.loads(arguments.json.read_text())), arguments.json, HERE)
 
 
 def measure_all(arguments: argparse.Namespace) -> None:

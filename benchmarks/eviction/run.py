@@ -38,8 +38,7 @@ SCHEDULES = ("cyclic", "long-decode")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=HERE / "results.json", help="where results are kept")
-    parser.add_argument("--report", action="store_true", help="write the tables again; replay nothing")
+    results.add_result_options(parser, HERE, adds=False)
     arguments = parser.parse_args()
     if not arguments.report:
         content = {"environment": results.machine(), "date": results.now(), "commit": results.commit(), "rows": []}
@@ -49,10 +48,8 @@ def main() -> None:
             print(name, flush=True)
         results.keep(content, arguments.json)
     content = json.loads(arguments.json.read_text())
-    lines = list(report(content))
-    print("\n".join(lines))
+    results.publish(report(content), arguments.json, HERE)
     if arguments.json == parser.get_default("json"):
-        results.write_between(HERE / "README.md", results.BEGIN, results.END, [*lines, ""])
         plot(content["rows"])
 
 

@@ -38,8 +38,7 @@ _LARGE_BYTES = 2**20
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="processes for each setting, in turns")
-    parser.add_argument("--json", type=Path, default=HERE / "results.json", help="where results are kept")
-    parser.add_argument("--report", action="store_true", help="write the tables again; measure nothing")
+    results.add_result_options(parser, HERE, adds=False)
     arguments = parser.parse_args()
     if not arguments.report:
         content = {"environment": results.machine(), "date": results.now(), "commit": results.commit()}
@@ -53,10 +52,7 @@ def main() -> None:
             print(f"round {number + 1}", flush=True)
             results.keep(content, arguments.json)
     content = json.loads(arguments.json.read_text())
-    lines = list(report(content))
-    print("\n".join(lines))
-    if arguments.json == parser.get_default("json"):
-        results.write_between(HERE / "README.md", results.BEGIN, results.END, [*lines, ""])
+    results.publish(report(content), arguments.json, HERE)
 
 
 def measured(options: list[str], variables: dict[str, str]):

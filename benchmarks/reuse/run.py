@@ -35,16 +35,11 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--image-px", type=int, default=1024)
     parser.add_argument("--images", type=int, default=3, help="a process")
-    parser.add_argument("--json", type=Path, default=HERE / "results.json", help="where results are kept")
-    parser.add_argument("--add", action="store_true", help="keep what is there, and add to it")
-    parser.add_argument("--report", action="store_true", help="write the table again; measure nothing")
+    results.add_result_options(parser, HERE)
     arguments = parser.parse_args()
     if not arguments.report:
         measure_all(arguments)
-    lines = list(report(json.loads(arguments.json.read_text())))
-    print("\n".join(lines))
-    if arguments.json == parser.get_default("json"):
-        results.write_between(HERE / "README.md", results.BEGIN, results.END, [*lines, ""])
+    results.publish(report(json.loads(arguments.json.read_text())), arguments.json, HERE)
 
 
 def measure_all(arguments: argparse.Namespace) -> None:

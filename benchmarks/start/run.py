@@ -40,17 +40,12 @@ def main() -> None:
     parser.add_argument("--images-px", nargs="+", type=int, default=[0, 448], help="side of the image; 0: text only")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--import-repeat", type=int, default=7)
-    parser.add_argument("--json", type=Path, default=HERE / "results.json", help="where results are kept")
-    parser.add_argument("--add", action="store_true", help="keep what is there, and add to it")
-    parser.add_argument("--report", action="store_true", help="write the tables again; measure nothing")
+    results.add_result_options(parser, HERE)
     arguments = parser.parse_args()
     if not arguments.report:
         measure_all(arguments)
     content = json.loads(arguments.json.read_text())
-    lines = list(report(content))
-    print("\n".join(lines))
-    if arguments.json == parser.get_default("json"):
-        results.write_between(HERE / "README.md", results.BEGIN, results.END, [*lines, ""])
+    results.publish(report(content), arguments.json, HERE)
 
 
 def measure_all(arguments: argparse.Namespace) -> None:

@@ -29,16 +29,11 @@ def main() -> None:
     parser.add_argument("--limits", nargs="+", default=["1.6", "1.2"], metavar="GB", help="`none` or GB")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--json", type=Path, default=HERE / "results.json", help="where results are kept")
-    parser.add_argument("--add", action="store_true", help="keep the runs that are there, and add to them")
-    parser.add_argument("--report", action="store_true", help="write the table again; measure nothing")
+    results.add_result_options(parser, HERE)
     arguments, passed_on = parser.parse_known_args()
     if not arguments.report:
         measure_all(arguments, passed_on)
-    lines = list(report(json.loads(arguments.json.read_text())))
-    print("\n".join(lines))
-    if arguments.json == parser.get_default("json"):
-        results.write_between(HERE / "README.md", results.BEGIN, results.END, [*lines, ""])
+    results.publish(report(json.loads(arguments.json.read_text())), arguments.json, HERE)
 
 
 def measure_all(arguments: argparse.Namespace, options: list[str]) -> None:

@@ -24,9 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="checkpoint, for `decode`")
     parser.add_argument("--only", nargs="+", choices=FIGURES, default=list(FIGURES))
-    parser.add_argument("--json", type=Path, default=HERE / "results.json", help="where results are kept")
-    parser.add_argument("--add", action="store_true", help="keep the runs that are there, and add to them")
-    parser.add_argument("--report", action="store_true", help="write the tables again; measure nothing")
+    results.add_result_options(parser, HERE)
     arguments, options = parser.parse_known_args()
     if not arguments.report:
         content = results.load_kept(arguments, {"runs": []})
@@ -41,10 +39,7 @@ def main() -> None:
             content["runs"] = [each for each in content["runs"] if each["workload"] != workload] + [run]
             results.keep(content, arguments.json)
     content = json.loads(arguments.json.read_text())
-    lines = list(report(content))
-    print("\n".join(lines))
-    if arguments.json == parser.get_default("json"):
-        results.write_between(HERE / "README.md", results.BEGIN, results.END, [*lines, ""])
+    results.publish(report(content), arguments.json, HERE)
 
 
 def report(content: dict) -> Iterator[str]:
