@@ -34,6 +34,27 @@ def test_a_shorter_pause_counts_at_once_and_closing_does_not_wait_for_a_long_one
     assert not periodic.is_alive()
 
 
+def test_it_can_be_woken_and_no_call_is_lost_while_it_works():
+    started, go_on, count = threading.Event(), threading.Event(), []
+
+    def work():
+        count.append(1)
+        started.set()
+        return go_on.wait(10)
+
+    periodic = Periodic(work, 1000.0, "test")
+    periodic.start()
+    periodic.wake()
+    assert started.wait(10)
+    started.clear()
+    periodic.wake()  # it is at work: once more, then
+    periodic.wake()
+    go_on.set()
+    assert started.wait(10)
+    periodic.close()
+    assert len(count) == 2
+
+
 @pytest.mark.parametrize("interval_s", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_pause_that_is_none_is_refused_and_the_old_one_stays(interval_s):
     periodic = Periodic(lambda: True, 2.0, "test")

@@ -24,6 +24,7 @@ class Periodic:
     def __init__(self, work: Callable[[], bool], interval_s: float, name: str) -> None:
         self._work = work
         self._ended = False
+        self._due = False
         self._changed = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.interval_s = interval_s
@@ -44,6 +45,11 @@ class Periodic:
         """Begin, with a pause."""
         self._thread.start()
 
+    def wake(self) -> None:
+        """Do the work now, or once more if it is being done; never waits."""
+        self._due = True
+        self._changed.set()
+
     def is_alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()
@@ -57,9 +63,10 @@ class Periodic:
 
     def _run(self) -> None:
         while True:
-            if self._changed.wait(self._interval_s):
-                self._changed.clear()
-                if self._ended:
-                    return
-            elif not self._work():
+            changed = self._changed.wait(self._interval_s)
+            self._changed.clear()
+            if self._ended:
+                return
+            due, self._due = self._due or not changed, False
+            if due and not self._work():
                 return

@@ -211,6 +211,7 @@ def test_the_thread_collects_after_a_session_and_while_something_is_used_outside
     store = MemoryStore()
     collector = make(store)
     collector.start(0.02)
+    thread = collector._periodic
     try:
         use(collector, store, "a", compressed=True)
         deadline = time.monotonic() + 10
@@ -226,18 +227,19 @@ def test_the_thread_collects_after_a_session_and_while_something_is_used_outside
         assert collector.has_collected("a")
     finally:
         collector.close()
-    assert not collector._thread.is_alive()
+    assert not thread.is_alive()
 
 
 def test_the_thread_keeps_no_collector_alive():
     collector = make(MemoryStore())
     collector.start(0.02)
-    thread, gone = collector._thread, weakref.ref(collector)
+    thread, gone = collector._periodic, weakref.ref(collector)
     del collector
     deadline = time.monotonic() + 10
     while gone() is not None and time.monotonic() < deadline:
         gc.collect()
         time.sleep(0.02)
     assert gone() is None
-    thread.join(10)
+    while thread.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.02)
     assert not thread.is_alive()

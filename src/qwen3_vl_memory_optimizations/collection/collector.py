@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import MemoryOptimizationError
+from ..periodic import Periodic
 from ..prediction import SimpleMLPredictor, Situation
 from .lifecycle import IDLE, TensorLifecycleTracker
 from .store import CollectableStore
@@ -103,9 +104,7 @@ class PredictiveGarbageCollector:
         self._random = random.Random(0)
         self._active = False
         self._lock = threading.RLock()  # before the locks of the stores
-        self._wake = threading.Event()
-        self._ended = False
-        self._thread: threading.Thread | None = None
+        self._periodic: Periodic | None = None
 
     # --- events -------------------------------------------------------------------------------------------------------
 
@@ -116,10 +115,10 @@ class PredictiveGarbageCollector:
     def end_round(self) -> None:
         """End a round: what follows from it is done by the thread, or at once where there is none."""
         self._events.append(None)
-        if self._thread is None:
+        if self._periodic is None:
             self.look()
         else:
-            self._wake.set()
+            self._periodic.wake()
 
     def look(self) -> None:
         """Do what is due: learn from rounds that ended, and collect.
@@ -336,27 +335,23 @@ class PredictiveGarbageCollector:
 
     def start(self, interval_s: float) -> None:
         """Look each interval and at each end of a round, in a thread that ends with the collector or `close`."""
-        reference, wake = weakref.ref(self), self._wake
+        reference = weakref.ref(self)
 
-        def work() -> None:
-            while True:
-                wake.wait(interval_s)
-                wake.clear()
-                collector = reference()
-                if collector is None or collector._ended:
-                    return
-                try:
-                    collector.look()
-                except MemoryOptimizationError as error:  # closed meanwhile, or no room on the SSD
-                    logger.debug("nothing was collected: %s", str(error))
-                del collector
+        def work() -> bool:
+            collector = reference()
+            if collector is None:
+                return False
+            try:
+                collector.look()
+            except MemoryOptimizationError as error:  # closed meanwhile, or no room on the SSD
+                logger.debug("nothing was collected: %s", str(error))
+            return True
 
-        self._thread = threading.Thread(target=work, name="memory-collection", daemon=True)
-        self._thread.start()
+        self._periodic = Periodic(work, interval_s, "memory-collection")
+        self._periodic.start()
 
     def close(self) -> None:
-        """End the thread."""
-        self._ended = True
-        self._wake.set()
-        if self._thread is not None and threading.current_thread() is not self._thread:
-            self._thread.join()
+        """End the thread; rounds that end later are looked at by those who end them."""
+        if self._periodic is not None:
+            self._periodic.close()
+            self._periodic = None

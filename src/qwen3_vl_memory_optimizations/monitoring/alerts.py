@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import ConfigurationError
 from ..optimizer import MemoryOptimizer
+from ..periodic import Periodic
 from .snapshot import take_snapshot
 
 logger = logging.getLogger(__name__)
@@ -208,24 +209,18 @@ class AlertWatch:
     def __init__(self, optimizer: MemoryOptimizer, monitor: AlertMonitor, period_s: float = _PERIOD_S) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._monitor = monitor
-        self._period_s = period_s
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="memory-alerts", daemon=True)
-        self._thread.start()
+        self._periodic = Periodic(self._look, period_s, "memory-alerts")
+        self._periodic.start()
 
-    def _watch(self) -> None:
-        while not self._ended.wait(self._period_s):
-            optimizer = self._optimizer()
-            if optimizer is None:
-                return
+    def _look(self) -> bool:
+        optimizer = self._optimizer()
+        if optimizer is not None:
             self._monitor.evaluate(take_snapshot(optimizer))
-            del optimizer
+        return optimizer is not None
 
     def close(self) -> None:
         """End the thread."""
-        self._ended.set()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        self._periodic.close()
 
     def __enter__(self) -> AlertWatch:
         return self
