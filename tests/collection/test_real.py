@@ -103,8 +103,7 @@ def test_an_error_in_generate_ends_its_session(make_model):
 
 def test_an_idle_tensor_goes_to_the_swap_file_and_comes_back_with_its_bytes(make_optimizer):
     optimizer = make_optimizer(8 * MIB)
-    optimizer.collector.close()
-    optimizer.collector._thread = None  # rounds end at once
+    optimizer.collector.close()  # without its thread, rounds end at once
     idle = optimizer.allocate_tensor((2 * MIB,), torch.uint8)
     idle.fill_(7)
     busy = optimizer.allocate_tensor((2 * MIB,), torch.uint8)
@@ -119,7 +118,7 @@ def test_an_idle_tensor_goes_to_the_swap_file_and_comes_back_with_its_bytes(make
     assert optimizer.collector.has_collected(idle.tensor_id)
     assert not optimizer.collector.has_collected(busy.tensor_id)
     assert not optimizer.collector.has_collected(pinned.tensor_id) and held.sum() == 0
-    while idle.tensor_id not in optimizer.pager.swapped_out():
+    while idle.tensor_id not in optimizer.pager.runtime.swapped_out():
         time.sleep(0.01)  # it is being written
     optimizer.tiering.note(idle.tensor_id, 2 * MIB, "general")
     assert optimizer.tiering.migrate(optimizer.pager) == 0  # it is not to come back by itself

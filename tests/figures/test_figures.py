@@ -193,7 +193,7 @@ def test_swaps_stalls_and_moves_are_counted_page_by_page(make_optimizer):
     assert figures.tier_migration_rate() == pytest.approx(3 / 10)
     second, third = tensors[1].tensor_id, tensors.pop(2)
     del third
-    assert optimizer.pager.bring([second]) == [second]
+    assert optimizer.pager.runtime.bring([second]) == [second]
     settle(optimizer.pager)
     assert optimizer.get_tier_effectiveness() == 0.0
     tensors[1].sum()  # it is there already

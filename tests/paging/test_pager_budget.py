@@ -307,8 +307,8 @@ def test_what_the_ssd_has_no_room_for_is_not_counted_as_leaving(make_optimizer, 
 
     with monkeypatch.context() as patch:
         patch.setattr(SwapFile, "allocate", full)
-        assert pager.swap_ahead(0.0) == 0
-    assert pager.swap_ahead(0.0) == block.n_bytes
+        assert pager.runtime.swap_ahead(0.0) == 0
+    assert pager.runtime.swap_ahead(0.0) == block.n_bytes
 
 
 def test_weights_that_were_freed_need_no_room(make_optimizer, tmp_path):

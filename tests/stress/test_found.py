@@ -156,7 +156,7 @@ def test_nothing_is_read_once_the_pager_closed_while_room_was_asked_for(make_opt
     pager, space = optimizer.pager, BlockSpace(optimizer.pager)
     tensor, block = optimizer.allocate_tensor((MIB,), torch.uint8), space.allocate(MIB)
     register(pager, random_weights(2), tmp_path / "w.safetensors")
-    pager.swap_ahead(0.0)
+    pager.runtime.swap_ahead(0.0)
     settle(pager)
     pager.trim()
     pager.refit()
@@ -167,7 +167,7 @@ def test_nothing_is_read_once_the_pager_closed_while_room_was_asked_for(make_opt
 
     pager.on_growth = close
     if how == "bring":
-        assert pager.bring([tensor.tensor_id]) == []
+        assert pager.runtime.bring([tensor.tensor_id]) == []
     elif how == "prefetch":
         pager.read_ahead(["w0", "w1"])
     else:

@@ -248,10 +248,10 @@ class Worker:
     # --- policies -----------------------------------------------------------------------------------------------------
 
     def swap_ahead(self) -> None:
-        self.pager.swap_ahead(self.random.choice((0.0, 0.3, 0.8)))
+        self.pager.runtime.swap_ahead(self.random.choice((0.0, 0.3, 0.8)))
 
     def bring(self) -> None:
-        self.pager.bring([*self.pager.swapped_out()[:3], "nobody"])
+        self.pager.runtime.bring([*self.pager.runtime.swapped_out()[:3], "nobody"])
 
     def migrate(self) -> None:
         self.optimizer.tiering.migrate(self.pager)

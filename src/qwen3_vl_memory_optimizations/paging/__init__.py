@@ -7,11 +7,11 @@ from .entry import PAGE_BYTES, FileSource, Page, PageState, TensorEntry, alias_m
 from .joined import JoinedEntries, join
 from .ledger import PROCESS, TENSORS, Ledger
 from .managed_tensor import ManagedTensor, linear_joined, whole_linears
-from .page_map import PINNED, TensorPages
 from .pager import Pager
 from .pressure import PressureMonitor
 from .residency import READ_AHEAD_BYTES
-from .stats import PagingStats, TensorUse
+from .stats import PagingStats
+from .views import PINNED, TensorPages, TensorUse
 
 __all__ = [
     "Account",

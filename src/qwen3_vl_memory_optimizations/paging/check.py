@@ -7,10 +7,8 @@ from collections.abc import Iterable
 
 from ..pools import FRAME_BYTES, FramePool, units_of
 from ..storage import SwapFile
-from .entry import Page, PageState, TensorEntry
+from .entry import IN_MEMORY, Page, PageState, TensorEntry
 from .moves import PageMover
-
-IN_MEMORY = (PageState.RESIDENT, PageState.LOADING, PageState.WRITING)
 
 
 def check(

@@ -31,6 +31,9 @@ class PageState(Enum):
     FREED = "freed"
 
 
+IN_MEMORY = (PageState.RESIDENT, PageState.LOADING, PageState.WRITING)
+"""The states in which a page has frames."""
+
 TRANSITIONS = {
     (PageState.SWAPPED, PageState.LOADING),
     (PageState.SWAPPED, PageState.RESIDENT),

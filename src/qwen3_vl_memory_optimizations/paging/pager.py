@@ -6,7 +6,9 @@
     access.py     who uses a tensor finds its pages in memory, pinned
     products.py   products on the encoded form
     finalizers.py what the collector asks for
-    pager.py      registration, the budget, the end
+    registry.py   how a tensor comes and goes
+    runtime.py    the tensors that are no weights
+    pager.py      the budget, the end
 
 One lock guards pages, frames and the schedule. The Pager makes it and hands it to the other parts: `Access` takes it,
 the rest is used under it. I/O threads take it only to note that a transfer ended. The order of all locks:
@@ -15,48 +17,33 @@ docs/locking.md.
 
 from __future__ import annotations
 
-import itertools
-import math
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from ..compression import EncodingLog, Scratch
 from ..errors import ConfigurationError, MemoryOptimizationError, UnknownTensorError
-from ..pools import FRAME_BYTES, FramePool, TensorPool, units_of
+from ..pools import FramePool, TensorPool
 from ..prediction import PassSchedule
 from ..storage import BACKGROUND, PREFETCH, SwapFile
 from .access import Access
-from .check import IN_MEMORY, check
-from .entry import PAGE_BYTES, PageState, TensorEntry, alias_memory
+from .check import check
+from .entry import PageState, TensorEntry, alias_memory
 from .finalizers import FinalizerQueue
 from .ledger import PROCESS, TENSORS, Ledger
 from .moves import PageMover
-from .page_map import TensorPages, describe_pages
 from .products import Products
+from .registry import Lives, Registry
 from .residency import Residency, VictimOrder
 from .room import Room
 from .runtime import RuntimeTensors
-from .stats import PagingStats, TensorUse
-
-_LEAST_SCRATCH_BYTES = 1 << 16
-_WORKSPACE = "workspace"
-
-
-class Lives(Protocol):
-    """What follows the lives of runtime tensors; it must not ask the Pager anything, nor wait."""
-
-    def born(self, key: str, kind: str, n_bytes: int, creator: str, *, owned: bool) -> object:
-        """Note that a tensor came."""
-
-    def died(self, key: str) -> None:
-        """Note that it is gone."""
+from .stats import PagingStats
+from .views import TensorPages, TensorUse, describe_pages, describe_use
+from .workspace import Workspaces
 
 
 class Pager:
@@ -74,7 +61,6 @@ class Pager:
         products: computes with weights.
         encodings: what was encoded for its tensors; those who encode note it.
         runtime: the tensors that are no weights.
-        lives: told, under the lock, of runtime tensors that come and go; `None`: nobody.
         pools: kind -> address ranges for blocks of this kind; changed under `exclusive`. A kind without one, or whose
             pool is full, gets ranges of its own from the system.
     """
@@ -99,25 +85,40 @@ class Pager:
         self._changed = threading.Condition(self._lock)
         self._finalizers = FinalizerQueue(self._lock)
         self._swap = SwapFile(swap_dir, swap_bytes)
-        self._mover = PageMover(self._changed, self.frames, self._swap, self.stats, self._release_freed, timer)
+
+        def release(entry: TensorEntry) -> None:
+            self._registry.release(entry)
+
+        self._mover = PageMover(self._changed, self.frames, self._swap, self.stats, release, timer)
         self._residency = Residency(self.entries, self.frames, self._mover, order)
         self._room = Room(
             self._changed, ledger, self.entries, self.frames, self._mover, self._residency, self._finalizers
         )
         self._access = Access(
-            self._lock, self._changed, self._mover, self._room, self._residency, self.stats, self._release_freed, timer
+            self._lock, self._changed, self._mover, self._room, self._residency, self.stats, release, timer
         )
-        self.runtime = RuntimeTensors(self._lock, self.entries, self.frames, self._mover, self._finalizers)
-        self.lives: Lives | None = None
-        self._local = threading.local()
+        self.runtime = RuntimeTensors(
+            self._lock, self.entries, self.frames, self._mover, self._residency, self._finalizers
+        )
+        self._registry = Registry(
+            self._changed, ledger, self.entries, self.frames, self._mover, self._residency, self._room
+        )
+        self._workspaces = Workspaces(self)
         self.products = Products(self._access, self.frames, lambda: self.scratch)
-        self._adding = 0  # tensors that have memory and are not in `entries` yet
-        self._lingering: dict[TensorEntry, None] = {}  # freed, and somebody still holds or moves their pages
 
     @property
     def schedule(self) -> PassSchedule:
         """The order of accesses, as far as it is known."""
         return self._residency.schedule
+
+    @property
+    def lives(self) -> Lives | None:
+        """Told, under the lock, of runtime tensors that come and go; `None`: nobody."""
+        return self._registry.lives
+
+    @lives.setter
+    def lives(self, lives: Lives | None) -> None:
+        self._registry.lives = lives
 
     @property
     def on_pass(self) -> Callable[[], None] | None:
@@ -189,52 +190,7 @@ class Pager:
             TensorFreedError: the Pager is closed; nothing was changed.
         """
         with self._lock:
-            self._mover.check_open()
-            self._adding += 1
-            try:
-                self._back(entry, resident)
-            finally:
-                self._adding -= 1
-                self._changed.notify_all()
-            self.entries[entry.tensor_id] = entry
-            if entry.kind == "weights":
-                self._residency.add(entry)
-                if resident:
-                    self._mover.weights_resident_bytes += sum(page.n_bytes for page in entry.pages)
-                self.ledger.frames_floor_bytes = max(self.ledger.frames_floor_bytes, entry.largest_page_bytes)
-            elif self.lives is not None:
-                self.lives.born(entry.tensor_id, entry.kind, entry.n_bytes, entry.kind, owned=True)
-
-    def _back(self, entry: TensorEntry, resident: bool) -> None:
-        """Put memory behind the frames of an entry that always stay, and behind its pages if they are `resident`."""
-        shared = entry.shared_frames()
-        resident_bytes = sum(page.n_bytes for page in entry.pages) if resident else 0
-        self._room.check_fits(resident_bytes + len(shared) * FRAME_BYTES, entry.kind)
-        units = {unit for page in entry.pages for unit in units_of(page.frames_start, page.n_bytes)}
-        self.frames.forget(entry.address, entry.n_bytes, keep=units)  # of the tensor that was here before
-        backed: list[tuple[int, int]] = []
-        try:
-            for frame in shared:
-                self._room.make(FRAME_BYTES, entry.kind)
-                self.frames.back(frame, FRAME_BYTES, owner=entry.kind)
-                backed.append((frame, FRAME_BYTES))
-            if resident:
-                for page in entry.pages:
-                    self._room.make(page.n_bytes, entry.kind)
-                    self.frames.back(page.frames_start, page.n_bytes, owner=entry.kind)
-                    backed.append((page.frames_start, page.n_bytes))
-                    page.state, page.dirty, page.pins = PageState.RESIDENT, True, 1
-                    entry.missing -= 1
-            self._mover.check_open()  # this may have waited
-        except BaseException:
-            for page in entry.pages:
-                page.state, page.dirty, page.pins = PageState.SWAPPED, False, 0
-            entry.missing = len(entry.pages)
-            for address, n_bytes in backed:
-                self.frames.release(address, n_bytes)
-            raise
-        for page in entry.pages:
-            page.pins = 0
+            self._registry.add(entry, resident=resident)
 
     def free(self, tensor_id: str, then: Callable[[], None] | None = None) -> None:
         """Forget a tensor and release its memory; views of it that are alive keep theirs until they die.
@@ -244,26 +200,7 @@ class Pager:
             then: called when the memory is released, to give the address range back.
         """
         with self._lock:
-            entry = self.entries.pop(tensor_id, None)
-            if entry is None:
-                return
-            entry.freed = True
-            if entry.kind == "weights":
-                self._residency.remove(entry)
-                self._lower_floor(entry.largest_page_bytes)
-            else:
-                self._residency.forget(entry)
-                if self.lives is not None:
-                    self.lives.died(tensor_id)
-            entry.on_released = then or entry.on_released
-            self._lingering[entry] = None
-            self._release_freed(entry)
-
-    def _lower_floor(self, freed_bytes: int) -> None:
-        """Once a weight is gone, ask for no more room than the largest page of those that are left."""
-        if freed_bytes == self.ledger.frames_floor_bytes:
-            weights = (entry for entry in self.entries.values() if entry.kind == "weights")
-            self.ledger.frames_floor_bytes = max((entry.largest_page_bytes for entry in weights), default=0)
+            self._registry.free(tensor_id, then)
 
     def free_later(self, tensor_id: str, then: Callable[[], None] | None = None) -> None:
         """Do what `free` does as a finalizer has to: not in the midst of a change, but before room is needed."""
@@ -272,20 +209,6 @@ class Pager:
     def do_later(self, action: Callable[[], None]) -> None:
         """Do something under the lock, as a finalizer has to (see `free_later`)."""
         self._finalizers.add(action)
-
-    def _release_freed(self, entry: TensorEntry) -> None:
-        """Release a freed tensor once nothing holds or moves its pages; never waits."""
-        moving = (PageState.LOADING, PageState.WRITING)
-        if entry not in self._lingering or any(page.pins or page.state in moving for page in entry.pages):
-            return
-        del self._lingering[entry]
-        for page in entry.pages:
-            self._mover.discard(page)
-        for frame in entry.shared_frames():
-            self.frames.release(frame, FRAME_BYTES)
-        if entry.on_released is not None:
-            entry.on_released()
-        self._changed.notify_all()
 
     def entry(self, tensor_id: str) -> TensorEntry:
         """Return a tensor's record.
@@ -336,8 +259,7 @@ class Pager:
         with self._lock:
             self._finalizers.run()
             # A freed tensor that a view still holds cannot even leave.
-            tensors = itertools.chain(self.entries.values(), self._lingering)
-            return self.ledger.frames_limit_bytes() - sum(entry.frames_bytes for entry in tensors)
+            return self.ledger.frames_limit_bytes() - sum(entry.frames_bytes for entry in self._registry.all())
 
     def lend(self, owner: str, n_bytes: int) -> bool:
         """Add to what an owner holds, if all managed tensors still fit beside it; or, below zero, take it back.
@@ -370,37 +292,6 @@ class Pager:
         """Bring the frames under the limit that the ledger now leaves."""
         with self._lock:
             self._room.refit()
-
-    def swap_ahead(self, share: float) -> int:
-        """Let runtime tensors leave until they fill at most a share of the memory; what is used in a cycle stays.
-
-        Returns:
-            The bytes that leave. Returns at once: they are written meanwhile.
-        """
-        with self._lock:
-            return 0 if self._mover.closed else self._residency.swap_ahead(share)
-
-    def swapped_out(self) -> list[str]:
-        """Return the ids of runtime tensors of which nothing is in memory."""
-        with self._lock:
-            runtime = (entry for entry in self.entries.values() if entry.kind != "weights")
-            return [
-                entry.tensor_id for entry in runtime if all(page.state is PageState.SWAPPED for page in entry.pages)
-            ]
-
-    def bring(self, tensor_ids: Sequence[str]) -> list[str]:
-        """Read runtime tensors into memory that nobody uses, one page at a time and behind all other reads.
-
-        Args:
-            tensor_ids: in the order in which they are wanted; unknown ones are skipped.
-
-        Returns:
-            Those that are on their way: none where weights still wait for room.
-        """
-        with self._lock:
-            self._finalizers.run()
-            entries = (self.entries.get(tensor_id) for tensor_id in tensor_ids)
-            return [entry.tensor_id for entry in entries if entry is not None and self._residency.bring(entry)]
 
     def trim(self) -> None:
         """Return free page frames to the system."""
@@ -438,24 +329,7 @@ class Pager:
         """Return what each tensor holds."""
         with self._lock:
             self._finalizers.run()
-            return [
-                TensorUse(
-                    entry.tensor_id,
-                    entry.kind,
-                    entry.codec.name,
-                    entry.codec.lossless,
-                    math.prod(entry.shape) * entry.dtype.itemsize,
-                    entry.n_bytes,
-                    entry.beside_bytes,
-                    sum(page.stop_bytes - page.start_bytes for page in entry.pages if page.state in IN_MEMORY),
-                    sum(
-                        page.stop_bytes - page.start_bytes
-                        for page in entry.pages
-                        if page.state in IN_MEMORY and (page.dirty or page.pins)
-                    ),
-                )
-                for entry in self.entries.values()
-            ]
+            return [describe_use(entry) for entry in self.entries.values()]
 
     def page_map(self) -> list[TensorPages]:
         """Return where the pages of each tensor are: those of weights in the order of a pass, then runtime tensors."""
@@ -486,18 +360,7 @@ class Pager:
     @property
     def scratch(self) -> Scratch:
         """Workspace of the calling thread; what it grows by is debited, and given back when the thread ends."""
-        scratch = getattr(self._local, "scratch", None)
-        if scratch is None:
-            slot_bytes = max(_LEAST_SCRATCH_BYTES, min(4 * PAGE_BYTES, self.frames.limit_bytes // 16))
-            held = [0]
-
-            def grow(n_bytes: int) -> None:
-                self.debit(_WORKSPACE, n_bytes)
-                held[0] += n_bytes
-
-            scratch = self._local.scratch = Scratch(grow, slot_bytes)
-            weakref.finalize(scratch, _return_workspace, weakref.ref(self), held).atexit = False
-        return scratch
+        return self._workspaces.of_this_thread()
 
     def debit(self, owner: str, n_bytes: int, scope: str = TENSORS) -> None:
         """Add to what an owner holds beside pages (or subtract), before the memory is taken; pages leave for it.
@@ -578,8 +441,8 @@ class Pager:
     def check(self) -> None:
         """Assert that counters, pages, frames and the swap file agree; at any time, from any thread."""
         with self._lock:
-            entries = itertools.chain(self.entries.values(), self._lingering)
-            check(entries, self.frames, self._mover, self._swap, complete=not self._adding)
+            complete = not self._registry.adding
+            check(self._registry.all(), self.frames, self._mover, self._swap, complete=complete)
 
     @contextmanager
     def writing(self, entry: TensorEntry) -> Iterator[None]:
@@ -608,7 +471,7 @@ class Pager:
                 return False
             self._mover.closed = True
             self._changed.notify_all()
-            while self._adding:
+            while self._registry.adding:
                 self._changed.wait()
         self._mover.close()
         with self._lock:
@@ -619,10 +482,3 @@ class Pager:
             self.frames.set_limit(0)  # also for what views release later
         self._swap.close()
         return all(page.state is PageState.FREED for entry in entries for page in entry.pages)
-
-
-def _return_workspace(pager: weakref.ref[Pager], held: list[int]) -> None:
-    """The thread that had a workspace ended."""
-    alive = pager()
-    if alive is not None and held[0]:
-        alive.debit_later(_WORKSPACE, -held[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 from ..errors import MemoryOptimizationError
@@ -10,16 +10,18 @@ from ..pools import FramePool
 from .entry import PageState, TensorEntry
 from .finalizers import FinalizerQueue
 from .moves import PageMover
+from .residency import Residency
 
 
 class RuntimeTensors:
-    """Looks, and lets leave. Takes the Pager's lock itself.
+    """Looks, lets leave, and brings back. Takes the Pager's lock itself.
 
     Args:
         lock: the Pager's.
         entries: the tensors, by id.
         frames: the memory of the pages.
         mover: moves them.
+        residency: says who leaves first, and whether there is room.
         finalizers: what they left is done first.
     """
 
@@ -29,12 +31,14 @@ class RuntimeTensors:
         entries: Mapping[str, TensorEntry],
         frames: FramePool,
         mover: PageMover,
+        residency: Residency,
         finalizers: FinalizerQueue,
     ) -> None:
         self._lock = lock
         self._entries = entries
         self._frames = frames
         self._mover = mover
+        self._residency = residency
         self._finalizers = finalizers
 
     def _all(self) -> Iterator[TensorEntry]:
@@ -74,6 +78,35 @@ class RuntimeTensors:
             except MemoryOptimizationError:  # the checkpoint or the swap file; what is in memory stays valid
                 return 0
             return before - sum(page.n_bytes for page in entry.pages if page.resident)
+
+    def swap_ahead(self, share: float) -> int:
+        """Let some leave until they fill at most a share of the memory; what is used in a cycle stays.
+
+        Returns:
+            The bytes that leave. Returns at once: they are written meanwhile.
+        """
+        with self._lock:
+            return 0 if self._mover.closed else self._residency.swap_ahead(share)
+
+    def swapped_out(self) -> list[str]:
+        """Return the ids of those of which nothing is in memory."""
+        with self._lock:
+            away = (entry for entry in self._all() if all(page.state is PageState.SWAPPED for page in entry.pages))
+            return [entry.tensor_id for entry in away]
+
+    def bring(self, tensor_ids: Sequence[str]) -> list[str]:
+        """Read some into memory that nobody uses, one page at a time and behind all other reads.
+
+        Args:
+            tensor_ids: in the order in which they are wanted; unknown ones are skipped.
+
+        Returns:
+            Those that are on their way: none where weights still wait for room.
+        """
+        with self._lock:
+            self._finalizers.run()
+            entries = (self._entries.get(tensor_id) for tensor_id in tensor_ids)
+            return [entry.tensor_id for entry in entries if entry is not None and self._residency.bring(entry)]
 
     @staticmethod
     def _is_idle(entry: TensorEntry) -> bool:

@@ -5,29 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 
-@dataclass(frozen=True, slots=True)
-class TensorUse:
-    """What one tensor holds.
-
-    Attributes:
-        lossless: whether its codec gives the same bits back.
-        logical_bytes: its size as the model sees it; `encoded_bytes`: that of what is paged of its encoded form.
-        beside_bytes: of the rest of it, such as scales, which stays in memory.
-        resident_bytes: how much of that is in memory.
-        undroppable_bytes: how much of that cannot leave at once: it is in use, or would have to be written first.
-    """
-
-    tensor_id: str
-    kind: str
-    codec: str
-    lossless: bool
-    logical_bytes: int
-    encoded_bytes: int
-    beside_bytes: int
-    resident_bytes: int
-    undroppable_bytes: int
-
-
 @dataclass(slots=True)
 class PagingStats:
     """What happened since the start.

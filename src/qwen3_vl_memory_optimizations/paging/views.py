@@ -1,11 +1,12 @@
-"""`TensorPages`: where each page of a tensor is, one letter a page."""
+"""What is where, for those who look: `TensorUse` what a tensor holds, `TensorPages` where each of its pages is."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .entry import Page, PageState, TensorEntry
+from .entry import IN_MEMORY, Page, PageState, TensorEntry
 
 PAGE_LETTERS = {
     PageState.RESIDENT: "r",
@@ -17,6 +18,29 @@ PAGE_LETTERS = {
 """The letter of each state. A resident page that is in use is `PINNED` instead."""
 
 PINNED = "p"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorUse:
+    """What one tensor holds.
+
+    Attributes:
+        lossless: whether its codec gives the same bits back.
+        logical_bytes: its size as the model sees it; `encoded_bytes`: that of what is paged of its encoded form.
+        beside_bytes: of the rest of it, such as scales, which stays in memory.
+        resident_bytes: how much of that is in memory.
+        undroppable_bytes: how much of that cannot leave at once: it is in use, or would have to be written first.
+    """
+
+    tensor_id: str
+    kind: str
+    codec: str
+    lossless: bool
+    logical_bytes: int
+    encoded_bytes: int
+    beside_bytes: int
+    resident_bytes: int
+    undroppable_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +57,22 @@ class TensorPages:
     codec: str
     n_bytes: int
     states: str
+
+
+def describe_use(entry: TensorEntry) -> TensorUse:
+    """Return what a tensor holds now. Needs the Pager's lock."""
+    there = [page for page in entry.pages if page.state in IN_MEMORY]
+    return TensorUse(
+        entry.tensor_id,
+        entry.kind,
+        entry.codec.name,
+        entry.codec.lossless,
+        math.prod(entry.shape) * entry.dtype.itemsize,
+        entry.n_bytes,
+        entry.beside_bytes,
+        sum(page.stop_bytes - page.start_bytes for page in there),
+        sum(page.stop_bytes - page.start_bytes for page in there if page.dirty or page.pins),
+    )
 
 
 def describe_pages(entries: Iterable[TensorEntry]) -> list[TensorPages]:

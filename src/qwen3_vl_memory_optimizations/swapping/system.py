@@ -66,4 +66,4 @@ class MemorySwappingSystem:
 
     def look(self, pager: Pager) -> None:
         """Let runtime tensors leave as far as they fill more than the threshold."""
-        self.swapped_ahead_bytes += pager.swap_ahead(self.memory_pressure_threshold)
+        self.swapped_ahead_bytes += pager.runtime.swap_ahead(self.memory_pressure_threshold)

@@ -104,10 +104,10 @@ class MemoryTieringSystem:
             gone = [each for each in self._known if each not in pager.entries]
         for each in gone:
             self.forget(each)
-        away = [each for each in pager.swapped_out() if self.unwanted is None or not self.unwanted(each)]
+        away = [each for each in pager.runtime.swapped_out() if self.unwanted is None or not self.unwanted(each)]
         waits = self.waits(away)
         wanted = sorted(waits, key=lambda each: waits[each])[:_MOST_BROUGHT]
-        brought = pager.bring(self._within_capacity(pager, wanted))
+        brought = pager.runtime.bring(self._within_capacity(pager, wanted))
         with self._lock:
             self._brought.update(brought)
             self.migrations += len(brought)
