@@ -132,7 +132,7 @@ def _inputs(
     try:
         batch, description = calibration_batch(source.directory, samples)
     except CheckpointError as error:
-        logger.info("the plan rests on the weights alone: %s", error)
+        logger.info("the plan rests on the weights alone: %s", str(error))
         return {}, "nothing: the checkpoint has no tokenizer"
     uncompressed = dataclasses.replace(config, codec="none", enable_cache_hierarchy=False)
     try:
@@ -146,7 +146,7 @@ def _inputs(
             optimizer.pager.refit()
             return collect_inputs(model, batch), description
     except MemoryBudgetExceeded as error:
-        logger.warning("the plan rests on the weights alone: %s", error)
+        logger.warning("the plan rests on the weights alone: %s", str(error))
         return {}, "nothing: the budget is too small for the model as it is"
 
 

@@ -48,7 +48,7 @@ def _read(path: Path) -> CodecSpeeds | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("%s cannot be used (%s); the speeds of codecs are measured again", path, error)
+        logger.warning("%s cannot be used (%s); the speeds of codecs are measured again", path, str(error))
         return None
 
 

@@ -67,7 +67,7 @@ class ImportFiles:
                 file.write("\n".join(names))
             os.replace(temporary, self._list)
         except OSError as error:  # the next start is as slow as this one
-            logger.info("%s: cannot be written: %s", self._list, error)
+            logger.info("%s: cannot be written: %s", self._list, str(error))
 
     def _listed(self) -> list[Path]:
         try:

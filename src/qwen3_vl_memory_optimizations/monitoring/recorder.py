@@ -191,7 +191,7 @@ class Recorder:
             try:
                 self._writer.append(record)
             except StorageError as error:
-                logger.warning("%s", error)
+                logger.warning("%s", str(error))
                 self._stop_writing()
 
     def _stop_writing(self) -> None:
@@ -200,7 +200,7 @@ class Recorder:
             try:
                 writer.close()
             except StorageError as error:
-                logger.warning("%s", error)
+                logger.warning("%s", str(error))
 
     def _end(self, reason: str) -> None:
         self._end_listening()
@@ -217,7 +217,7 @@ class Recorder:
         try:
             self.look()
         except MemoryOptimizationError as error:
-            logger.debug("no last sample: %s", error)
+            logger.debug("no last sample: %s", str(error))
         self._end("recording ended")
 
     def __enter__(self) -> Recorder:

@@ -148,7 +148,7 @@ class MemoryTieringSystem:
             try:
                 self.predictor = LightweightMLPredictor.load(path)
             except ConfigurationError as error:
-                logger.warning("what was learnt before is not used: %s", error)
+                logger.warning("what was learnt before is not used: %s", str(error))
 
     def _leave(self) -> None:
         if self._path is None or not self.predictor.n_examples or not self.predictor.ready:
@@ -159,7 +159,7 @@ class MemoryTieringSystem:
             self.predictor.save(partial)
             os.replace(partial, self._path)
         except OSError as error:
-            logger.warning("what was learnt is not kept: %s", error)
+            logger.warning("what was learnt is not kept: %s", str(error))
             partial.unlink(missing_ok=True)
 
     def start(self, pager: Pager, interval_s: float) -> None:
