@@ -240,8 +240,10 @@ def test_a_watch_keeps_no_optimizer_alive(tmp_path):
     optimizer.close()
     del optimizer
     gc.collect()
-    watching._thread.join(10)
-    assert not watching._thread.is_alive()
+    deadline = time.monotonic() + 10
+    while watching._periodic.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not watching._periodic.is_alive()
 
 
 def test_rows_for_a_page_have_one_of_each_alert(clock):
