@@ -25,7 +25,7 @@ from .model.identity import ModelIdentity
 from .model.import_files import ImportFiles
 from .model.kv_generate import attach_kv_cache
 from .model.loading import WeightLoader
-from .model.packing import Progress, find_packed, plan_path_of
+from .model.packing import Progress, find_packed
 from .model.prefix_reuse import attach_prefix_reuse
 from .model.response_times import attach_response_times
 from .model.sessions import attach_sessions
@@ -309,7 +309,7 @@ def _finish(source: _Source, draft: _Source | None, optimizer: MemoryOptimizer) 
         each.memory_optimizer = optimizer
     for loaded, prefix in ((source, ""), (draft, f"{ASSISTANT}/")):
         if loaded is not None and loaded.checkpoint is not None and loaded.checkpoint.packed:
-            optimizer.figures.plan_paths[prefix] = plan_path_of(loaded.checkpoint.directory)
+            optimizer.figures.packed_dirs[prefix] = loaded.checkpoint.directory
     optimizer.pager.refit()
     optimizer.pager.read_ahead(source.order)
     if optimizer.cache is not None:

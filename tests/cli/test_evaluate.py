@@ -1,5 +1,6 @@
 import json
 import shutil
+import urllib.request
 
 import pytest
 import torch
@@ -74,3 +75,21 @@ def test_a_language_model_is_shown_no_images(run, tiny, tmp_path):
 
 def test_help_has_an_example(run):
     assert "qwen3vl-mem evaluate" in run("evaluate", "--help").stdout
+
+
+def test_the_page_shows_each_codec_at_work(run, tiny, monkeypatch):
+    from qwen3_vl_memory_optimizations.monitoring.dashboard.server import Dashboard
+
+    close, served = Dashboard.close, []
+
+    def fetching_close(page):
+        with urllib.request.urlopen(page.url + "api/snapshot", timeout=20) as answer:
+            served.append(json.load(answer)["snapshot"])
+        close(page)
+
+    monkeypatch.setattr(Dashboard, "close", fetching_close)
+    result = run("evaluate", tiny, "--codec", "int8", "--codec", "fp16", "--images", "4", "--dashboard", "0")
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.count("dashboard: http://127.0.0.1:") == 2
+    codecs = [{row["codec"] for row in snapshot["memory_map"]} for snapshot in served]
+    assert "int8" in codecs[0] and "fp16" in codecs[1] and "int8" not in codecs[1]

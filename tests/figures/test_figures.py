@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from qwen3_vl_memory_optimizations import MemoryConfig, MemoryOptimizer, create_optimized_model
 from qwen3_vl_memory_optimizations.cache import CacheItem, HierarchicalCacheSystem
-from qwen3_vl_memory_optimizations.compression import INT8Codec, create_kv_codec
+from qwen3_vl_memory_optimizations.compression import EncodingLog, INT8Codec, create_kv_codec
 from qwen3_vl_memory_optimizations.figures import METRICS, MemoryFigures, allocation_speedup
 from qwen3_vl_memory_optimizations.model.loading import WeightLoader
+from qwen3_vl_memory_optimizations.model.packed_encodings import ENCODINGS_FILE, PackedEncodings
 from qwen3_vl_memory_optimizations.model.plan import CompressionPlan
 from qwen3_vl_memory_optimizations.model.response_times import ResponseTimes
 from qwen3_vl_memory_optimizations.paging import BlockSpace
@@ -155,11 +158,12 @@ def test_the_error_of_keys_and_values_is_sampled_on_the_first_block_and_one_of_6
     codec.decode(block, keys, values)
     error = float((torch.cat([keys, values]) - torch.cat([states, states])).norm() / torch.cat([states, states]).norm())
     row = log.rows()["kv_cache"]
-    assert row.encodes == 65 and row.sampled_bytes == 2 * row.original_bytes // 65
+    assert row.encodes == 65 and row.decoded_bytes == row.sampled_bytes and row.decode_bytes_per_s > 0
+    assert row.timed_bytes == row.original_bytes and row.sampled_bytes == 2 * row.original_bytes // 65
     assert row.relative_error == pytest.approx(error, rel=1e-3) and 0 < error < 0.02
 
 
-def test_of_packed_weights_the_errors_of_the_plan_are_told_and_without_a_plan_nothing(tmp_path):
+def test_of_weights_packed_by_a_plan_its_errors_are_told(tmp_path):
     def load(codec):
         return create_optimized_model(DIRECTORY, {"cache_dir": tmp_path, "codec": codec})
 
@@ -171,7 +175,6 @@ def test_of_packed_weights_the_errors_of_the_plan_are_told_and_without_a_plan_no
         assert set(sizes) <= set(plan.weights)
         assert optimizer.get_compression_quality() == pytest.approx(1 - lost / sum(sizes.values()))
     with load("int8").memory_optimizer as optimizer:
-        assert optimizer.get_compression_quality() is None
         assert optimizer.get_average_compression_ratio() > 3
     with load("none").memory_optimizer as optimizer:
         assert optimizer.get_compression_quality() == 1.0
@@ -304,11 +307,37 @@ def test_with_a_budget_for_the_process_its_own_memory_counts(tmp_path):
 
 
 def test_the_error_of_int8_rows_is_that_of_the_first_rows():
-    from qwen3_vl_memory_optimizations.compression import EncodingLog
-
     log, codec = EncodingLog(), INT8Codec()
     weight = torch.zeros(200, 16)
     weight[:, 0] = 127.0
     weight[64:, 1] = 0.4  # beyond the sample
-    log.sample_weight("a", codec, weight, codec.encode(weight))
+    log.encode_weight("a", codec, weight)
     assert log.weight_errors == {"a": 0.0}
+    row = log.rows()["weights"]
+    assert (row.encodes, row.timed_bytes, row.decoded_bytes) == (1, weight.nbytes, 64 * 16 * 4)
+    assert row.encode_bytes_per_s == weight.nbytes / row.encode_s
+    assert row.decode_bytes_per_s == row.decoded_bytes / row.decode_s
+
+
+def test_of_weights_packed_by_a_named_codec_the_errors_and_speeds_of_packing_are_told(tmp_path):
+    def load():
+        config = {"codec": "int8", "tensor_budget": "2MB", "cache_dir": tmp_path}
+        return create_optimized_model(DIRECTORY, config).memory_optimizer
+
+    with load() as optimizer:
+        [kept] = tmp_path.glob("packed/*/" + ENCODINGS_FILE)
+        errors = json.loads(kept.read_text())["errors"]
+        uses = {use.tensor_id: use for use in optimizer.pager.usage() if use.kind == "weights"}
+        assert errors.keys() == {name for name, use in uses.items() if not use.lossless}
+        lost = sum(errors[name] * uses[name].logical_bytes for name in errors)
+        quality = optimizer.get_compression_quality()
+        assert quality == pytest.approx(1 - lost / sum(use.logical_bytes for use in uses.values()))
+        assert 0.98 < quality < 1
+        first = optimizer.figures.compression()["weights"]
+    assert first.encode_bytes_per_s > 0 and first.decode_bytes_per_s > 0
+    with load() as optimizer:
+        assert optimizer.figures.compression()["weights"] == first, "of the process that packed"
+    kept.write_text("{")
+    assert PackedEncodings.load(kept.parent) == PackedEncodings()
+    with load() as optimizer:
+        assert optimizer.get_compression_quality() is None

@@ -25,6 +25,7 @@ from qwen3_vl_memory_optimizations import (
 )
 from qwen3_vl_memory_optimizations.config import MemoryConfig
 from qwen3_vl_memory_optimizations.model.activations import estimate_activation_bytes, forward_size
+from qwen3_vl_memory_optimizations.model.packed_encodings import PackedEncodings
 from qwen3_vl_memory_optimizations.model.packing import pack_checkpoint
 from qwen3_vl_memory_optimizations.storage import Checkpoint
 
@@ -266,6 +267,7 @@ def test_a_packing_killed_midway_is_taken_up_again(tmp_path):
     assert not list((killed / "packed").glob("*-int8"))
     resumed = pack_checkpoint(tiny.DIRECTORY, config=MemoryConfig(cache_dir=killed))
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert PackedEncodings.load(resumed).errors == PackedEncodings.load(whole).errors != {}
 
 
 def test_two_processes_pack_the_same_model_once(tmp_path):

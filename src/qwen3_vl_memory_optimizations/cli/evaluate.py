@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from ._output import (
     print_json,
     progress_bar,
 )
+from ._watching import DashboardOption, check_watching, watched
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,17 +54,20 @@ def evaluate(
     ] = None,
     tensor_budget: TensorBudgetOption = None,
     cache_dir: CacheDirOption = None,
+    dashboard: DashboardOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Compare codecs with the model as it is: accuracy, perplexity, errors of layers, bytes.
 
     Without a budget the model is loaded whole beside each codec; with --tensor-budget both are read within it.
+    With --dashboard the page shows one codec after the other: reload it when it says that one has ended.
 
     Example: qwen3vl-mem evaluate ~/models/Qwen3-VL-2B-Instruct --codec int8 --text novel.txt --tensor-budget 1GB
     """
     from ..config import MemoryConfig
 
+    check_watching(dashboard)
     config = MemoryConfig.from_mapping({"tensor_budget": tensor_budget, "cache_dir": cache_dir})
 
     from transformers.utils.logging import disable_progress_bar
@@ -73,8 +78,13 @@ def evaluate(
     directory = local_directory(model)
     disable_progress_bar()  # one bar is enough
     tasks = _tasks(directory, text, tokens, images)
+
+    def watch(optimized: Any, name: str) -> AbstractContextManager[None]:
+        shown = f"{directory.name}, {name}"
+        return watched(optimized.memory_optimizer, dashboard=dashboard, record=False, command="evaluate", model=shown)
+
     with progress_bar(quiet=as_json, in_bytes=False) as progress:
-        results = list(evaluate_codecs(directory, codec or [], tasks, config=config, progress=progress))
+        results = list(evaluate_codecs(directory, codec or [], tasks, config=config, progress=progress, watch=watch))
     if as_json:
         print_json(report(results))
     else:

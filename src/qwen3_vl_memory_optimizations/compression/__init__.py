@@ -6,7 +6,7 @@ from .int4 import INT4Codec
 from .int8 import INT8Codec
 from .kernels import KernelSelector
 from .kv import KV_CODECS, KVBlock, KVCodec, Partial, attend_plain, create_kv_codec, merge
-from .log import EncodingCounters, EncodingLog
+from .log import DecodedSample, EncodingCounters, EncodingLog
 from .manager import (
     CompressedTensor,
     FP16QuantizationCompressor,
@@ -30,6 +30,7 @@ __all__ = [
     "CodecSpeeds",
     "CompressedTensor",
     "CompressionMethodSelector",
+    "DecodedSample",
     "EncodingCounters",
     "EncodingLog",
     "FP16Codec",

@@ -1,11 +1,11 @@
-"""`EncodingLog`: what was encoded, into how much, how fast, and with what error where that was sampled."""
+"""`EncodingLog`: what was encoded, into how much, how fast each way, and with what error where that was sampled."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -25,7 +25,8 @@ class EncodingCounters:
     Attributes:
         encodes: how often.
         original_bytes, encoded_bytes: before and after.
-        seconds: spent on encoding.
+        timed_bytes, encode_s: original bytes of the encodings that were timed, and their time.
+        decoded_bytes, decode_s: bytes that decoding samples gave, and its time.
         sampled_bytes: original bytes of those whose error is known.
         error_bytes: relative error times original bytes, summed over those.
     """
@@ -33,7 +34,10 @@ class EncodingCounters:
     encodes: int = 0
     original_bytes: int = 0
     encoded_bytes: int = 0
-    seconds: float = 0.0
+    timed_bytes: int = 0
+    encode_s: float = 0.0
+    decoded_bytes: int = 0
+    decode_s: float = 0.0
     sampled_bytes: int = 0
     error_bytes: float = 0.0
 
@@ -41,6 +45,44 @@ class EncodingCounters:
     def relative_error(self) -> float | None:
         """The mean error by bytes; `None` where none is known."""
         return self.error_bytes / self.sampled_bytes if self.sampled_bytes else None
+
+    @property
+    def encode_bytes_per_s(self) -> float | None:
+        """Original bytes encoded a second; `None` where nothing was timed."""
+        return self.timed_bytes / self.encode_s if self.encode_s else None
+
+    @property
+    def decode_bytes_per_s(self) -> float | None:
+        """Bytes decoded a second, by one call of the codec's `decode`; `None` where nothing was timed."""
+        return self.decoded_bytes / self.decode_s if self.decode_s else None
+
+    def add(self, other: EncodingCounters) -> None:
+        """Add what another counted."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedSample:
+    """What decoding the first rows of an encoded weight told."""
+
+    relative_error: float
+    decoded_bytes: int
+    seconds: float
+
+    @classmethod
+    def of(cls, codec: Codec, weight: torch.Tensor, encoded: Mapping[str, torch.Tensor]) -> DecodedSample:
+        """Decode the first rows of a weight `[rows, ...]`, or of a chunk of whole row blocks of one."""
+        block = codec.row_block(tuple(weight.shape))
+        rows = min(len(weight), -(-_SAMPLED_ROWS // block) * block)
+        shared = {segment.name for segment in codec.segments(tuple(weight.shape), weight.dtype) if segment.shared}
+        part = {name: segment if name in shared else segment[:rows] for name, segment in encoded.items()}
+        exact = weight[:rows].reshape(rows, -1)
+        out = torch.empty_like(exact)
+        start_s = time.perf_counter()
+        decoded = codec.decode(part, out)
+        seconds = time.perf_counter() - start_s
+        return cls(relative_error(exact, decoded), exact.nbytes, seconds)
 
 
 class EncodingLog:
@@ -61,7 +103,8 @@ class EncodingLog:
         *,
         original_bytes: int,
         encoded_bytes: int,
-        seconds: float = 0.0,
+        encode_s: float = 0.0,
+        decode_s: float = 0.0,
         relative_error: float | None = None,
     ) -> None:
         """Note that something was encoded.
@@ -69,34 +112,41 @@ class EncodingLog:
         Args:
             kind: of the tensor.
             original_bytes, encoded_bytes: before and after.
-            seconds: that it took; 0.0: another process did it.
+            encode_s: that it took; 0.0: not timed.
+            decode_s: that decoding all of it took; 0.0: not timed.
             relative_error: where it is known.
         """
+        counted = EncodingCounters(encodes=1, original_bytes=original_bytes, encoded_bytes=encoded_bytes)
+        if encode_s:
+            counted.timed_bytes, counted.encode_s = original_bytes, encode_s
+        if decode_s:
+            counted.decoded_bytes, counted.decode_s = original_bytes, decode_s
+        if relative_error is not None:
+            counted.sampled_bytes, counted.error_bytes = original_bytes, relative_error * original_bytes
+        self.add(kind, counted)
+
+    def add(self, kind: str, counted: EncodingCounters) -> None:
+        """Add what was counted elsewhere to a kind."""
         with self._lock:
-            row = self._kinds.setdefault(kind, EncodingCounters())
-            row.encodes += 1
-            row.original_bytes += original_bytes
-            row.encoded_bytes += encoded_bytes
-            row.seconds += seconds
-            if relative_error is not None:
-                row.sampled_bytes += original_bytes
-                row.error_bytes += relative_error * original_bytes
+            self._kinds.setdefault(kind, EncodingCounters()).add(counted)
 
     def encode_block(self, kind: str, codec: KVCodec, keys: torch.Tensor, values: torch.Tensor, block: KVBlock) -> None:
         """Encode keys and values `[n, tokens, head_dim]` into a block, and note it.
 
-        The error is measured on two heads of the first block and of one in 64.
+        The first block and one in 64 are decoded: the time of it, and the error of two heads.
 
         Raises:
             CodecError: values that this codec cannot represent.
         """
         start_s = time.perf_counter()
         codec.encode(keys, values, block)
-        seconds = time.perf_counter() - start_s
-        error = 0.0 if codec.lossless else None
+        encode_s = time.perf_counter() - start_s
+        error, decode_s = 0.0 if codec.lossless else None, 0.0
         if error is None and self._is_sampled(kind):
             decoded = torch.empty_like(keys), torch.empty_like(values)
+            start_s = time.perf_counter()
             codec.decode(block, *decoded)
+            decode_s = time.perf_counter() - start_s
             exact = torch.cat([keys[:_SAMPLED_HEADS], values[:_SAMPLED_HEADS]])
             error = relative_error(exact, torch.cat([part[:_SAMPLED_HEADS] for part in decoded]))
         n_bytes = sum(segment.nbytes for segment in block.segments.values())
@@ -104,7 +154,8 @@ class EncodingLog:
             kind,
             original_bytes=keys.nbytes + values.nbytes,
             encoded_bytes=n_bytes,
-            seconds=seconds,
+            encode_s=encode_s,
+            decode_s=decode_s,
             relative_error=error,
         )
 
@@ -113,18 +164,27 @@ class EncodingLog:
             row = self._kinds.get(kind)
             return row is None or row.encodes % _SAMPLED_BLOCKS == 0
 
-    def sample_weight(
-        self, weight_id: str, codec: Codec, weight: torch.Tensor, encoded: Mapping[str, torch.Tensor]
-    ) -> None:
-        """Note the error of a weight `[rows, columns]` that was encoded, as measured on its first rows."""
-        if codec.lossless:
-            return
-        block = codec.row_block(tuple(weight.shape))
-        rows = min(len(weight), -(-_SAMPLED_ROWS // block) * block)
-        shared = {segment.name for segment in codec.segments(tuple(weight.shape), weight.dtype) if segment.shared}
-        part = {name: segment if name in shared else segment[:rows] for name, segment in encoded.items()}
-        exact = weight[:rows].reshape(rows, -1)
-        self.weight_errors[weight_id] = relative_error(exact, codec.decode(part, torch.empty_like(exact)))
+    def encode_weight(self, weight_id: str, codec: Codec, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Encode a weight `[rows, ...]`, and note it with the error of its first rows.
+
+        Raises:
+            CodecError: values that this codec cannot represent.
+        """
+        start_s = time.perf_counter()
+        encoded = codec.encode(weight)
+        encode_s = time.perf_counter() - start_s
+        if not codec.lossless:
+            sample = DecodedSample.of(codec, weight, encoded)
+            self.weight_errors[weight_id] = sample.relative_error
+            counted = EncodingCounters(
+                encodes=1,
+                timed_bytes=weight.nbytes,
+                encode_s=encode_s,
+                decoded_bytes=sample.decoded_bytes,
+                decode_s=sample.seconds,
+            )
+            self.add("weights", counted)
+        return encoded
 
     def rows(self) -> dict[str, EncodingCounters]:
         """Return the counters by kind, as they are now."""

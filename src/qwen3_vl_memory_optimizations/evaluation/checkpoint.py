@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +24,9 @@ BASELINE_PLAIN = "plain transformers"
 BASELINE_NONE = "codec none, within the same budget"
 
 _HALF_BYTES = 2
+
+Watch = Callable[[Any, str], contextlib.AbstractContextManager[None]]
+"""Called with an optimised model and the name of its codec."""
 
 
 class Batches(Sized, Protocol):
@@ -75,6 +79,7 @@ def evaluate_codecs(
     *,
     config: MemoryConfig | None = None,
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[CodecResult]:
     """Yield a result for each codec, in turn; one optimised model is loaded at a time, beside the baseline.
 
@@ -85,6 +90,7 @@ def evaluate_codecs(
         config: settings of the optimised models; `codec` is replaced. With a `tensor_budget` the baseline too is read
             within it, so that a model that does not fit can be evaluated.
         progress: called with a description, what is done and what there is: bytes while loading, batches after.
+        watch: entered with each optimised model and its codec for as long as it is asked.
 
     Raises:
         ConfigurationError: no such codec; raised before anything is loaded.
@@ -101,12 +107,13 @@ def evaluate_codecs(
                 if baseline is None:
                     baseline = _baseline(directory, model, config)
                 start = time.perf_counter()
-                impacts = {
-                    task.name: evaluate_accuracy_impact(
-                        model, baseline, _reported(task.batches, f"{each.codec}: {task.name}", report)
-                    )
-                    for task in tasks
-                }
+                with contextlib.nullcontext() if watch is None else watch(model, each.codec):
+                    impacts = {
+                        task.name: evaluate_accuracy_impact(
+                            model, baseline, _reported(task.batches, f"{each.codec}: {task.name}", report)
+                        )
+                        for task in tasks
+                    }
                 yield CodecResult(
                     codec=each.codec,
                     baseline=BASELINE_PLAIN if config.tensor_budget is None else BASELINE_NONE,

@@ -12,6 +12,8 @@ from typing import Protocol
 from ..cache import HierarchicalCacheSystem
 from ..compression import EncodingCounters, EncodingLog
 from ..errors import ConfigurationError, MemoryBudgetExceeded
+from ..model.packed_encodings import PackedEncodings
+from ..model.packing import plan_path_of
 from ..model.plan import CompressionPlan
 from ..model.response_times import ResponseTimes
 from ..paging import PROCESS, TENSORS, Pager, TensorUse
@@ -87,7 +89,7 @@ class MemoryFigures:
         encodings: what was encoded in this process.
         responses: how long the model took.
         shadow: LRU on the accesses that happen.
-        plan_paths: what the names of a model's weights begin with -> the plan they were packed by.
+        packed_dirs: what the names of a model's weights begin with -> the packed checkpoint they come from.
     """
 
     pager: Pager
@@ -98,7 +100,7 @@ class MemoryFigures:
     encodings: EncodingLog = field(init=False)
     responses: ResponseTimes = field(init=False)
     shadow: ShadowLRU = field(init=False)
-    plan_paths: dict[str, Path] = field(init=False, default_factory=dict)
+    packed_dirs: dict[str, Path] = field(init=False, default_factory=dict)
     _start_s: float = field(init=False)
     _measured: dict[str, float] = field(init=False, default_factory=dict)
     _measuring: threading.Lock = field(init=False, default_factory=threading.Lock)
@@ -187,11 +189,13 @@ class MemoryFigures:
         """Return what was encoded, by kind: weights as they are managed now, all else since the start.
 
         The error of a weight is that of the plan it was packed by, or was sampled when it was encoded. Where that of
-        one is not known, nothing is said of weights.
+        one is not known, nothing is said of weights. Their speeds are those of the process that encoded them.
         """
-        rows = self.encodings.rows()
-        weights = EncodingCounters()
         all_known, errors = True, self._weight_errors()
+        rows = self.encodings.rows()
+        weights = rows.get("weights", EncodingCounters())
+        weights.original_bytes = weights.encoded_bytes = weights.sampled_bytes = 0
+        weights.error_bytes = 0.0
         for use in self.pager.usage() if uses is None else uses:
             if use.kind == "weights":
                 weights.original_bytes += use.logical_bytes
@@ -199,6 +203,7 @@ class MemoryFigures:
                 error = 0.0 if use.lossless else errors.get(use.tensor_id)
                 all_known = all_known and error is not None
                 weights.error_bytes += (error or 0.0) * use.logical_bytes
+        rows.pop("weights", None)
         if weights.encoded_bytes:
             weights.sampled_bytes = weights.original_bytes if all_known else 0
             weights.error_bytes = weights.error_bytes if all_known else 0.0
@@ -206,11 +211,15 @@ class MemoryFigures:
         return rows
 
     def _weight_errors(self) -> Mapping[str, float]:
-        """Return the errors by tensor; plans are read when they are asked for the first time."""
-        for prefix, path in list(self.plan_paths.items()):
-            self.plan_paths.pop(prefix, None)
+        """Return the errors by tensor; what was kept of packing is read when it is asked for the first time."""
+        for prefix, directory in list(self.packed_dirs.items()):
+            if self.packed_dirs.pop(prefix, None) is None:
+                continue  # another thread asked
+            kept = PackedEncodings.load(directory)
+            self.encodings.add("weights", kept.counted)
+            self.encodings.weight_errors |= {prefix + name: error for name, error in kept.errors.items()}
             try:
-                plan = CompressionPlan.load(path)
+                plan = CompressionPlan.load(plan_path_of(directory))
             except ConfigurationError:  # packed without one, or it was removed since
                 continue
             for name, weight in plan.weights.items():

@@ -283,8 +283,7 @@ class WeightLoader:
         segments = codec.segments(site.shape, stored.dtype)
         first = segments[0]
         rows = self._page_rows(first, codec, site.shape)
-        encoded = codec.encode(stored)
-        self._pager.encodings.sample_weight(self._prefix + site.name, codec, stored, encoded)
+        encoded = self._pager.encodings.encode_weight(self._prefix + site.name, codec, stored)
         reserved_bytes = first.n_bytes + _SLACK_BYTES
         address = reserve(reserved_bytes)
         entry = TensorEntry(

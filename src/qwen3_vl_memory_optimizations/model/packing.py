@@ -24,6 +24,7 @@ from ..storage import (
     TensorExtent,
     pack_lock,
 )
+from .packed_encodings import ENCODINGS_FILE, PackedEncodings
 from .plan import CompressionPlan
 from .skeleton import WeightSite, build_skeleton, codec_for, rows_per_page, weight_sites
 
@@ -250,6 +251,7 @@ def _write(source: Checkpoint, stored: Stored, plan: CompressionPlan | None, fin
         metadata[SHAPES_KEY] = json.dumps({name: list(shape) for name, shape in shapes.items()})
     total = sum(extent.n_bytes for extent, _ in stored.values())
     done = 0
+    encodings = PackedEncodings()
     with PackedWriter(final_dir, PackedLayout(entries), metadata, replace=plan is not None) as writer:
         complete = writer.open()
         for name, (extent, codec) in stored.items():
@@ -257,7 +259,7 @@ def _write(source: Checkpoint, stored: Stored, plan: CompressionPlan | None, fin
             names = [segment_name(name, segment.name, index == 0) for index, segment in enumerate(segments)]
             if not all(part in complete for part in names):
                 small: dict[str, list[torch.Tensor]] = {}
-                chunks = _encoded_chunks(extent, codec, small, segments[0].name)
+                chunks = _encoded_chunks(name, extent, codec, small, segments[0].name, encodings)
                 if names[0] in complete:
                     for _ in chunks:  # the small segments of this tensor were not written yet
                         pass
@@ -267,23 +269,30 @@ def _write(source: Checkpoint, stored: Stored, plan: CompressionPlan | None, fin
                     if part not in complete:
                         values = small[segment.name]
                         writer.append(part, [_bytes(values[0] if segment.shared else torch.cat(values))])
+            elif not codec.lossless:  # written before an interruption: its error is not known any more
+                next(_encoded_chunks(name, extent, codec, {}, segments[0].name, encodings))
             done += extent.n_bytes
             report("packing", done, total)
-        writer.finish(side_files(source.directory))
+        writer.finish(side_files(source.directory), {ENCODINGS_FILE: encodings.to_json()})
 
 
 def _encoded_chunks(
-    extent: TensorExtent, codec: Codec, small: dict[str, list[torch.Tensor]], first: str
+    name: str,
+    extent: TensorExtent,
+    codec: Codec,
+    small: dict[str, list[torch.Tensor]],
+    first: str,
+    encodings: PackedEncodings,
 ) -> Iterator[memoryview]:
     """Yield the bytes of the first segment, some rows at a time; the others collect in `small`."""
     dtype = TORCH_DTYPES[extent.dtype]
     shape = tuple(extent.shape)
     with DirectFile(extent.path) as file:
         for rows in read_row_chunks(file, extent, dtype, shape, _CHUNK_BYTES, codec.row_block(shape)):
-            encoded = codec.encode(rows)
+            encoded = encodings.encode(name, codec, rows)
             yield _bytes(encoded.pop(first))
-            for name, values in encoded.items():
-                small.setdefault(name, []).append(values)
+            for segment, values in encoded.items():
+                small.setdefault(segment, []).append(values)
 
 
 def read_row_chunks(

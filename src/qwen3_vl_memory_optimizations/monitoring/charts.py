@@ -208,6 +208,14 @@ CHARTS = (
         (Series("{}", "kinds.*.encode_bytes_per_s"),),
     ),
     Chart(
+        "decode_speed",
+        "compression",
+        "Decoding speed",
+        "bytes/s",
+        "Bytes a second, of samples decoded where they were encoded. Products of weights read what is encoded.",
+        (Series("{}", "kinds.*.decode_bytes_per_s"),),
+    ),
+    Chart(
         "lives",
         "lives",
         "Runtime tensors alive",

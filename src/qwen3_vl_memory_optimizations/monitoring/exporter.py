@@ -142,6 +142,7 @@ FAMILIES: tuple[tuple[str, str, str, tuple[str, ...], _Read], ...] = (
     ("kind_compression_ratio", GAUGE, "Original over encoded bytes.", ("kind",), _each("compression_ratio", "kinds")),
     ("kind_relative_error", GAUGE, "Mean relative error.", ("kind",), _each("relative_error", "kinds")),
     ("encode_bytes_per_second", GAUGE, "Speed of encoding.", ("kind",), _each("encode_bytes_per_s", "kinds")),
+    ("decode_bytes_per_second", GAUGE, "Speed of decoding.", ("kind",), _each("decode_bytes_per_s", "kinds")),
     ("encodes", COUNTER, "Encodings in this process.", ("kind",), _each("encodes", "kinds")),
     # --- responses
     ("responses", COUNTER, "Generations and forwards.", (), _one("responses", "count")),

@@ -144,10 +144,11 @@ def _tables(section: str, state: RunState) -> str:
                 show(row["compression_ratio"], "times"),
                 show(row["relative_error"], "share"),
                 show(row["encode_bytes_per_s"], "bytes/s"),
+                show(row.get("decode_bytes_per_s"), "bytes/s"),
             )
             for name, row in snapshot.get("kinds", {}).items()
         )
-        headings = ("kind", "original", "encoded", "ratio", "relative error", "encoding speed")
+        headings = ("kind", "original", "encoded", "ratio", "relative error", "encoding", "decoding")
         return "<h3>Kinds</h3>" + _table(headings, kinds, "none")
     return ""
 

@@ -35,7 +35,8 @@ def take_snapshot(optimizer: MemoryOptimizer, *, measure: bool = False) -> dict[
         memory_map: rows `tier` (`cpu`, `ssd`), `kind`, `codec`, `tensors`, `bytes`: encoded bytes that lie there; those
             of `ssd` are not in memory besides.
         tiers, kinds, codecs, paging, sessions_open: as in `get_memory_efficiency_stats`. Each kind has besides
-            `compression_ratio`, `relative_error`, `encode_bytes_per_s`, `encodes`.
+            `compression_ratio`, `relative_error`, `encode_bytes_per_s`,
+            `decode_bytes_per_s`, `encodes`.
         pools: by kind: `size_bytes`, `used_bytes`, `requested_bytes`, `utilization`, `allocations`,
             `internal_fragmentation`, `external_fragmentation`. Empty without pooling.
         fragmentation: the figure that alerts look at, see `MemoryFigures.fragmentation`.
@@ -133,7 +134,8 @@ def _kinds(held: dict[str, dict[str, int]], encoded: dict[str, EncodingCounters]
             "encodes": row.encodes,
             "compression_ratio": row.original_bytes / row.encoded_bytes if row.encoded_bytes else None,
             "relative_error": row.relative_error,
-            "encode_bytes_per_s": row.original_bytes / row.seconds if row.seconds else None,
+            "encode_bytes_per_s": row.encode_bytes_per_s,
+            "decode_bytes_per_s": row.decode_bytes_per_s,
         }
     return kinds
 

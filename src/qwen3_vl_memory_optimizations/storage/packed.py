@@ -118,11 +118,12 @@ class PackedWriter:
             self._log({"name": name, "checksums": [f"{value:016x}" for value in checksums]})
         self._checksums[name] = checksums
 
-    def finish(self, copy_files: Iterable[Path] = ()) -> None:
+    def finish(self, copy_files: Iterable[Path] = (), texts: Mapping[str, str] | None = None) -> None:
         """Write the header, copy small files beside it, and give the directory its final name.
 
         Args:
             copy_files: `config.json`, the tokenizer and so on; links are followed.
+            texts: name -> content of files to write beside them.
 
         Raises:
             InsufficientDiskSpaceError: the disk is full; what is written stays and is taken up the next time.
@@ -141,6 +142,10 @@ class PackedWriter:
             for source in sources:
                 target = self.partial_dir / source.name
                 shutil.copyfile(source, target)
+                _sync_path(target)
+            for name, text in (texts or {}).items():
+                target = self.partial_dir / name
+                target.write_text(text)
                 _sync_path(target)
             _sync_path(self.partial_dir)
             self.close()

@@ -213,10 +213,11 @@ export function showTables(snapshot) {
   );
   fill(
     "kinds-table", snapshot.kinds,
-    [["kind", false], ["tensors", true], ["original", true], ["encoded", true], ["ratio", true], ["relative error", true], ["encoding speed", true]],
+    [["kind", false], ["tensors", true], ["original", true], ["encoded", true], ["ratio", true], ["relative error", true], ["encoding", true], ["decoding", true]],
     () => rowsOf(snapshot.kinds, (name, row) => [
       text(words(name)), number(row.tensors, "count"), number(row.logical_bytes, "bytes"), number(row.encoded_bytes, "bytes"),
       number(row.compression_ratio, "times"), number(row.relative_error, "share"), number(row.encode_bytes_per_s, "bytes/s"),
+      number(row.decode_bytes_per_s, "bytes/s"),
     ]),
     "no managed tensor",
   );
