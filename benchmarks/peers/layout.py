@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,17 @@ AVX2_ENVIRONMENT = {
     "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
     "OV_CPU_MAX_ISA": "AVX2",  # OpenVINO's own kernels; it reads no other of these
 }
+
+
+def machine_name(cpu: str) -> str:
+    """Return a processor's name as part of a file's: each machine has its own results."""
+    words = re.findall(r"[a-z0-9]+", re.sub(r"\(\w+\)|processor|cpu|@.*", " ", cpu.lower()))
+    return "-".join(words) or "unknown"
+
+
+def results_path(cpu: str) -> Path:
+    """Return where the results of a machine are kept."""
+    return HERE / f"results-{machine_name(cpu)}.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

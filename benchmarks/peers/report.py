@@ -1,4 +1,4 @@
-"""Write the tables into README.md, between its markers, and the plots beside it, from the JSON of `run.py`."""
+"""Write the tables into README.md, between its markers, and the plots beside it, from the JSON files of `run.py`."""
 
 from __future__ import annotations
 
@@ -32,25 +32,27 @@ Group = dict[tuple[str, str, str], list[dict]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, default=HERE / "results.json")
-    parser.add_argument("--print", action="store_true", help="print the tables; write nothing")
+    parser.add_argument("--json", type=Path, help="print the tables of this file, and write nothing")
     arguments = parser.parse_args()
-    content = json.loads(arguments.json.read_text())
-    if arguments.print:
-        print("\n".join(report(content, plots={})))
+    if arguments.json is not None:
+        print("\n".join(report(json.loads(arguments.json.read_text()), plots={})))
         return
-    plots = draw(content["runs"], HERE)
+    lines: list[str] = []
+    for path in sorted(HERE.glob("results-*.json")):
+        content = json.loads(path.read_text())
+        lines += report(content, draw(content["runs"], HERE, path.stem.removeprefix("results-")))
     readme = HERE / "README.md"
     text = readme.read_text()
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    readme.write_text("\n".join([before + BEGIN, *report(content, plots), END]) + after)
+    readme.write_text("\n".join([before + BEGIN, *lines, END]) + after)
 
 
 def report(content: dict, plots: dict[tuple[str, str], str]) -> Iterator[str]:
-    """Give the lines of the report."""
+    """Give the lines of the report of one machine."""
+    cpu = content["environment"]["cpu"]
     yield from _machine(content)
     for shape, isa, group in _sections(content["runs"]):
-        yield from ["", f"## {shape}, {ISA_TITLES[isa]}"]
+        yield from ["", f"## {shape}, {ISA_TITLES[isa]} ({cpu})"]
         if (shape, isa) in plots:
             yield from ["", f"![token/s against the limit]({plots[shape, isa]})"]
         for work in WORKS:
@@ -70,7 +72,7 @@ def _machine(content: dict) -> Iterator[str]:
     speeds = [probe["read_bytes_per_s"] / 1e9 for probe in content["disk"]]
     commits = sorted({run["commit"] for run in runs if PEERS[run["peer"]].worker == "ours"})
     warm = sum(not run["cold"] for run in runs if "cold" in run)
-    yield ""
+    yield from ["", f"# On {here['cpu']}", ""]
     yield f"Machine: {here['cpu']}, {here['cores']} cores, {here['ram_gb']} GB, Linux {here['kernel']}."
     yield f"Threads of every peer: {here['cores']}. Python {here['python']}, {versions}."
     yield f"Runs: {len(runs)}, from {dates[0]} to {dates[-1]}; this project at {', '.join(commits) or 'no commit'}."
@@ -205,12 +207,12 @@ def _failures(runs: list[dict]) -> Iterator[str]:
             text = " ".join(run["error"].split())
             places[run["peer"], text].append(f"{run['shape']} {run['isa']} {_heading(run['limit'])} {run['work']}")
     if places:
-        yield from ["", "## How runs failed", ""]
+        yield from ["", "**How runs failed**", ""]
     for (peer, text), where in places.items():
         yield f"- **{peer}**: {text.replace('<', '&lt;')} ({'; '.join(dict.fromkeys(where))})"
 
 
-def draw(runs: list[dict], directory: Path) -> dict[tuple[str, str], str]:
+def draw(runs: list[dict], directory: Path, machine: str) -> dict[tuple[str, str], str]:
     """Draw token/s against the limit for each shape and instruction set; return the files' names."""
     import matplotlib
 
@@ -249,7 +251,7 @@ def draw(runs: list[dict], directory: Path) -> dict[tuple[str, str], str]:
         by_label = {label: handle for handles, labels in shown for handle, label in zip(handles, labels, strict=True)}
         figure.legend(by_label.values(), by_label, loc="outside right upper", frameon=False)
         figure.suptitle(f"Qwen3-VL {shape} shape, {ISA_TITLES[isa]}; no point: the run failed")
-        names[shape, isa] = f"limits-{shape}-{isa}.png"
+        names[shape, isa] = f"limits-{shape}-{isa}-{machine}.png"
         # Without a date inside, the same figures give the same file.
         figure.savefig(directory / names[shape, isa], dpi=110, metadata={"Software": None})
         plt.close(figure)

@@ -24,7 +24,16 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 from benchmarks.control_group import control_group, drop_page_cache, run_in_group, unavailable_reason  # noqa: E402
-from benchmarks.peers.layout import HERE, ISAS, PEERS, SHAPES, WORKS, Layout, worker_environment  # noqa: E402
+from benchmarks.peers.layout import (  # noqa: E402
+    HERE,
+    ISAS,
+    PEERS,
+    SHAPES,
+    WORKS,
+    Layout,
+    results_path,
+    worker_environment,
+)  # noqa: E402
 from benchmarks.results import commit, now  # noqa: E402
 
 LIMITS = ("none", "4", "2.6", "1.6", "1.2")
@@ -66,14 +75,15 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--avx2", action="store_true", help="hold every library to AVX2 instead of measuring natively")
     parser.add_argument("--time-limit", type=float, default=600, help="seconds a run may take (default: 600)")
-    parser.add_argument("--json", type=Path, default=HERE / "results.json", help="where results are kept")
+    default = results_path(_first_field("/proc/cpuinfo", "model name"))
+    parser.add_argument("--json", type=Path, default=default, help=f"where results are kept (default: {default.name})")
     parser.add_argument("--redo", action="store_true", help="drop what the file holds of the cells asked for")
     parser.add_argument("--quick", action="store_true", help="a reduced set, at most 10 minutes")
     parser.add_argument("--bench-dir", type=Path, default=ROOT / ".bench", help="where `prepare.py` put its files")
     arguments = parser.parse_args()
     if arguments.quick:
         vars(arguments).update(QUICK)
-        if arguments.json == parser.get_default("json"):
+        if arguments.json == default:
             arguments.json = arguments.bench_dir / "peers" / "quick.json"
     layout = Layout(arguments.bench_dir.resolve())
     require_possible(layout, arguments)
@@ -86,9 +96,9 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
     if results.runs:
-        command = [str(layout.python), str(HERE / "report.py"), "--json", str(arguments.json)]
-        is_published = arguments.json == parser.get_default("json")
-        subprocess.run(command if is_published else [*command, "--print"], check=True)
+        is_published = arguments.json == default
+        options = [] if is_published else ["--json", str(arguments.json)]
+        subprocess.run([str(layout.python), str(HERE / "report.py"), *options], check=True)
 
 
 def require_possible(layout: Layout, arguments: argparse.Namespace) -> None:
