@@ -1,4 +1,6 @@
 import gc
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -286,3 +288,19 @@ def test_a_budget_for_the_process_leaves_what_the_process_uses(tmp_path):
         tensors = [optimizer.allocate_tensor((24 * MIB,), torch.uint8) for _ in range(6)]
         assert [int(tensor.max()) for tensor in tensors] == [0] * 6
         assert rss_bytes() <= budget
+
+
+def test_what_nobody_closed_is_closed_when_the_interpreter_ends(tmp_path):
+    """A thread that is inside torch when the interpreter goes aborts the process: one of five did."""
+    code = (
+        "import atexit, threading\n"
+        "def tell():\n"
+        "    print([each.name for each in threading.enumerate() if each is not threading.main_thread()])\n"
+        "atexit.register(tell)  # registered first, it runs last\n"
+        "from qwen3_vl_memory_optimizations import MemoryOptimizer\n"
+        f"optimizer = MemoryOptimizer(memory_config={{'tensor_budget': '16MB', 'cache_dir': {str(tmp_path)!r}}})\n"
+        "tensor = optimizer.allocate_tensor((1 << 20,))\n"
+        "print(len(threading.enumerate()) > 1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.splitlines() == ["True", "[]"], done.stderr

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -40,6 +43,8 @@ from .profiles import configure
 from .swapping import MemorySwappingSystem
 from .tiering import MemoryTieringSystem
 from .tuning import AutoTuner, live_parameters
+
+logger = logging.getLogger(__name__)
 
 TENSOR_KINDS = ("kv_cache", "vision_features", "text_embeddings", "general")
 
@@ -138,6 +143,7 @@ class MemoryOptimizer(FigureMethods):
         if self.tuner is not None:
             self.tuner.start()
         self._ids = itertools.count()
+        _open.add(self)
 
     def _start_collector(self) -> PredictiveGarbageCollector:
         collector = PredictiveGarbageCollector(tracker=self.lifecycle)
@@ -358,7 +364,11 @@ class MemoryOptimizer(FigureMethods):
     # --- end --------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Stop the I/O threads, remove the swap file, return the memory. Managed tensors are unusable afterwards."""
+        """Stop the I/O threads, remove the swap file, return the memory. Managed tensors are unusable afterwards.
+
+        What is still open when the interpreter ends is closed then.
+        """
+        _open.discard(self)
         for system in (self.tuner, self.pressure, self.tiering, self.collector, self._compactor):
             if system is not None:
                 system.close()
@@ -375,6 +385,22 @@ class MemoryOptimizer(FigureMethods):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+_open: weakref.WeakSet[MemoryOptimizer] = weakref.WeakSet()
+
+
+def _close_open() -> None:
+    """Close what nobody closed: a thread that the end of the interpreter meets inside torch would abort the process."""
+    for optimizer in list(_open):
+        try:
+            optimizer.close()
+        except Exception as error:  # the process ends all the same
+            logger.warning("could not be closed: %s: %s", type(error).__name__, str(error))
+
+
+atexit.register(_close_open)
+os.register_at_fork(after_in_child=_open.clear)  # its threads and its swap file are the parent's
 
 
 def _caller() -> str:
