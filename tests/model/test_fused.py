@@ -143,3 +143,30 @@ def test_settings_decide(tmp_path):
         model = create_optimized_model(tiny.DIRECTORY, settings | {"cache_dir": tmp_path})
         assert all(("forward" in layer.__dict__) == expected for layer in layers(model)), settings
         model.memory_optimizer.close()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_attends_as_sdpa_does(tmp_path, dtype):
+    """16 bits and fp32 take different kernels; both are those of transformers but for rounding."""
+    from qwen3_vl_memory_optimizations.model.kv_attention import CachedStates
+
+    calls, attend = [], CachedStates.attend_row
+    settings = {"codec": "none", "cache_dir": tmp_path}
+    ids = torch.arange(5, 45).view(1, -1)
+    logits = {}
+    for mode in ("off", "on"):
+        model = create_optimized_model(tiny.DIRECTORY, settings | {"fused_modules": mode}, dtype=dtype)
+        with model.memory_optimizer, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(CachedStates, "attend_row", lambda *args: calls.append(args) or attend(*args))
+            answer = model.generate(
+                input_ids=ids,
+                max_new_tokens=8,
+                min_new_tokens=8,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+            logits[mode] = torch.stack(answer.logits).float()
+            assert len(calls) == (7 * len(layers(model)) if mode == "on" else 0)
+    assert differences(logits["on"], logits["off"]) < (1e-5 if dtype == torch.float32 else 2e-2)

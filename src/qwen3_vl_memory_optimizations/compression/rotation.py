@@ -33,6 +33,17 @@ def rotate_back(matrix: torch.Tensor) -> torch.Tensor:
     return _in_steps(matrix, inverse=True)
 
 
+def rotate_row(row: torch.Tensor) -> torch.Tensor:
+    """Return what `rotate` does of one row `[1, columns]`: a token waits for each of its operations."""
+    outer, inner = _row_factors(row.shape[1])
+    rotated = torch.mm(row.float().view(-1, inner.shape[0]), inner)
+    if outer is None:
+        return rotated.view(1, -1)
+    if outer.dim() == 2:
+        return torch.mm(outer, rotated).view(1, -1)
+    return torch.bmm(outer, rotated.view(outer.shape[0], outer.shape[1], -1)).view(1, -1)
+
+
 def _in_steps(matrix: torch.Tensor, *, inverse: bool) -> torch.Tensor:
     rows, columns = matrix.shape
     step = max(1, STEP_ELEMENTS // columns)
@@ -66,6 +77,18 @@ def _factors(columns: int) -> tuple[torch.Tensor, torch.Tensor]:
     inner = min(block, _INNER)
     with torch.inference_mode(False):
         return _signed_hadamard(block // inner), _signed_hadamard(inner)
+
+
+@lru_cache(maxsize=32)
+def _row_factors(columns: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Return A transposed (for each block, where there are several; `None`: 1) and B."""
+    outer, inner = _factors(columns)
+    blocks = columns // (outer.shape[0] * inner.shape[0])
+    if outer.shape[0] == 1:
+        return None, inner
+    with torch.inference_mode(False):
+        transposed = outer.t().contiguous()
+        return (transposed if blocks == 1 else transposed.expand(blocks, -1, -1)), inner
 
 
 def _signed_hadamard(n: int) -> torch.Tensor:

@@ -63,9 +63,9 @@ class _FusedLayer:
 
     def __init__(self, layer: Any) -> None:
         attention = layer.self_attn
-        # (children of a module, name, module): what the fused forward does not call as a module
+        # (children of a module, name, module, its attributes): what the fused forward does not call as a module
         self._bypassed = [
-            (owner._modules, name, owner._modules[name])
+            (owner._modules, name, owner._modules[name], owner._modules[name].__dict__)
             for owner, names in (
                 (layer, ("input_layernorm", "post_attention_layernorm", "self_attn", "mlp")),
                 (attention, ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")),
@@ -79,10 +79,10 @@ class _FusedLayer:
 
     def changed(self) -> bool:
         """Whether somebody replaced a part of the layer, or wants to see what goes into or comes out of it."""
-        for children, name, part in self._bypassed:
-            if children[name] is not part or part._forward_hooks or part._forward_pre_hooks:
+        for children, name, part, attributes in self._bypassed:
+            if children[name] is not part or attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
                 return True
-            if "forward" in part.__dict__:
+            if "forward" in attributes:
                 return True
         return False
 
@@ -134,17 +134,23 @@ def _attention(
     batch, length, _ = hidden_states.shape
     size, n_rotated = attention.head_dim, fused.n_query + fused.n_key
     weights = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
-    heads = linear_joined(hidden_states, weights).view(batch, length, -1, size)
-    rotated = F.rms_norm(heads[:, :, :n_rotated], (size,), None, attention.q_norm.variance_epsilon)
+    heads, value = (
+        linear_joined(hidden_states, weights).view(batch, length, -1, size).split((n_rotated, fused.n_key), 2)
+    )
+    rotated = F.rms_norm(heads, (size,), None, attention.q_norm.variance_epsilon)
     rotated = rotated.mul_(fused.head_weight(attention)).transpose(1, 2)
     cos, signed_sin = _rotary_factors(position_embeddings)
     rotated = torch.mul(rotated, cos).addcmul_(rotated.roll(size // 2, -1), signed_sin)
-    query, key = rotated[:, : fused.n_query], rotated[:, fused.n_query :]
-    value = heads[:, :, n_rotated:].transpose(1, 2)
+    query, key = rotated.split((fused.n_query, fused.n_key), 1)
+    value = value.transpose(1, 2)
     name = "cache" if "cache" in kwargs else "past_key_values"
     cache = kwargs.get(name)
     if cache is not None:
         key, value = cache.update(key, value, attention.layer_idx)
+        if length == 1 and attention_mask is None and not isinstance(key, torch.Tensor):
+            row = key.attend_row(query, attention.scaling)
+            if row is not None:
+                return attention.o_proj(row)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
     attended, _ = attend(
         attention,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -28,6 +29,30 @@ class CachedStates:
 
     def __init__(self, layer: ManagedKVLayer) -> None:
         self.layer = layer
+
+    def attend_row(self, query: torch.Tensor, scale: float) -> torch.Tensor | None:
+        """Attend with one token a sequence, `[batch, heads, 1, head_dim]`, to all tokens, where none is in a block.
+
+        The heads of a group become rows of one product. `sdpa` of transformers asks for `enable_gqa`, which in 16 bits
+        is computed by another kernel: 87 instead of 23 us at 48 tokens, 1,490 instead of 170 at 1,024 (in fp32 both
+        are alike).
+
+        Returns:
+            `[batch, 1, heads * head_dim]`; `None` where there are blocks, with nothing done.
+        """
+        if self.layer.blocks:
+            return None
+        batch, _, _, size = query.shape
+        try:
+            keys, values = self.layer.tail()
+            if query.dtype == torch.float32:
+                out = F.scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=True)
+            else:
+                grouped = query.view(batch, self.layer.heads, -1, size)
+                out = F.scaled_dot_product_attention(grouped, keys, values, scale=scale)
+            return out.reshape(batch, 1, -1)
+        finally:
+            self.layer.settle()
 
 
 def attention_forward(

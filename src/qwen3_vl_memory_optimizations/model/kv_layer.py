@@ -93,7 +93,7 @@ class ManagedKVLayer(CacheLayerMixin):
         assert self._tail is not None
         start, self.tail_length = self.tail_length, self.tail_length + key_states.shape[2]
         for tail, states in zip(self._tail, (key_states, value_states), strict=True):
-            tail[:, :, start : self.tail_length] = states
+            tail.narrow(2, start, states.shape[2]).copy_(states)
         if self._cache.attends_over_blocks:
             cached = CachedStates(self)
             return cached, cached
