@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -102,14 +103,25 @@ def failure(done: subprocess.CompletedProcess[str]) -> str:
 
 def machine() -> dict:
     """Return the machine and the versions that all runs of a file share."""
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
     return {
-        "cpu": cpu.split(":", 1)[1].strip(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "kernel": platform.release().split("-")[0],
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
     }
+
+
+def cpu_name() -> str:
+    """Return the processor as the system names it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def machine_name(cpu: str) -> str:
+    """Return a processor's name in a form for keys and files: what is measured on one says little of another."""
+    words = re.findall(r"[a-z0-9]+", re.sub(r"\(\w+\)|processor|cpu|@.*", " ", cpu.lower()))
+    return "-".join(words) or "unknown"
 
 
 def machine_line(here: dict) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks.results import machine_name
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -21,12 +22,6 @@ AVX2_ENVIRONMENT = {
     "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
     "OV_CPU_MAX_ISA": "AVX2",  # OpenVINO's own kernels; it reads no other of these
 }
-
-
-def machine_name(cpu: str) -> str:
-    """Return a processor's name as part of a file's: each machine has its own results."""
-    words = re.findall(r"[a-z0-9]+", re.sub(r"\(\w+\)|processor|cpu|@.*", " ", cpu.lower()))
-    return "-".join(words) or "unknown"
 
 
 def results_path(cpu: str) -> Path:

@@ -34,7 +34,7 @@ from benchmarks.peers.layout import (  # noqa: E402
     results_path,
     worker_environment,
 )  # noqa: E402
-from benchmarks.results import commit, now  # noqa: E402
+from benchmarks.results import commit, cpu_name, now  # noqa: E402
 
 LIMITS = ("none", "4", "2.6", "1.6", "1.2")
 QUICK = {
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--avx2", action="store_true", help="hold every library to AVX2 instead of measuring natively")
     parser.add_argument("--time-limit", type=float, default=600, help="seconds a run may take (default: 600)")
-    default = results_path(_first_field("/proc/cpuinfo", "model name"))
+    default = results_path(cpu_name())
     parser.add_argument("--json", type=Path, default=default, help=f"where results are kept (default: {default.name})")
     parser.add_argument("--redo", action="store_true", help="drop what the file holds of the cells asked for")
     parser.add_argument("--quick", action="store_true", help="a reduced set, at most 10 minutes")
@@ -251,7 +251,7 @@ def last_json(output: str | bytes | None) -> dict:
 def environment(layout: Layout) -> dict:
     """Return the machine and the versions that all runs of a file share."""
     return {
-        "cpu": _first_field("/proc/cpuinfo", "model name"),
+        "cpu": cpu_name(),
         "cores": THREADS,
         "ram_gb": round(int(_first_field("/proc/meminfo", "MemTotal").split()[0]) * 1024 / 1e9, 1),
         "kernel": platform.release().split("-")[0],
