@@ -1,6 +1,6 @@
-"""INT8 against plain bf16 transformers, both in memory, interleaved in one process: decode and prefill of the 2B shape.
+"""Where the time of a token goes, in memory: products of weights, attention, the rest; natively and held to AVX2.
 
-With `--avx2` the libraries are held to AVX2, which is what the target processor has.
+Each row is a process. Results go to one JSON file; then the table in README.md is written from it, between its markers.
 """
 
 from __future__ import annotations
@@ -9,79 +9,99 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
-AVX2 = {
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-    "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
-}
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
+
+from benchmarks import results  # noqa: E402
+from benchmarks.peers.layout import AVX2_ENVIRONMENT, ISAS  # noqa: E402
+
+HERE = Path(__file__).parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--cache-dir", default=None)
-    parser.add_argument("--avx2", action="store_true", help="hold torch, oneDNN, MKL and FBGEMM to AVX2")
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--decode-tokens", type=int, default=8)
-    parser.add_argument("--prefill-tokens", type=int, default=256)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="checkpoint directory")
+    parser.add_argument("--cache-dir", default=None, help="where packed checkpoints lie")
+    parser.add_argument("--codecs", nargs="+", default=["int8_rotated", "int4", "none"], metavar="CODEC")
+    parser.add_argument("--isas", nargs="+", choices=ISAS, default=list(ISAS))
+    parser.add_argument("--contexts", nargs="+", type=int, default=[32, 1024], metavar="TOKENS")
+    parser.add_argument("--repeat", type=int, default=3)
+    results.add_result_options(parser, HERE)
     arguments = parser.parse_args()
-    if arguments.avx2 and "ATEN_CPU_CAPABILITY" not in os.environ:
-        os.environ.update(AVX2)
-        os.execv(sys.executable, [sys.executable, *sys.argv])  # the libraries read these when they load
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not arguments.report:
+        measure_all(arguments)
+    content = json.loads(arguments.json.read_text())
+    results.publish(report(content), arguments.json, HERE)
 
-    import torch
-    from transformers import AutoModelForImageTextToText
 
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from qwen3_vl_memory_optimizations import create_optimized_model
+def measure_all(arguments: argparse.Namespace) -> None:
+    """Do all runs, in turns, so that a machine whose speed drifts meets all alike."""
+    content = results.load_kept(arguments, {"runs": []})
+    content["environment"] = results.machine() | {"model": Path(arguments.model).name}
+    plain = {key: value for key, value in os.environ.items() if key not in AVX2_ENVIRONMENT}
+    for _ in range(arguments.repeat):
+        for isa in arguments.isas:
+            for codec in arguments.codecs:
+                run = {"isa": isa, "codec": codec, "date": results.now(), "commit": results.commit()}
+                command = [sys.executable, str(HERE / "measure.py"), arguments.model, "--codec", codec]
+                command += ["--contexts", *map(str, arguments.contexts)]
+                if arguments.cache_dir:
+                    command += ["--cache-dir", arguments.cache_dir]
+                environment = plain | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
+                environment |= AVX2_ENVIRONMENT if isa == "avx2" else {}
+                done = subprocess.run(command, env=environment, capture_output=True, text=True)
+                if done.returncode:
+                    run["error"] = results.failure(done)
+                else:
+                    run |= json.loads(done.stdout.splitlines()[-1])
+                content["runs"].append(run)
+                print(json.dumps(run), flush=True)
+                results.keep(content, arguments.json)
 
-    plain = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=torch.bfloat16).eval()
-    ours = create_optimized_model(
-        arguments.model, {"codec": "int8_rotated", "cache_dir": arguments.cache_dir, "enable_cache_hierarchy": False}
+
+def report(content: dict) -> Iterator[str]:
+    """Give the lines of the report."""
+    here, runs = content["environment"], content["runs"]
+    dates = sorted(run["date"] for run in runs)
+    yield ""
+    yield results.machine_line(here)
+    commits = ", ".join(sorted({run["commit"] for run in runs}))
+    yield f"Model: {here['model']}. {len(runs)} runs, from {dates[0]} to {dates[-1]}, at {commits}."
+    yield ""
+    yield (
+        "| instructions | codec | computes in | tokens before | token/s | a token, ms | products, ms "
+        "| their weights, GB | GB/s | memory, GB/s | attention, ms | the rest, ms |"
     )
-    ids = torch.randint(1000, 100_000, (1, arguments.prefill_tokens), generator=torch.Generator().manual_seed(0))
-    seconds: dict[str, dict[str, list[float]]] = {"plain bf16": {}, "int8": {}}
-    with torch.no_grad():
-        for round_number in range(arguments.repeat + 1):
-            for name, model in (("plain bf16", plain), ("int8", ours)):
-                start = time.perf_counter()
-                output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-                prefill = time.perf_counter() - start
-                token, cache, steps = output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values, []
-                for _ in range(arguments.decode_tokens):
-                    start = time.perf_counter()
-                    output = model(input_ids=token, past_key_values=cache, use_cache=True)
-                    token = output.logits[:, -1].argmax(-1, keepdim=True)
-                    steps.append(time.perf_counter() - start)
-                if round_number:  # the first round warms up, and measures kernels
-                    seconds[name].setdefault("prefill", []).append(prefill)
-                    seconds[name].setdefault("decode", []).extend(steps)
-    result = {
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "compute_dtype": str(ours.dtype),
-        "kernels": {
-            str(key): {"chosen": choice.name, **{f"{k}_ns_a_row": round(v * 1e9) for k, v in choice.seconds.items()}}
-            for key, choice in kernel_choices(ours).items()
-        },
-    }
-    for work, unit in (("decode", 1), ("prefill", arguments.prefill_tokens)):
-        rates = {name: unit / statistics.median(times[work]) for name, times in seconds.items()}
-        result[work] = {name: f"{rate:.2f} token/s" for name, rate in rates.items()}
-        pairs = zip(seconds["plain bf16"][work], seconds["int8"][work], strict=True)
-        result[f"{work}_ratio"] = round(statistics.median(a / b for a, b in pairs), 2)
-    print(json.dumps(result, indent=1))
+    yield "|" + "---|" * 12
+    for isa, codec in dict.fromkeys((run["isa"], run["codec"]) for run in runs):
+        group = [run for run in runs if (run["isa"], run["codec"]) == (isa, codec) and "error" not in run]
+        for context in dict.fromkeys(context for run in group for context in run["contexts"]):
+            rows = [run["contexts"][context] for run in group]
+            token, products, attention = (
+                [1000 * row[key] for row in rows] for key in ("token_s", "products_s", "attention_s")
+            )
+            rest = [a - b - c for a, b, c in zip(token, products, attention, strict=True)]
+            weights = statistics.median(row["weight_bytes"] for row in rows) / 1e9
+            memory = statistics.median(run["memory_bytes_per_s"] for run in group) / 1e9
+            yield (
+                f"| {isa} | {codec} | {group[0]['dtype']} | {context} | **{1000 / statistics.median(token):.2f}** "
+                f"| {_spread(token)} | {_spread(products)} | {weights:.2f} "
+                f"| {1000 * weights / statistics.median(products):.1f} | {memory:.1f} | {_spread(attention)} "
+                f"| {_spread(rest)} |"
+            )
+    for run in runs:
+        if "error" in run:
+            yield f"\n{run['isa']}, {run['codec']}: {run['error'].replace('<', '&lt;')}"
 
 
-def kernel_choices(model) -> dict:
-    """Return what the codec measured and chose."""
-    entry = next(entry for entry in model.memory_optimizer.pager.entries.values() if entry.codec.name == "int8_rotated")
-    return entry.codec.kernels.choices()
+def _spread(values: list[float]) -> str:
+    text = f"{statistics.median(values):.1f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.1f} to {max(values):.1f})"
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def _attention(
     cache = kwargs.get(name)
     if cache is not None:
         key, value = cache.update(key, value, attention.layer_idx)
-        if length == 1 and attention_mask is None and not isinstance(key, torch.Tensor):
+        if length == 1 and attention_mask is None and not (attention.training or isinstance(key, torch.Tensor)):
             row = key.attend_row(query, attention.scaling)
             if row is not None:
                 return attention.o_proj(row)
