@@ -20,6 +20,7 @@ from .config import MemoryConfig, jsonable
 from .errors import CheckpointError, ConfigurationError, MemoryBudgetExceeded, format_bytes
 from .model.activations import FIXED_RESERVE_BYTES, reserve_before_forwards
 from .model.assisted import ASSISTANT, attach_draft, require_draft
+from .model.decode_threads import FreeProcessors, attach_decode_threads
 from .model.fused import fuse_layers
 from .model.identity import ModelIdentity
 from .model.import_files import ImportFiles
@@ -298,9 +299,11 @@ def _finish(source: _Source, draft: _Source | None, optimizer: MemoryOptimizer) 
         optimizer.reserve_activations(FIXED_RESERVE_BYTES)
         optimizer.measure_process()
         optimizer.pager.reserve(_IMPORTING, 0)
+    processors = FreeProcessors()
     for each in (model,) if draft is None else (model, draft.model):
         if optimizer.config.fuses_modules():
             fuse_layers(each)
+            attach_decode_threads(each, processors)
         step_vision_tower(each)
         attach_kv_cache(each, optimizer.config.cache_codec(), optimizer.pager)
         if limited:
