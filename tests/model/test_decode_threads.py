@@ -60,6 +60,8 @@ def test_free_is_what_others_left_since_the_look_before():
     machine.go_on(0.4, own=4, others=0)
     assert processors.free() == 4 and machine.reads == 1, "too early to look again"
     machine.go_on(0.6, own=2.5, others=1.5)
+    assert processors.free() == 4, "busy for a moment"
+    machine.go_on(1.0, own=1, others=3)
     assert processors.free() == pytest.approx(4 - 0.9)
     machine.go_on(1.0, own=1, others=3)
     assert processors.free() == pytest.approx(1)
@@ -90,7 +92,7 @@ class Threads(torch.nn.Module):
         return torch.get_num_threads()
 
 
-@pytest.mark.parametrize(("free", "tokens", "expected"), [(2, 1, 2), (1.6, 1, 2), (1.4, 1, 1), (0, 4, 1), (0, 64, 2)])
+@pytest.mark.parametrize(("free", "tokens", "expected"), [(2, 1, 2), (1.5, 1, 2), (1.33, 1, 1), (0, 4, 1), (0, 64, 2)])
 def test_few_tokens_take_the_threads_that_have_a_processor(two_threads, free, tokens, expected):
     model = Threads()
     attach_decode_threads(model, Free(free))

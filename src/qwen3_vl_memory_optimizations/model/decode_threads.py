@@ -19,6 +19,9 @@ import torch
 from ..process import read_lines
 
 _EVERY_S = 0.5
+_WORTH_A_THREAD = 0.6
+"""A thread is given up where less than 0.4 of a processor is left for it: beside two threads on two processors, another
+process gets two thirds of one."""
 _FEW_TOKENS = 16
 _BUSY_FIELDS = (0, 1, 2, 5, 6, 7)
 """Of `/proc/stat`: user, nice, system, irq, softirq and steal; not idle and waiting for a disk."""
@@ -57,23 +60,26 @@ class FreeProcessors:
         self._busy_s, self._own_s, self._timer = busy_s, own_s, timer
         self._lock = threading.Lock()
         self._before: tuple[float, float, float] | None = None
-        self._free = float(len(self._processors))
+        self._free = self._free_before = float(len(self._processors))
 
     def free(self) -> float:
-        """Return the mean of the last half second or more; looks anew when that is over."""
+        """Return the larger mean of the last two spans of half a second or more; looks anew when one is over.
+
+        What is busy for a moment only (the end of a read, of another process) is not worth a change.
+        """
         with self._lock:
             now_s = self._timer()
             if self._before is not None and now_s - self._before[0] < _EVERY_S:
-                return self._free
+                return max(self._free, self._free_before)
             busy_s, own_s = self._busy_s(self._processors), self._own_s()
             if busy_s is None:
                 return self._free
             if self._before is not None:
                 then_s, busy_then_s, own_then_s = self._before
                 others = (busy_s - busy_then_s - (own_s - own_then_s)) / (now_s - then_s)
-                self._free = len(self._processors) - max(0.0, others)
+                self._free_before, self._free = self._free, len(self._processors) - max(0.0, others)
             self._before = (now_s, busy_s, own_s)
-            return self._free
+            return max(self._free, self._free_before)
 
 
 def attach_decode_threads(model: Any, processors: FreeProcessors) -> None:
@@ -87,7 +93,7 @@ def attach_decode_threads(model: Any, processors: FreeProcessors) -> None:
         if given is None or given.shape[0] * given.shape[1] > _FEW_TOKENS:
             return
         most = torch.get_num_threads()
-        n_threads = max(1, min(most, int(processors.free() + 0.5)))
+        n_threads = max(1, min(most, int(processors.free() + _WORTH_A_THREAD)))
         if n_threads < most:
             local.most = most
             torch.set_num_threads(n_threads)
