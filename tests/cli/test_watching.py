@@ -133,6 +133,17 @@ def test_dashboard_serves_the_newest_run_until_ctrl_c(recorded, cache_dir):
         process.communicate()
 
 
+def interrupt(process):
+    """Press Ctrl-C, again if nothing happens: Python drops one that falls into a finalizer. Return the exit status."""
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        try:
+            return process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            continue
+    return None
+
+
 def test_the_page_of_an_answer_is_live_and_others_find_the_run(run, question, runs, cache_dir, tmp_path):
     environment = os.environ | {"QWEN3VL_MEM_CACHE": str(cache_dir)}
     # The same question until it is interrupted: an answer of the tiny model is over before one can look.
@@ -155,8 +166,7 @@ def test_the_page_of_an_answer_is_live_and_others_find_the_run(run, question, ru
         assert followed["running"] and followed["header"]["pid"] == process.pid
         assert followed["t"] >= first["t"] > 0.4
         assert followed["snapshot"]["paging"]["passes"] >= first["snapshot"]["paging"]["passes"] > 0
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 130
+        assert interrupt(process) == 130
         assert "Traceback" not in process.stderr.read()
     finally:
         process.kill()

@@ -86,9 +86,9 @@ class Free:
 class Threads(torch.nn.Module):
     """Tells with how many threads it runs."""
 
-    def forward(self, input_ids=None, fail=False):
-        if fail:
-            raise ValueError("as asked")
+    def forward(self, input_ids=None, error=None):
+        if error is not None:
+            raise error
         return torch.get_num_threads()
 
 
@@ -105,9 +105,12 @@ def test_all_threads_are_back_after_a_failure_and_without_ids(two_threads):
     model = Threads()
     attach_decode_threads(model, Free(1))
     with pytest.raises(ValueError, match="as asked"):
-        model(input_ids=torch.zeros((1, 1)), fail=True)
+        model(input_ids=torch.zeros((1, 1)), error=ValueError("as asked"))
     assert torch.get_num_threads() == 2
     assert model() == 2
+    with pytest.raises(KeyboardInterrupt):
+        model(input_ids=torch.zeros((1, 1)), error=KeyboardInterrupt())
+    assert model() == 2, "the next pass finds them"
 
 
 @torch.no_grad()

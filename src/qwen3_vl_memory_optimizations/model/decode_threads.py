@@ -87,9 +87,9 @@ def attach_decode_threads(model: Any, processors: FreeProcessors) -> None:
     local = threading.local()
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        after(module, args, None)  # torch calls it after an error, but not after Ctrl-C in a notebook
         given = kwargs.get("input_ids", args[0] if args else None)
         given = kwargs.get("inputs_embeds") if given is None else given
-        local.most = None
         if given is None or given.shape[0] * given.shape[1] > _FEW_TOKENS:
             return
         most = torch.get_num_threads()
