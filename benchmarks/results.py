@@ -130,6 +130,13 @@ def machine_line(here: dict) -> str:
     return f"Machine: {here['cpu']}, {here['cores']} cores, Linux {here['kernel']}, {versions}."
 
 
+def runs_line(here: dict, runs: Sequence[dict]) -> str:
+    """Return the model, and how many runs there are, from when to when and of which commits, as sentences."""
+    dates = sorted(run["date"] for run in runs)
+    commits = ", ".join(sorted({run["commit"] for run in runs}))
+    return f"Model: {here['model']}. {len(runs)} runs, from {dates[0]} to {dates[-1]}, at {commits}."
+
+
 def commit() -> str:
     """Return the commit this project was measured at; `+` means that files differed from it."""
 

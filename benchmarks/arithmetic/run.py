@@ -67,12 +67,7 @@ def measure_all(arguments: argparse.Namespace) -> None:
 def report(content: dict) -> Iterator[str]:
     """Give the lines of the report."""
     here, runs = content["environment"], content["runs"]
-    dates = sorted(run["date"] for run in runs)
-    yield ""
-    yield results.machine_line(here)
-    commits = ", ".join(sorted({run["commit"] for run in runs}))
-    yield f"Model: {here['model']}. {len(runs)} runs, from {dates[0]} to {dates[-1]}, at {commits}."
-    yield ""
+    yield from ["", results.machine_line(here), results.runs_line(here, runs), ""]
     yield (
         "| instructions | codec | computes in | tokens before | token/s | a token, ms | products, ms "
         "| their weights, GB | GB/s | memory, GB/s | attention, ms | the rest, ms |"

@@ -62,12 +62,7 @@ def measure_all(arguments: argparse.Namespace) -> None:
 def report(content: dict) -> Iterator[str]:
     """Give the lines of the report."""
     here, runs = content["environment"], content["runs"]
-    dates = sorted(run["date"] for run in runs)
-    yield ""
-    yield results.machine_line(here)
-    commits = ", ".join(sorted({run["commit"] for run in runs}))
-    yield f"Model: {here['model']}. {len(runs)} runs, from {dates[0]} to {dates[-1]}, at {commits}."
-    yield ""
+    yield from ["", results.machine_line(here), results.runs_line(here, runs), ""]
     yield (
         "| kept | seed | peak without, MB | with, MB | saved | mean without, MB | with, MB | let go of | needed again "
         "| success | foretold rightly | always the commoner | hits without, with | from the SSD | same answers |"

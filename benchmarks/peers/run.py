@@ -33,7 +33,7 @@ from benchmarks.peers.layout import (  # noqa: E402
     Layout,
     results_path,
     worker_environment,
-)  # noqa: E402
+)
 from benchmarks.results import commit, cpu_name, now  # noqa: E402
 
 LIMITS = ("none", "4", "2.6", "1.6", "1.2")
