@@ -85,9 +85,8 @@ class Step:
     """A decode step of all layers: each appends a token and attends."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
         from qwen3_vl_memory_optimizations.model.kv_attention import attention_forward
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         self._attend = {True: sdpa_attention_forward, False: attention_forward}
         self._module = SimpleNamespace(num_key_value_groups=HEADS // KV_HEADS, is_causal=True)
@@ -138,11 +137,11 @@ def perplexity(arguments: argparse.Namespace) -> dict:
     """Read text in windows, a chunk at a time through the cache, so that what was cached is what is attended to."""
     import math
 
+    from qwen3_vl_memory_optimizations.model.kv_cache import ManagedKVCache
+    from qwen3_vl_memory_optimizations.model.kv_generate import attach_kv_cache
     from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
     from qwen3_vl_memory_optimizations.evaluation.data import SHIPPED_TEXT
-    from qwen3_vl_memory_optimizations.model.kv_cache import ManagedKVCache
-    from qwen3_vl_memory_optimizations.model.kv_generate import attach_kv_cache
 
     codec = arguments.codecs[0]
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()

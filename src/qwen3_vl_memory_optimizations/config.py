@@ -237,6 +237,13 @@ class MemoryConfig:
         wanted = self.prefix_reuse == "on" or (self.prefix_reuse == "auto" and self.weight_codec() != "none")
         return wanted and self.enable_cache_hierarchy
 
+    def most_resting_bytes(self) -> int:
+        """Return the most that keys and values of sequences that rest take, in memory and in the swap file."""
+        limited = self.ram_budget is not None or self.tensor_budget is not None
+        in_memory = self.l2_cache_size if self.enable_l2_cpu_cache else 0
+        on_ssd = self.l3_cache_size if limited and self.enable_l3_ssd_cache and self.enable_swapping else 0
+        return in_memory + on_ssd
+
     def fuses_modules(self) -> bool:
         """Return whether decoder layers are fused, with `auto` resolved."""
         return self.fused_modules == "on" or (self.fused_modules == "auto" and self.weight_codec() != "none")

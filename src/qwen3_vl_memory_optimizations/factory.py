@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,23 +18,22 @@ from torch import nn
 from .compression import create_codec
 from .config import MemoryConfig, jsonable
 from .errors import CheckpointError, ConfigurationError, MemoryBudgetExceeded, format_bytes
-from .model.activations import FIXED_RESERVE_BYTES, reserve_before_forwards
+from .model.activations import FIXED_RESERVE_BYTES
 from .model.assisted import ASSISTANT, attach_draft, require_draft
 from .model.decode_threads import FreeProcessors, attach_decode_threads
 from .model.fused import fuse_layers
 from .model.identity import ModelIdentity
 from .model.import_files import ImportFiles
-from .model.kv_generate import attach_kv_cache
 from .model.loading import WeightLoader
 from .model.packing import Progress, find_packed
-from .model.prefix_reuse import attach_prefix_reuse
 from .model.response_times import attach_response_times
-from .model.sessions import attach_sessions
+from .model.sessions import attach_phases
 from .model.skeleton import build_skeleton, compute_dtype, compute_dtype_of, skeleton_of
+from .model.turns import Turns
 from .model.vision_reuse import attach_vision_reuse
 from .model.vision_steps import step_vision_tower
 from .optimizer import MemoryOptimizer
-from .paging import PAGE_BYTES
+from .paging import PAGE_BYTES, BlockSpace
 from .planning import pack_model
 from .process import pause_collection, release_library_pages, rss_bytes, tame_allocator, trim_heap
 from .profiles import configure
@@ -299,15 +298,43 @@ def _finish(source: _Source, draft: _Source | None, optimizer: MemoryOptimizer) 
         optimizer.reserve_activations(FIXED_RESERVE_BYTES)
         optimizer.measure_process()
         optimizer.pager.reserve(_IMPORTING, 0)
-    processors = FreeProcessors()
+    # They import the caches of transformers, which come with its models.
+    from .model.generation import Generation, attach_forward, cache_maker
+    from .model.kv.reuse import PrefixReuse
+    from .model.kv.store import KVStore
+
+    processors, turn = FreeProcessors(), Turns()
+    reuses = optimizer.config.reuses_prefixes()
+    generations: list[Generation] = []
+    identity = vision = None
+    if optimizer.cache is not None:
+        identity = ModelIdentity(model, optimizer.pager, optimizer.config, source.checkpoint)
+        vision = attach_vision_reuse(model, optimizer.cache, identity)
     for each in (model,) if draft is None else (model, draft.model):
         if optimizer.config.fuses_modules():
             fuse_layers(each)
             attach_decode_threads(each, processors)
         step_vision_tower(each)
-        attach_kv_cache(each, optimizer.config.cache_codec(), optimizer.pager)
-        if limited:
-            reserve_before_forwards(each, optimizer, source.dtype.itemsize, lowers=each is model)
+        is_main = each is model
+        make_cache = cache_maker(each, optimizer.config.cache_codec(), optimizer.pager, reuses=reuses and is_main)
+        runner, budget = attach_forward(each, optimizer, turn, make_cache, lowers=is_main)
+        reuse = None
+        if reuses and is_main and make_cache is not None and identity is not None and optimizer.cache is not None:
+            optimizer.kv_store = KVStore(
+                BlockSpace(optimizer.pager), optimizer.cache.l3_cache, optimizer.config.most_resting_bytes()
+            )
+            reuse = PrefixReuse(model, optimizer.kv_store, identity, vision, make_cache)
+        generations.append(
+            Generation(
+                each,
+                turn=turn,
+                session=optimizer.generation if is_main else nullcontext,
+                admit=budget.admit if is_main else (lambda arguments, past: None),
+                pieces=runner,
+                make_cache=make_cache,
+                reuse=reuse,
+            )
+        )
         each.eval()
         each.memory_optimizer = optimizer
     for loaded, prefix in ((source, ""), (draft, f"{ASSISTANT}/")):
@@ -315,19 +342,11 @@ def _finish(source: _Source, draft: _Source | None, optimizer: MemoryOptimizer) 
             optimizer.figures.packed_dirs[prefix] = loaded.checkpoint.directory
     optimizer.pager.refit()
     optimizer.pager.read_ahead(source.order)
-    if optimizer.cache is not None:
-        identity = ModelIdentity(model, optimizer.pager, optimizer.config, source.checkpoint)
-        vision = attach_vision_reuse(model, optimizer.cache, identity)
-        if optimizer.config.reuses_prefixes():
-
-            def reserve(n_bytes: int) -> None:
-                optimizer.reserve_activations(max(n_bytes, optimizer.pager.ledger.held_bytes("activations")))
-
-            kv_form = optimizer.config.cache_codec()
-            attach_prefix_reuse(model, optimizer.cache, identity, vision, reserve, kv_form)
+    for generation in generations:
+        generation.attach()
     if draft is not None:
         attach_draft(model, draft.model)
-    attach_sessions(model, optimizer.generation, optimizer.lifecycle.enter_phase)
+    attach_phases(model, optimizer.lifecycle.enter_phase)
     attach_response_times(model, optimizer.figures.responses)  # last: around all that the others do
     return model
 

@@ -20,8 +20,9 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VL
 from .config import MemoryConfig
 from .errors import ConfigurationError
 from .factory import create_optimized_model
-from .model.activations import estimate_activation_bytes, forward_size
+from .model.activations import text_bytes, vision_bytes, whole_prompt_bytes, with_heap
 from .model.loading import WeightLoader
+from .model.pieces import forward_size
 from .model.skeleton import compute_dtype
 from .optimizer import MemoryOptimizer
 from .paging import ManagedTensor
@@ -53,8 +54,7 @@ class OptimizedVisionEncoder(Qwen3VLVisionModel):
 
         def activation_bytes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
             patches = int((args[0] if args else kwargs["hidden_states"]).shape[0])
-            size = {"tokens": 0, "logit_rows": 0, "cached_tokens": 0, "patches": patches}
-            return estimate_activation_bytes(whole, itemsize=self.dtype.itemsize, **size)
+            return with_heap(vision_bytes(whole, patches=patches, itemsize=self.dtype.itemsize))
 
         if fills:
             _fill(self, memory_optimizer, activation_bytes)
@@ -82,8 +82,9 @@ class OptimizedTextDecoder(Qwen3VLTextModel):
             super().__init__(config)
 
         def activation_bytes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-            size = forward_size(self, args, kwargs) | {"logit_rows": 0}
-            return estimate_activation_bytes(config, itemsize=self.dtype.itemsize, **size)
+            batch, length, past = forward_size(args, kwargs)
+            size = {"tokens": batch * length, "cached_tokens": batch * past, "itemsize": self.dtype.itemsize}
+            return with_heap(text_bytes(config, logit_rows=0, **size) + whole_prompt_bytes(config, **size))
 
         if fills:
             _fill(self, memory_optimizer, activation_bytes)

@@ -65,6 +65,7 @@ class MemoryOptimizer(FigureMethods):
         pager: moves the bytes.
         pool: address ranges of runtime tensors.
         cache: results that are used again; `None` where `enable_cache_hierarchy` is off.
+        kv_store: keys and values of sequences that rest; `None`: none are kept.
         collector: lets go of what is not expected to be used again; `None` where `enable_predictive_gc` is off.
         lifecycle: who made which runtime tensor, in which session, and what outlives it.
         pressure: gives memory up when others take it; `None` without `ram_budget`.
@@ -142,6 +143,7 @@ class MemoryOptimizer(FigureMethods):
         self.tuner = AutoTuner(self.pager, self.parameters, cache=self.cache) if self.config.auto_tune else None
         if self.tuner is not None:
             self.tuner.start()
+        self.kv_store: Any = None
         self._ids = itertools.count()
         _open.add(self)
 
@@ -314,7 +316,8 @@ class MemoryOptimizer(FigureMethods):
     def get_memory_efficiency_stats(self) -> dict[str, Any]:
         """Return what is held where, and what happened.
 
-        The keys: `budget`, `paging`, `tiers`, `pools`, `kinds`, `codecs`, `cache`, `gc`, `tuning`, `sessions_open`.
+        The keys: `budget`, `paging`, `tiers`, `pools`, `kinds`, `codecs`, `cache`, `kv` (sequences that rest), `gc`,
+        `tuning`, `sessions_open`.
         """
         memory = process_memory()
         pager, ledger = self.pager, self.pager.ledger
@@ -356,6 +359,7 @@ class MemoryOptimizer(FigureMethods):
             "kinds": kinds,
             "codecs": codecs,
             "cache": None if self.cache is None else self.cache.stats(),
+            "kv": None if self.kv_store is None else self.kv_store.stats(),
             "gc": None if self.collector is None else self.collector.stats(),
             "tuning": None if self.tuner is None else self.tuner.stats(),
             "sessions_open": self.lifecycle.sessions_open,
@@ -369,6 +373,8 @@ class MemoryOptimizer(FigureMethods):
         What is still open when the interpreter ends is closed then.
         """
         _open.discard(self)
+        if self.kv_store is not None:
+            self.kv_store.close()
         for system in (self.tuner, self.pressure, self.tiering, self.collector, self._compactor):
             if system is not None:
                 system.close()

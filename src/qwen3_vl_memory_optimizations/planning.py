@@ -13,7 +13,6 @@ from .compression import CodecSpeeds, CompressionMethodSelector
 from .compression.selection import TOLERANCES, WEIGHT_CANDIDATES
 from .config import MemoryConfig
 from .errors import CheckpointError, MemoryBudgetExceeded
-from .model.activations import reserve_before_forwards
 from .model.codec_speeds import codec_speeds
 from .model.loading import WeightLoader
 from .model.packing import Progress, find_extent, find_packed, pack_checkpoint, plan_path, sample_rows
@@ -128,6 +127,8 @@ def _inputs(
 ) -> tuple[Mapping[str, torch.Tensor], str]:
     """Return inputs of the layers by the name of the weight, and in words what they came from."""
     from .model.calibration import calibration_batch, collect_inputs, most_input_bytes  # imports transformers
+    from .model.generation import attach_forward
+    from .model.turns import Turns
 
     try:
         batch, description = calibration_batch(source.directory, samples)
@@ -142,7 +143,7 @@ def _inputs(
             optimizer.pager.reserve("calibration inputs", most_input_bytes(model, dtype))
             if config.ram_budget is not None:
                 optimizer.measure_process()
-                reserve_before_forwards(model, optimizer, dtype.itemsize)
+                attach_forward(model, optimizer, Turns(), None)
             optimizer.pager.refit()
             return collect_inputs(model, batch), description
     except MemoryBudgetExceeded as error:

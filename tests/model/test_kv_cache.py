@@ -8,10 +8,10 @@ import inspect
 
 import pytest
 import torch
+from qwen3_vl_memory_optimizations.model.kv_cache import ManagedKVCache
 from transformers import DynamicCache, Qwen3VLTextModel
 
 from qwen3_vl_memory_optimizations import MemoryBudgetExceeded, TensorFreedError, create_optimized_model
-from qwen3_vl_memory_optimizations.model.kv_cache import ManagedKVCache
 from qwen3_vl_memory_optimizations.process import rss_bytes
 
 from . import tiny

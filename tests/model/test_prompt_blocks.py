@@ -1,7 +1,6 @@
 """Where a prompt is cut, and what the keys of its blocks tell apart."""
 
 import pytest
-
 from qwen3_vl_memory_optimizations.model.prompt_blocks import Span, cut, find_spans
 
 IMAGE, VIDEO = 5, 6

@@ -2,7 +2,7 @@
 
 from .budget import CacheBudget, LedgerBudget
 from .digests import digest, digest_of_tensor
-from .item import CacheItem
+from .item import CacheItem, EncodedItem
 from .memory import CPUCache, GPUCache
 from .ssd import SSDCache
 from .stats import LevelStats
@@ -12,6 +12,7 @@ __all__ = [
     "CPUCache",
     "CacheBudget",
     "CacheItem",
+    "EncodedItem",
     "GPUCache",
     "HierarchicalCacheSystem",
     "LedgerBudget",

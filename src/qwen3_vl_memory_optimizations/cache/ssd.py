@@ -116,6 +116,16 @@ class SSDCache:
         self._note_use(key, loaded.file_bytes, uses)
         return item
 
+    def note_hit(self, key: str) -> None:
+        """Note that an entry was found and read by another way than `load`."""
+        n_bytes = self.store_files.size_of(key) or 0
+        self.counters.hits += 1
+        self.counters.hit_bytes += n_bytes
+        if key in self._mine:
+            self._mine.discard(key)
+            self.counters.reused += 1
+        self._note_use(key, n_bytes, 1)
+
     def store(self, key: str, item: CacheItem, *, saved_s: float, uses: int = 1, kind: str = "general") -> bool:
         """Write an item, if it is worth more than what would have to leave for it; return whether it is there.
 

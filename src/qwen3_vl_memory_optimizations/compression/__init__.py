@@ -5,7 +5,7 @@ from .fp16 import FP16Codec
 from .int4 import INT4Codec
 from .int8 import INT8Codec
 from .kernels import KernelSelector
-from .kv import KV_CODECS, KVBlock, KVCodec, Partial, attend_plain, create_kv_codec, merge
+from .kv import KV_CODECS, KVBlock, KVCodec, Partial, attend_causal, attend_plain, create_kv_codec, merge, merge_two
 from .log import DecodedSample, EncodingCounters, EncodingLog
 from .manager import (
     CompressedTensor,
@@ -57,6 +57,7 @@ __all__ = [
     "SparseCompressionCompressor",
     "TOLERANCES",
     "TensorCompressor",
+    "attend_causal",
     "attend_plain",
     "codec_names",
     "columns_of",
@@ -64,5 +65,6 @@ __all__ = [
     "create_kv_codec",
     "measure_codec_speeds",
     "merge",
+    "merge_two",
     "register_codec",
 ]

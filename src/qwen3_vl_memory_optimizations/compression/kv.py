@@ -18,6 +18,8 @@ from .base import Scratch, Segment
 from .kernels import KernelSelector
 
 KV_CODECS = ("none", "int8", "int4")
+DECODED_TOKENS = 1024
+"""Tokens of blocks that are decoded for one product: more would only take more workspace."""
 
 
 class Partial(NamedTuple):
@@ -76,14 +78,6 @@ class KVCodec(ABC):
     def decode(self, block: KVBlock, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write the keys and values of a block into tensors `[n, tokens, head_dim]`."""
 
-    def decoded(self, block: KVBlock, dtype: torch.dtype, scratch: Scratch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values `[n, tokens, head_dim]` in scratch memory."""
-        n, tokens, head_dim = self.shape(block)
-        keys = scratch.get("keys", (n, tokens, head_dim), dtype)
-        values = scratch.get("values", (n, tokens, head_dim), dtype)
-        self.decode(block, keys, values)
-        return keys, values
-
     def shape(self, block: KVBlock) -> tuple[int, int, int]:
         """Return `(n, tokens, head_dim)` of a block."""
         n, tokens, head_dim = block.segments["keys"].shape
@@ -97,27 +91,49 @@ class KVCodec(ABC):
         scale: float,
         scratch: Scratch,
     ) -> Partial:
-        """Attend over whole blocks, decoding one at a time.
+        """Attend over whole blocks of one size, decoding some at a time.
 
         Args:
             query: `[n, M, head_dim]`.
             blocks: at least one.
-            bias: for each block `None` or `[n, M, tokens]` (or what broadcasts to it) to add to the scores, in the
-                dtype of the query.
+            bias: for each block `None` or what is added to the scores, in the dtype of the query and in a shape that
+                broadcasts to `[n, M, tokens]`.
             scale: of the scores.
             scratch: workspace.
         """
-        parts = []
-        for block, added in zip(blocks, bias, strict=True):
-            keys, values = self.decoded(block, query.dtype, scratch)
-            parts.append(attend_plain(query, keys, values, added, scale))
-        return merge(parts)
+        n, tokens, head_dim = self.shape(blocks[0])
+        size = max(1, DECODED_TOKENS // tokens)
+        found: Partial | None = None
+        for start in range(0, len(blocks), size):
+            part = blocks[start : start + size]
+            keys = scratch.get("keys", (n, tokens * len(part), head_dim), query.dtype)
+            values = scratch.get("values", (n, tokens * len(part), head_dim), query.dtype)
+            for block, key, value in zip(part, keys.split(tokens, 1), values.split(tokens, 1), strict=True):
+                self.decode(block, key, value)
+            added = _joined_bias(bias[start : start + size], tokens)
+            found = merge_two(found, attend_plain(query, keys, values, added, scale))
+        assert found is not None
+        return found
+
+
+def _joined_bias(bias: Sequence[torch.Tensor | None], tokens: int) -> torch.Tensor | None:
+    """Return what is added to the scores of several blocks, `None` where nothing is."""
+    there = next((each for each in bias if each is not None), None)
+    if there is None:
+        return None
+    nothing = there.new_zeros(()).expand(*there.shape[:-1], tokens)
+    return torch.cat([nothing if each is None else each for each in bias], dim=-1)
 
 
 def attend_plain(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, scale: float
 ) -> Partial:
-    """Attend with `query` `[n, M, head_dim]` over keys and values `[n, tokens, head_dim]`, whatever their strides."""
+    """Attend with `query` `[n, M, head_dim]` over keys and values `[n, tokens, head_dim]`, whatever their strides.
+
+    `bias` broadcasts to `[n, M, tokens]`.
+    """
+    if bias is not None:
+        bias = bias.expand(query.shape[0], query.shape[1], keys.shape[1])
     out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query[None], keys[None], values[None], 0.0, False, attn_mask=None if bias is None else bias[None], scale=scale
     )
@@ -134,6 +150,25 @@ def merge(parts: Sequence[Partial]) -> Partial:
     weights = (sums - total).exp_().nan_to_num_(0.0)  # a row that may attend to nothing: -inf less -inf
     out = torch.stack([part.out for part in parts])
     return Partial(out.mul_(weights[..., None]).sum(dim=0), total)
+
+
+def attend_causal(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> Partial:
+    """Attend with `query` `[n, tokens, head_dim]` over the same tokens, each to itself and those before it."""
+    out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query[None], keys[None], values[None], 0.0, True, scale=scale
+    )
+    return Partial(out[0].float(), log_sum[0].float())
+
+
+def merge_two(first: Partial | None, second: Partial) -> Partial:
+    """Return attention over the tokens of both, which share none; `first` is written over."""
+    if first is None:
+        return second
+    total = torch.logaddexp(first.log_sum, second.log_sum)
+    for part in (first, second):
+        # A row that may attend to nothing: -inf less -inf.
+        part.out.mul_(part.log_sum.sub(total).exp_().nan_to_num_(0.0)[..., None])
+    return Partial(first.out.add_(second.out), total)
 
 
 class RawKV(KVCodec):
@@ -157,9 +192,21 @@ class RawKV(KVCodec):
         keys.copy_(block.segments["keys"])
         values.copy_(block.segments["values"])
 
-    def decoded(self, block: KVBlock, dtype: torch.dtype, scratch: Scratch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The block itself."""
-        return block.segments["keys"], block.segments["values"]
+    def attend(
+        self,
+        query: torch.Tensor,
+        blocks: Sequence[KVBlock],
+        bias: Sequence[torch.Tensor | None],
+        scale: float,
+        scratch: Scratch,
+    ) -> Partial:
+        """Attend over one block at a time, where it lies."""
+        found: Partial | None = None
+        for block, added in zip(blocks, bias, strict=True):
+            keys, values = block.segments["keys"], block.segments["values"]
+            found = merge_two(found, attend_plain(query, keys, values, added, scale))
+        assert found is not None
+        return found
 
 
 def create_kv_codec(name: str, kernels: KernelSelector | None = None) -> KVCodec:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import MemoryBudgetExceeded, format_bytes
-from .activations import estimate_activation_bytes
+from .activations import feature_bytes, text_bytes, vision_bytes, with_heap
 from .media import ImageSource, VideoSource, decoded_bytes, load_image
 from .processing import Processor
 
@@ -18,6 +18,7 @@ _USABLE = 0.8
 """Share of what is free that pictures may take: the estimates are not exact, and decoding wants some weights."""
 _STEP = 1.05
 _TEXT_TOKENS_OF_A_PICTURE = 2
+_PIECE_TOKENS = 256
 _VIDEO_BYTES = 128 << 20
 """Set aside for frames while they are read."""
 
@@ -51,11 +52,12 @@ def picture_cost(config: Any, grids: Sequence[Sequence[int]], *, text_tokens: in
     shown = patches // vision.spatial_merge_size**2
     tokens = shown + text_tokens
     pixels = patches * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * (4 + itemsize)
-    features = shown * vision.out_hidden_size * (1 + len(vision.deepstack_visual_indexes)) * itemsize
-    # The tower runs before the decoder, not beside it.
-    sizes = ({"tokens": 0, "logit_rows": 0, "patches": patches}, {"tokens": tokens, "logit_rows": 1, "patches": 0})
-    activations = max(estimate_activation_bytes(config, cached_tokens=0, itemsize=itemsize, **size) for size in sizes)
-    return PictureCost(patches, tokens, pixels + features + activations)
+    features = feature_bytes(config, tokens=shown, itemsize=itemsize)
+    # The tower runs before the decoder, not beside it; the prompt runs in pieces.
+    piece = min(tokens, _PIECE_TOKENS)
+    text = text_bytes(config, tokens=piece, logit_rows=1, itemsize=itemsize, cached_tokens=tokens)
+    activations = with_heap(max(vision_bytes(config, patches=patches, itemsize=itemsize), text) + features)
+    return PictureCost(patches, tokens, pixels + activations)
 
 
 def prepare_within_budget(

@@ -1,10 +1,8 @@
-"""Each `generate` of a model is a session, and says what is being computed: the vision tower, a prompt, or tokens."""
+"""Each forward of a model says what is being computed: the vision tower, a prompt, or tokens."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,14 +11,11 @@ _FEW_TOKENS = 16
 """So many new tokens behind others are drafts of an answer, not a prompt."""
 
 
-def attach_sessions(
-    model: Any, session: Callable[[], AbstractContextManager[Any]], enter_phase: Callable[[str], None]
-) -> None:
-    """Open a session around each `generate` of a model, and tell the phases of all its forwards.
+def attach_phases(model: Any, enter_phase: Callable[[str], None]) -> None:
+    """Tell the phases of all forwards of a model.
 
     Args:
         model: of transformers.
-        session: returns a context for one session.
         enter_phase: called with `vision`, `prefill` or `decode`, ahead of what computes it.
     """
 
@@ -39,13 +34,3 @@ def attach_sessions(
     vision = getattr(getattr(model, "model", None), "visual", None)
     if isinstance(vision, torch.nn.Module):
         vision.register_forward_pre_hook(before_vision, with_kwargs=True)
-    plain = getattr(model, "generate", None)
-    if plain is None:
-        return
-
-    @functools.wraps(plain)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        with session():
-            return plain(*args, **kwargs)
-
-    model.generate = generate

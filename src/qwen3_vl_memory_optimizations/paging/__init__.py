@@ -1,7 +1,7 @@
 """Managed tensors, their residency, the budget, and the only module that moves bytes."""
 
 from .accounts import ProcessAccounts
-from .blocks import Account, Block, BlockSpace
+from .blocks import Block, BlockSpace, Pinned, page_checksums, stored_bytes
 from .compaction import Compactor
 from .entry import PAGE_BYTES, FileSource, Page, PageState, TensorEntry, alias_memory
 from .joined import JoinedEntries, join
@@ -14,14 +14,13 @@ from .stats import PagingStats
 from .views import PINNED, TensorPages, TensorUse
 
 __all__ = [
-    "Account",
-    "Block",
-    "BlockSpace",
     "PAGE_BYTES",
     "PINNED",
     "PROCESS",
     "READ_AHEAD_BYTES",
     "TENSORS",
+    "Block",
+    "BlockSpace",
     "Compactor",
     "FileSource",
     "JoinedEntries",
@@ -31,6 +30,7 @@ __all__ = [
     "PageState",
     "Pager",
     "PagingStats",
+    "Pinned",
     "PressureMonitor",
     "ProcessAccounts",
     "TensorEntry",
@@ -39,5 +39,7 @@ __all__ = [
     "alias_memory",
     "join",
     "linear_joined",
+    "page_checksums",
+    "stored_bytes",
     "whole_linears",
 ]

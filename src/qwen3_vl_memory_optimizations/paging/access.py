@@ -10,7 +10,7 @@ import torch
 
 from ..errors import TensorFreedError
 from ..storage import DEMAND
-from .entry import Page, PageState, TensorEntry
+from .entry import IN_MEMORY, Page, PageState, TensorEntry
 from .moves import PageMover
 from .residency import Residency
 from .room import Room
@@ -68,6 +68,18 @@ class Access:
                 page.last_access = self._clock
             if entry.kind != "weights":
                 self._residency.mentioned(entry)
+
+    def note_use(self, entry: TensorEntry) -> None:
+        """Note a use of a runtime tensor, wherever it is. Used under the lock."""
+        self._clock += 1
+        for page in entry.pages:
+            page.last_access = self._clock
+        for recorder in (*self.recorders, *self.listeners):
+            recorder(entry.tensor_id, entry.n_bytes, entry.kind)
+        if any(page.state in IN_MEMORY for page in entry.pages):
+            self._residency.used(entry)
+        else:
+            self._residency.used_away(entry)
 
     def row_ranges(self, entry: TensorEntry) -> Iterator[tuple[int, int]]:
         """Yield ranges of rows, in order, each resident and pinned until the next is asked for."""

@@ -1,7 +1,7 @@
 """Runtime bytes that are written once and then scanned in a cycle, such as the blocks of a KV cache.
 
 A `Block` is a tensor of the Pager: it counts against the budget, leaves for the swap file when room is needed and comes
-back when it is used. `BlockSpace` makes blocks, and keeps an `Account` for what lies beside them.
+back when it is used. `BlockSpace` makes blocks.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import xxhash
 
 from ..compression import EncodingLog, RawCodec, Scratch
 from ..errors import MemoryBudgetExceeded, TensorFreedError
 from ..pools import FRAME_BYTES, reserve, unreserve
-from .entry import PAGE_BYTES, TensorEntry
-from .ledger import PROCESS
+from ..storage import DirectFile
+from .entry import PAGE_BYTES, FileSource, TensorEntry
 from .pager import Pager
 
 _HELD_SHARE = 8
@@ -44,32 +45,23 @@ class Block:
         return self.data.numel()
 
 
-class Account:
-    """What an owner holds outside of blocks: memory of the process, but no managed tensor.
+class Pinned:
+    """A block that stays in memory, at its place, until it is let go: by `release`, or when this is collected."""
 
-    It is given back when the account is collected.
-    """
+    def __init__(self, pager: Pager | None, block: Block) -> None:
+        self.block = block
+        self._unpin = None
+        if pager is not None and block.entry is not None:
+            pager.pin(block.entry)
+            pager.mark_dirty(block.entry)  # it is about to be written to
+            self._unpin = weakref.finalize(self, pager.unpin_later, block.entry)
+            self._unpin.atexit = False
 
-    def __init__(self, pager: Pager | None, owner: str) -> None:
-        self._pager, self._owner = pager, owner
-        self._held = [0]
-        if pager is not None:
-            weakref.finalize(self, _settle, pager, owner, self._held).atexit = False
-
-    @property
-    def n_bytes(self) -> int:
-        """What is held."""
-        return self._held[0]
-
-    def add(self, n_bytes: int) -> None:
-        """Hold more (or less); called before the memory is taken.
-
-        Raises:
-            MemoryBudgetExceeded: it does not fit; nothing was changed.
-        """
-        if self._pager is not None and n_bytes:
-            self._pager.debit(self._owner, n_bytes, PROCESS)
-        self._held[0] += n_bytes
+    def release(self) -> Block:
+        """Let the block leave memory from now on; return it."""
+        if self._unpin is not None:
+            self._unpin()
+        return self.block
 
 
 class BlockSpace:
@@ -107,10 +99,6 @@ class BlockSpace:
         """How much may be held at a time; one block may always be."""
         return self.pager.frames.limit_bytes // _HELD_SHARE if self.pager is not None and self.moves else 1 << 62
 
-    def account(self) -> Account:
-        """Return a new account of this kind."""
-        return Account(self.pager, self.kind)
-
     def allocate(self, n_bytes: int) -> Block:
         """Return a block whose contents are the caller's to write (`held`, `written`); freed when it is collected.
 
@@ -119,31 +107,73 @@ class BlockSpace:
         """
         if self.pager is None:
             return Block(torch.empty(n_bytes, dtype=torch.uint8))
-        pager, codec = self.pager, RawCodec()
-        size = -(-n_bytes // FRAME_BYTES) * FRAME_BYTES
+        return self._add(self.pager, n_bytes, None)
+
+    def stored(self, n_bytes: int, file: DirectFile, offset_bytes: int, checksums: tuple[int, ...]) -> Block:
+        """Return a block whose bytes lie in a file, and are read when they are needed.
+
+        Args:
+            n_bytes: of the block.
+            file: holds `stored_bytes(n_bytes)` of it at `offset_bytes`, a multiple of the frame size.
+            offset_bytes: where.
+            checksums: of its pages, see `page_checksums`.
+        """
+        assert self.pager is not None
+        return self._add(self.pager, n_bytes, FileSource(file, offset_bytes, checksums))
+
+    def _add(self, pager: Pager, n_bytes: int, source: FileSource | None) -> Block:
+        size = stored_bytes(n_bytes)
         address, give_back = self._range(pager, size)
         try:
             entry = TensorEntry(
                 f"{self.kind}-block-{next(_numbers)}",
                 self.kind,
-                (n_bytes,),
+                (size,),
                 torch.uint8,
-                codec,
+                RawCodec(),
                 address,
                 torch.uint8,
-                (n_bytes, 1),
+                (size, 1),
                 {},
                 rows_per_page=None,
                 page_bytes=PAGE_BYTES,
+                source=source,
             )
-            pager.add(entry, resident=True)
+            pager.add(entry, resident=source is None)
         except BaseException:
             with pager.exclusive():
                 give_back()
             raise
-        block = Block(entry.encoded(0, n_bytes)["data"].view(-1), entry)
+        block = Block(entry.encoded(0, size)["data"].view(-1)[:n_bytes], entry)
         weakref.finalize(block, _drop, pager, entry, give_back).atexit = False
         return block
+
+    def pinned(self, block: Block) -> Pinned:
+        """Have a block in memory, to be written to, for as long as what is returned lives.
+
+        Raises:
+            MemoryBudgetExceeded: it does not fit beside what is pinned.
+        """
+        return Pinned(self.pager, block)
+
+    def require_room(self, n_bytes: int) -> None:
+        """Refuse what evicting everything that may leave would not make room for; nothing is evicted.
+
+        Raises:
+            MemoryBudgetExceeded: `n_bytes` do not fit beside what is pinned.
+        """
+        if self.pager is not None and self.moves:
+            self.pager.require_room(n_bytes, self.kind)
+
+    def rest(self, blocks: Sequence[Block], *, used: bool) -> None:
+        """Note that blocks are not used in a cycle any more: from now on the victim order of runtime tensors counts.
+
+        Args:
+            blocks: of a sequence that rests, or is about to go on.
+            used: this is a use.
+        """
+        if self.pager is not None:
+            self.pager.runtime.rest([block.entry for block in blocks if block.entry is not None], used=used)
 
     def _range(self, pager: Pager, size: int) -> tuple[int, Callable[[], None]]:
         """Return an address range, of the pool of this kind while that has one, and what gives it back."""
@@ -193,15 +223,21 @@ class BlockSpace:
             self.pager.mark_dirty(block.entry)
 
 
+def stored_bytes(n_bytes: int) -> int:
+    """Return the bytes of whole frames that a block takes, in memory and in a file."""
+    return -(-n_bytes // FRAME_BYTES) * FRAME_BYTES
+
+
+def page_checksums(block: Block) -> tuple[int, ...]:
+    """Return the checksum (xxh3-64) of each page of a block. Precondition: it is held."""
+    assert block.entry is not None
+    data = block.entry.encoded(0, block.entry.rows)["data"].view(-1).numpy()
+    return tuple(xxhash.xxh3_64_intdigest(data[page.start_bytes : page.stop_bytes].data) for page in block.entry.pages)
+
+
 def _drop(pager: Pager, entry: TensorEntry, release: Callable[[], None]) -> None:
     """The last reference to a block went."""
     if entry.freed:  # with the Pager
         pager.do_later(release)
     else:
         pager.free_later(entry.tensor_id, release)
-
-
-def _settle(pager: Pager, owner: str, held: list[int]) -> None:
-    n_bytes, held[0] = held[0], 0
-    if n_bytes:
-        pager.debit_later(owner, -n_bytes, PROCESS)

@@ -98,7 +98,7 @@ class Pager:
             self._lock, self._changed, self._mover, self._room, self._residency, self.stats, release, timer
         )
         self.runtime = RuntimeTensors(
-            self._lock, self.entries, self.frames, self._mover, self._residency, self._finalizers
+            self._lock, self.entries, self.frames, self._mover, self._residency, self._access, self._finalizers
         )
         self._registry = Registry(
             self._changed, ledger, self.entries, self.frames, self._mover, self._residency, self._room
@@ -254,6 +254,15 @@ class Pager:
                 self.ledger.set(owner, n_bytes, PROCESS)
                 self._refit_for(n_bytes - before, lambda: self.ledger.set(owner, before, PROCESS))
 
+    def require_room(self, n_bytes: int, owner: str) -> None:
+        """Refuse what would not fit even if all that is not pinned left; nothing leaves.
+
+        Raises:
+            MemoryBudgetExceeded: with what could be had.
+        """
+        with self._lock:
+            self._room.check_fits(n_bytes, owner)
+
     def spare_bytes(self) -> int:
         """Return what of the budget is left when all managed tensors are in memory; negative where they do not fit."""
         with self._lock:
@@ -354,6 +363,11 @@ class Pager:
     def swap_used_bytes(self) -> int:
         """Bytes in the swap file."""
         return self._swap.used_bytes
+
+    @property
+    def swap_free_bytes(self) -> int:
+        """Bytes that the swap file may still take."""
+        return self._swap.free_bytes
 
     # --- computing on tensors ---------------------------------------------------------------------------------------
 

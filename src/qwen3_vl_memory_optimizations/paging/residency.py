@@ -292,6 +292,16 @@ class Residency:
             else:
                 self._runtime.insert(entry.tensor_id, entry.n_bytes)
 
+    def rested(self, entry: TensorEntry) -> None:
+        """Note that a runtime tensor is not used in a cycle any more."""
+        for page in entry.pages:
+            self._cycle.pop(page, None)
+
+    def used_away(self, entry: TensorEntry) -> None:
+        """Note a use of a runtime tensor that brings nothing of it into memory yet."""
+        self.used(entry)
+        self._left(entry)
+
     def mentioned(self, entry: TensorEntry) -> None:
         """Note a use of a runtime tensor for which it need not be in memory."""
         if self._runtime is not None and entry.tensor_id in self._runtime.n_bytes:

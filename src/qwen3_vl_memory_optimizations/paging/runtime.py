@@ -1,4 +1,4 @@
-"""`RuntimeTensors`: the tensors that are no weights, as those see them who decide which of them should leave."""
+"""`RuntimeTensors`: all tensors but the weights, as the policies see them that decide which leave and come back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager
 
 from ..errors import MemoryOptimizationError
 from ..pools import FramePool
-from .entry import PageState, TensorEntry
+from .access import Access
+from .entry import FileSource, PageState, TensorEntry
 from .finalizers import FinalizerQueue
 from .moves import PageMover
 from .residency import Residency
@@ -22,6 +23,7 @@ class RuntimeTensors:
         frames: the memory of the pages.
         mover: moves them.
         residency: says who leaves first, and whether there is room.
+        access: is told of uses.
         finalizers: what they left is done first.
     """
 
@@ -32,6 +34,7 @@ class RuntimeTensors:
         frames: FramePool,
         mover: PageMover,
         residency: Residency,
+        access: Access,
         finalizers: FinalizerQueue,
     ) -> None:
         self._lock = lock
@@ -39,6 +42,7 @@ class RuntimeTensors:
         self._frames = frames
         self._mover = mover
         self._residency = residency
+        self._access = access
         self._finalizers = finalizers
 
     def _all(self) -> Iterator[TensorEntry]:
@@ -78,6 +82,33 @@ class RuntimeTensors:
             except MemoryOptimizationError:  # the checkpoint or the swap file; what is in memory stays valid
                 return 0
             return before - sum(page.n_bytes for page in entry.pages if page.resident)
+
+    def rest(self, entries: Sequence[TensorEntry], *, used: bool) -> None:
+        """Note that tensors are not used in a cycle any more, and whether this is a use of each."""
+        with self._lock:
+            for entry in entries:
+                self._residency.rested(entry)
+                if used and not entry.freed:
+                    self._access.note_use(entry)
+
+    def keep_in_file(self, entry: TensorEntry, source: FileSource) -> bool:
+        """Note that a file holds what a tensor does: from now on it leaves memory without being written.
+
+        Returns:
+            `False`, with nothing changed, if it was freed, or written to meanwhile.
+        """
+        with self._lock:
+            if entry.freed or self._mover.closed or entry.source is not None:
+                return False
+            if any(page.state is PageState.WRITING for page in entry.pages):
+                return False
+            entry.source = source
+            for page in entry.pages:
+                page.dirty = False
+                page.verified = True
+                if page.resident:
+                    self._mover.forget_swapped(page)
+            return True
 
     def swap_ahead(self, share: float) -> int:
         """Let some leave until they fill at most a share of the memory; what is used in a cycle stays.

@@ -39,6 +39,7 @@ _MAGIC = b"qwen3vl-mem entry 1\n"
 _PREFIX = struct.Struct("<20sIQ")  # magic, bytes of the JSON text, xxh3-64 of it
 _KEY = re.compile(r"[0-9a-f]{64}")
 _MOST_HEADER_BYTES = 1 << 20
+_FIRST_READ_BYTES = 1 << 15
 _STAGE_BYTES = 4 << 20
 _LOCK_TIMEOUT_S = 5.0
 
@@ -154,6 +155,39 @@ class ContentStore:
         if xxhash.xxh3_128_hexdigest(payload) != header.get("checksum"):
             raise _corrupt(path, "its checksum is another")
         return LoadedEntry(header.get("meta"), payload, size)
+
+    def open(self, key: str) -> tuple[DirectFile, Any, int] | None:
+        """Return the file of an entry, its `meta` and where the payload begins, or `None` if there is none.
+
+        The payload is not read, and not checked: the caller does both. The file stays readable if the entry is removed.
+
+        Raises:
+            CorruptDataError: its header is not what was written.
+            StorageError: it cannot be read at the moment.
+        """
+        path = self._path(key)
+        try:
+            status = os.lstat(path)
+        except OSError:
+            return None
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+            raise _corrupt(path, "it is not a file of this user")
+        file = DirectFile(path)
+        try:
+            n_bytes = min(status.st_size, _FIRST_READ_BYTES)
+            view = memoryview(file.read_bytes(0, n_bytes))
+            if n_bytes < _PREFIX.size:
+                raise _corrupt(path, f"it has {n_bytes} bytes")
+            end = _PREFIX.size + _PREFIX.unpack(view[: _PREFIX.size])[1]
+            if n_bytes < end <= min(status.st_size, _MOST_HEADER_BYTES):
+                view = memoryview(file.read_bytes(0, end))
+            header, offset = _parse_header(view, path)
+            if header.get("key") != key or offset + round_up(int(header["payload_bytes"])) != status.st_size:
+                raise _corrupt(path, "its header is that of another")
+        except BaseException:
+            file.close()
+            raise
+        return file, header.get("meta"), offset
 
     def index(self) -> Index:
         """Return the index as it is on the disk now."""

@@ -16,6 +16,7 @@ import os
 import stat
 import tempfile
 import threading
+import weakref
 from pathlib import Path
 from types import TracebackType
 
@@ -105,6 +106,7 @@ class DirectFile:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY, 0o666)
         except OSError as error:
             raise StorageError(f"{path}: cannot be opened: {error.strerror}", path=path) from error
+        self._close_later()
         if not stat.S_ISREG(os.fstat(self._fd).st_mode):
             self.close()
             raise StorageError(f"{path}: not a regular file", path=path)
@@ -124,8 +126,14 @@ class DirectFile:
         except OSError as error:
             message = f"{directory}: a temporary file cannot be created: {error.strerror}"
             raise StorageError(message, path=directory) from error
+        file._close_later()
         file.direct = _enable_direct(file._fd, file.path)
         return file
+
+    def _close_later(self) -> None:
+        """Close the file, at the latest, when nobody refers to it."""
+        self._closes = weakref.finalize(self, os.close, self._fd)
+        self._closes.atexit = False
 
     @property
     def size_bytes(self) -> int:
@@ -246,7 +254,7 @@ class DirectFile:
     def close(self) -> None:
         """Close the file; closing again does nothing."""
         if self._fd >= 0:
-            os.close(self._fd)
+            self._closes()
             self._fd = -1
 
     def __enter__(self) -> DirectFile:

@@ -114,6 +114,11 @@ class SwapFile:
         self._lock = threading.RLock()  # a finalizer may free an extent while its thread holds this
 
     @property
+    def free_bytes(self) -> int:
+        """Bytes that it may still take: within its limit, and on its disk."""
+        return max(0, min(self._max_bytes - self._extents.used_bytes, free_disk_bytes(self._directory)))
+
+    @property
     def used_bytes(self) -> int:
         """The bytes of all extents, rounded up to blocks."""
         return self._extents.used_bytes

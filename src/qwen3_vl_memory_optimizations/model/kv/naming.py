@@ -1,4 +1,4 @@
-"""A prompt in blocks: where it may be cut, and a key for each block that stands for all that comes before it."""
+"""The names of blocks: what a token is, with all that comes before it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..cache import digest
+from ...cache import digest
 
-BLOCK_TOKENS = 64
+Token = int | str
+"""A token id; of a picture what it shows and which of its tokens this is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The tokens that stand for one image or one video: never computed in part.
+    """The tokens that stand for one image or one video.
 
     Attributes:
         start, stop: its tokens; of a video, from its first frame to its last, with what is said between them.
@@ -27,26 +28,6 @@ class Span:
     key: str
     modality: str
     index: int
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Tokens `start` to `stop`.
-
-    Attributes:
-        key: digest of all tokens and pictures up to `stop`.
-        ends_whole: a prompt may be continued behind it: it does not end in the midst of a picture.
-    """
-
-    start: int
-    stop: int
-    key: str
-    ends_whole: bool
-
-    @property
-    def n_tokens(self) -> int:
-        """How many tokens it has."""
-        return self.stop - self.start
 
 
 def find_spans(
@@ -79,32 +60,32 @@ def find_spans(
     return sorted(spans, key=lambda span: span.start)
 
 
-def cut(ids: Sequence[int], spans: Sequence[Span], root: str, block_tokens: int | None = None) -> list[Block]:
-    """Return the blocks of a prompt, up to the last one that is whole.
+def named_tokens(ids: Sequence[int], spans: Sequence[Span]) -> list[Token]:
+    """Return what each token of a prompt is: equal lists have equal keys and values.
 
-    Text is cut every `block_tokens` from where it begins, and where a picture begins; a picture as well from where it
-    begins, and where it ends. The rest of a text that no picture follows is no block: it goes on in other prompts.
+    A position depends on the grids of all pictures before it, and a picture's key on its grid: no token behind a
+    picture is reached but through its tokens.
+    """
+    tokens: list[Token] = list(ids)
+    for span in spans:
+        for index in range(span.start, span.stop):
+            tokens[index] = f"{span.key}:{index - span.start}:{ids[index]}"
+    return tokens
+
+
+def block_names(tokens: Sequence[Token], root: str, block_tokens: int) -> list[str]:
+    """Return the name of each whole block: a digest of its tokens and of all before them.
 
     Args:
-        ids: the prompt.
-        spans: its pictures, in order.
+        tokens: of `named_tokens`.
         root: digest of what all of it depends on.
-        block_tokens: default: `BLOCK_TOKENS`.
+        block_tokens: of a block.
     """
-    step = BLOCK_TOKENS if block_tokens is None else block_tokens
-    blocks: list[Block] = []
-    key, start = root, 0
-    for span in spans:
-        for first, stop, shown in ((start, span.start, None), (span.start, span.stop, span.key)):
-            for begin in range(first, stop, step):
-                end = min(begin + step, stop)
-                key = digest(key, list(ids[begin:end]), [shown, begin - first] if shown else None)
-                blocks.append(Block(begin, end, key, ends_whole=shown is None or end == stop))
-        start = span.stop
-    for begin in range(start, len(ids) - step + 1, step):
-        key = digest(key, list(ids[begin : begin + step]), None)
-        blocks.append(Block(begin, begin + step, key, ends_whole=True))
-    return blocks
+    names, name = [], root
+    for start in range(0, len(tokens) - block_tokens + 1, block_tokens):
+        name = digest(name, list(tokens[start : start + block_tokens]))
+        names.append(name)
+    return names
 
 
 def _runs(ids: Sequence[int], token_id: int) -> list[tuple[int, int]]:

@@ -1,8 +1,8 @@
-"""`ManagedKVCache`: keys and values in blocks that are encoded once, behind a tail in the dtype of the computation.
+"""`ManagedKVCache`: keys and values in blocks that are encoded once, behind a tail in 16 bits.
 
 Nothing is concatenated token by token. New tokens are written into the tail of their layer; once a block of them is
 complete, and the newest tokens stay behind it, the block is encoded (`compression.kv`) into memory of the Pager, which
-counts it and may let it leave for the SSD. Attention (`kv_attention`) runs over the blocks as they are.
+counts it and may let it leave for the SSD. Attention (`attention.py`) runs over the blocks as they are.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from typing import Any
 
 from transformers import Cache
 
-from ..compression import KernelSelector, create_kv_codec
-from ..paging import Block, BlockSpace, Pager
-from .kv_attention import ATTENTION
-from .kv_layer import ManagedKVLayer
+from ...compression import KernelSelector, create_kv_codec
+from ...paging import Block, BlockSpace, Pager
+from .attention import ATTENTION
+from .layer import ManagedKVLayer
 
-BLOCK_TOKENS = 512
-"""Tokens of a block: at the shape of 2B one is 1 MiB of INT8, a good request to an SSD (1 to 8 MiB)."""
+BLOCK_TOKENS = 256
+"""Tokens of a block. In larger ones fewer of the tokens of a conversation lie (its end stays in the tail, in 16 bits,
+and a prompt that differs is computed from the last whole block on); smaller ones cost a call of a kernel each."""
 _GROUP_TOKENS = 8192
 """Tokens that are attended to together: more would only make the scores, which are kept meanwhile, larger."""
-_UPCOMING_BLOCKS = 32
+_UPCOMING_BLOCKS = 64
 
 
 @lru_cache(maxsize=1)
@@ -38,57 +39,68 @@ class ManagedKVCache(Cache):
         codec: of the blocks: `none`, `int8` or `int4`.
         pager: counts the bytes and moves blocks; without one they are plain memory.
         block_tokens: tokens of a block, a multiple of 32; default `BLOCK_TOKENS`.
+        keeps_all: all tokens stay in one place and the attention is that of transformers bit by bit; default: where
+            blocks would save nothing (codec `none`, and no budget).
 
     Raises:
         ConfigurationError: an unknown codec.
     """
 
     def __init__(
-        self, config: Any, *, codec: str = "none", pager: Pager | None = None, block_tokens: int | None = None
+        self,
+        config: Any,
+        *,
+        codec: str = "none",
+        pager: Pager | None = None,
+        block_tokens: int | None = None,
+        keeps_all: bool | None = None,
     ) -> None:
         self.config = config.get_text_config(decoder=True)
         self.codec = create_kv_codec(codec, _kernels())
         self.block_tokens = block_tokens or BLOCK_TOKENS
         self.group_blocks = max(1, _GROUP_TOKENS // self.block_tokens)
         self.space = BlockSpace(pager)
+        self.keeps_all = self.codec.lossless and not self.space.moves if keeps_all is None else keeps_all
         layers = [ManagedKVLayer(self, index) for index in range(self.config.num_hidden_layers)]
         super().__init__(layers=layers)
 
     @property
     def attends_over_blocks(self) -> bool:
-        """Whether the attention in use is that of `kv_attention`."""
+        """Whether the attention in use is that of `attention.py`."""
         return self.config._attn_implementation == ATTENTION
 
-    def check_room(self, n_tokens: int) -> None:
+    def require_room(self, n_tokens: int) -> None:
         """Refuse tokens whose tails do not fit, before the first layer takes them.
 
         Raises:
             MemoryBudgetExceeded: they do not fit beside what is pinned.
         """
         growth = len(self.layers) * self.layers[0].growth_bytes(n_tokens)
-        if growth and self.space.moves:
-            self.space.account().add(growth)  # given back at once: each layer takes its own
+        if growth:
+            self.space.require_room(growth)
 
-    def settle(self) -> None:
-        """Encode what is complete now, and not with the next token; for who fills a cache without attending."""
-        for layer in self.layers:
-            layer.settle()
-
-    def upcoming(self, index: int, start: int) -> list[Block]:
-        """Return the blocks that are used after block `start` of layer `index`, in order, round the layers."""
+    def upcoming(self, index: int, row: int, start: int) -> list[Block]:
+        """Return the blocks that are used after block `start` of a row of layer `index`, in order, round the layers."""
         found: list[Block] = []
-        order = [*range(index, len(self.layers)), *range(index)]
-        for position, layer in enumerate(order):
-            blocks = self.layers[layer].blocks
-            found += [stored.block for stored in blocks[start if position == 0 else 0 :][:_UPCOMING_BLOCKS]]
+        first: ManagedKVLayer = self.layers[index]
+        found += [stored.block for stored in first.rows[row][start : start + _UPCOMING_BLOCKS]]
+        for later in range(row + 1, len(first.rows)):
+            found += [stored.block for stored in first.rows[later][:_UPCOMING_BLOCKS]]
+        for layer in (*range(index + 1, len(self.layers)), *range(index)):
             if len(found) >= _UPCOMING_BLOCKS:
                 break
+            found += [stored.block for each in self.layers[layer].rows for stored in each[:_UPCOMING_BLOCKS]]
         return found[:_UPCOMING_BLOCKS]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ManagedKVCache:
-        """Return a cache with the same tokens, in memory of its own: for several answers behind one prompt."""
-        pager, tokens = self.space.pager, self.block_tokens
-        copied = ManagedKVCache(self.config, codec=self.codec.name, pager=pager, block_tokens=tokens)
+        """Return a cache with the same tokens, for several answers behind one prompt: blocks are shared."""
+        copied = ManagedKVCache(
+            self.config,
+            codec=self.codec.name,
+            pager=self.space.pager,
+            block_tokens=self.block_tokens,
+            keeps_all=self.keeps_all,
+        )
         for layer, other in zip(copied.layers, self.layers, strict=True):
             layer.copy_of(other)
         return copied

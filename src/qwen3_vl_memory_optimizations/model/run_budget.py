@@ -1,0 +1,338 @@
+"""`RunBudget`: what a run of a model takes of the budget, computed before it begins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import MemoryBudgetExceeded, format_bytes
+from ..process import trim_heap
+from .activations import feature_bytes, text_bytes, vision_bytes, whole_prompt_bytes, with_heap
+from .kv.cache import ManagedKVCache
+from .kv.layer import FEW_TOKENS, TAIL_TOKENS
+from .pieces import LEAST_PIECE_TOKENS, PIECE_TOKENS
+
+_PIECES = (PIECE_TOKENS, 768, 512, 384, 256, 192, 128, LEAST_PIECE_TOKENS)
+_PIECE_SHARE = 0.5
+"""Of what is free: the rest holds weights, of which those that are missing are read once per piece."""
+_STREAMED_BYTES = 32 << 20
+"""Pages of weights, and of keys and values, that are in memory while they are used and the next ones are read."""
+_LAYERS_PER_TRIM = 4
+_MANY_TOKENS = 512
+_PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+
+
+@dataclass(frozen=True, slots=True)
+class RunNeeds:
+    """What a run takes.
+
+    Attributes:
+        prompt_tokens, new_tokens, rows: of each sequence, and how many sequences.
+        transient_bytes: the most that its passes take at a time, in pieces of the smallest size.
+        pinned_bytes: of keys and values that cannot leave: the tails.
+        blocks_bytes: of keys and values that may lie on the SSD.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    rows: int
+    transient_bytes: int
+    pinned_bytes: int
+    blocks_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """What must be free besides the process."""
+        return self.transient_bytes + self.pinned_bytes + _STREAMED_BYTES
+
+
+def run_needs(
+    config: Any,
+    *,
+    prompt_tokens: int,
+    new_tokens: int,
+    rows: int = 1,
+    patches: int = 0,
+    itemsize: int = 4,
+    tail_itemsize: int = 2,
+    block_tokens: int = 256,
+    token_bytes: float | None = None,
+    piece: int = LEAST_PIECE_TOKENS,
+    masked: bool = False,
+) -> RunNeeds:
+    """Compute what a run takes from its sizes.
+
+    Args:
+        config: of the model.
+        prompt_tokens, new_tokens, rows: see `RunNeeds`.
+        patches: rows of the vision tower.
+        itemsize: bytes of an activation; `tail_itemsize`: of a number in a tail.
+        block_tokens: of a block of keys and values.
+        token_bytes: of a token's encoded keys and values, all layers; default: INT8.
+        piece: tokens of a piece of the prompt.
+        masked: sequences are padded.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
+    head_dim = getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
+    numbers = 2 * text.num_hidden_layers * heads * head_dim
+    total = prompt_tokens + new_tokens
+    vision = getattr(config, "vision_config", None)
+    shown = patches // vision.spatial_merge_size**2 if vision is not None else 0
+    features = feature_bytes(config, tokens=shown, itemsize=itemsize)
+    text_peak = text_bytes(
+        config,
+        tokens=min(piece, prompt_tokens) * rows,
+        logit_rows=rows,
+        itemsize=itemsize,
+        cached_tokens=prompt_tokens,
+        masked=masked,
+    )
+    peak = max(vision_bytes(config, patches=patches, itemsize=itemsize), text_peak) + features
+    tail_tokens = min(total, block_tokens + TAIL_TOKENS + FEW_TOKENS)
+    per_token = numbers * (1 + 4 / head_dim) if token_bytes is None else token_bytes
+    return RunNeeds(
+        prompt_tokens,
+        new_tokens,
+        rows,
+        with_heap(peak),
+        # A tail grows by copying: for a moment both are there.
+        math.ceil(rows * tail_tokens * numbers * tail_itemsize * (1 + 1 / text.num_hidden_layers)),
+        math.ceil(max(0, total - TAIL_TOKENS) * rows * per_token),
+    )
+
+
+class RunBudget:
+    """Sets memory aside for the passes of a model, and refuses runs that the budget cannot carry to their end.
+
+    Args:
+        model: of transformers.
+        optimizer: whose budget it is.
+        make_cache: returns an empty cache; `None`: keys and values are kept by transformers.
+        lowers: a pass that takes less than the one before gives the difference back.
+    """
+
+    def __init__(self, model: Any, optimizer: Any, make_cache: Any, *, lowers: bool = True) -> None:
+        self._model, self._optimizer, self._make_cache, self._lowers = model, optimizer, make_cache, lowers
+        self._held_features = 0
+        self._whole = not optimizer.pager.ledger.limited and optimizer.config.weight_codec() == "none"
+
+    @property
+    def _limited(self) -> bool:
+        return self._optimizer.config.ram_budget is not None
+
+    @property
+    def _itemsize(self) -> int:
+        return int(self._model.dtype.itemsize)
+
+    # --- before a run -------------------------------------------------------------------------------------------------
+
+    def admit(self, arguments: Mapping[str, Any], past: int) -> None:
+        """Refuse a call of `generate` that would not finish.
+
+        Args:
+            arguments: of the call.
+            past: tokens of the prompt whose keys and values are known.
+
+        Raises:
+            MemoryBudgetExceeded: with what it takes, what there is, and the least budget that would do.
+        """
+        self._held_features = 0
+        if not self._limited or self._make_cache is None:
+            return
+        needs = self.needs(arguments)
+        if needs is None:
+            return
+        optimizer = self._optimizer
+        optimizer.measure_process()
+        free = optimizer.free_for_activations()
+        budget = optimizer.config.ram_budget
+        if needs.memory_bytes > free:
+            least = budget + needs.memory_bytes - free
+            raise MemoryBudgetExceeded(
+                f"{needs.prompt_tokens} tokens and {needs.new_tokens} more in {needs.rows} sequence(s) take "
+                f"{format_bytes(needs.memory_bytes)} besides weights; {format_bytes(max(0, free))} of the budget of "
+                f"{format_bytes(budget)} are left; give at least {format_bytes(least)}, smaller pictures or fewer "
+                "sequences",
+                requested_bytes=needs.memory_bytes,
+                available_bytes=max(0, free),
+                budget_bytes=budget,
+                owner="generate",
+            )
+        self._require_swap(needs, free - needs.memory_bytes)
+
+    def _require_swap(self, needs: RunNeeds, in_memory: int) -> None:
+        """Refuse keys and values that fit neither memory nor the SSD."""
+        free = self._optimizer.pager.swap_free_bytes
+        missing = needs.blocks_bytes - max(0, in_memory)
+        if missing > free:
+            raise MemoryBudgetExceeded(
+                f"keys and values of {needs.prompt_tokens + needs.new_tokens} tokens take "
+                f"{format_bytes(needs.blocks_bytes)}; {format_bytes(max(0, in_memory))} fit into memory and "
+                f"{format_bytes(free)} onto the disk of the swap file; free some of it, allow a larger swap file, or "
+                "raise the budget",
+                requested_bytes=needs.blocks_bytes,
+                available_bytes=max(0, in_memory) + free,
+                budget_bytes=self._optimizer.config.ram_budget,
+                owner="generate",
+            )
+
+    def needs(self, arguments: Mapping[str, Any]) -> RunNeeds | None:
+        """Return what a call of `generate` takes, in pieces of the smallest size; `None` where that is not known."""
+        ids = arguments.get("input_ids", arguments.get("inputs"))
+        ids = arguments.get("inputs_embeds") if ids is None else ids
+        if not isinstance(ids, torch.Tensor) or ids.dim() < 2:
+            return None
+
+        def setting(name: str) -> Any:
+            sources = (arguments.get("generation_config"), self._model.generation_config)
+            values = (arguments.get(name), *(getattr(source, name, None) for source in sources))
+            return next((value for value in values if value is not None), None)
+
+        rows = int(ids.shape[0]) * max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
+        length = int(ids.shape[1])
+        new = setting("max_new_tokens")
+        if new is None:
+            most = setting("max_length")
+            new = max(1, most - length) if most is not None else 20
+        mask = arguments.get("attention_mask")
+        cache: ManagedKVCache = self._make_cache()
+        lossless = cache.codec.lossless
+        return run_needs(
+            self._model.config,
+            prompt_tokens=length,
+            new_tokens=int(new),
+            rows=rows,
+            patches=_patches(arguments),
+            itemsize=self._itemsize,
+            tail_itemsize=self._itemsize if lossless else min(2, self._itemsize),
+            block_tokens=cache.block_tokens,
+            token_bytes=self._token_bytes(cache),
+            masked=isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask.all()),
+        )
+
+    def _token_bytes(self, cache: ManagedKVCache) -> float:
+        text = self._model.config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
+        head_dim = getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
+        layout = cache.codec.layout(heads, cache.block_tokens, head_dim, self._model.dtype)
+        return text.num_hidden_layers * sum(segment.n_bytes for segment in layout) / cache.block_tokens
+
+    # --- before each pass ---------------------------------------------------------------------------------------------
+
+    def choose(self, given: Mapping[str, Any], length: int, batch: int, past: int) -> int:
+        """Set memory aside for a pass, and return how many of its tokens to take at a time.
+
+        Raises:
+            MemoryBudgetExceeded: even the smallest piece does not fit.
+        """
+        if self._whole:
+            return length
+        if not self._limited:
+            return PIECE_TOKENS
+        optimizer, config = self._optimizer, self._model.config
+        mask = given.get("attention_mask")
+        masked = isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask.all())
+        keep = given.get("logits_to_keep", 0)
+        all_logits = not isinstance(keep, int) or keep == 0
+        features = self._features_of(given)
+        patches = _patches(given)
+        vision = vision_bytes(config, patches=patches, itemsize=self._itemsize)
+        foreign = self._is_foreign(given)
+
+        def peak(piece: int) -> int:
+            n = min(piece, length)
+            kept = min(keep, n) if not all_logits else n
+            rows = batch * kept + (batch * length if all_logits and n < length else 0)
+            sizes = {"tokens": batch * n, "itemsize": self._itemsize}
+            found = text_bytes(config, logit_rows=rows, cached_tokens=past + length, masked=masked, **sizes)
+            if foreign:
+                found += whole_prompt_bytes(config, cached_tokens=batch * past, **sizes)
+            return max(found, vision) + features
+
+        if length <= FEW_TOKENS and not patches:
+            self._reserve(with_heap(peak(length)))
+            return length
+        free = optimizer.free_for_activations() - _STREAMED_BYTES
+        if not foreign:
+            free -= self._tail_growth(given, batch, past + length)
+        sizes = [length] if foreign and length <= LEAST_PIECE_TOKENS else [size for size in _PIECES if size < length]
+        if length <= PIECE_TOKENS:
+            sizes = [length, *sizes]
+        fitting = next((size for size in sizes if with_heap(peak(size)) <= _PIECE_SHARE * free), None)
+        chosen = fitting or sizes[-1]
+        self._reserve(with_heap(peak(chosen)))
+        return chosen
+
+    def _is_foreign(self, given: Mapping[str, Any]) -> bool:
+        cache = given.get("cache")
+        cache = given.get("past_key_values") if cache is None else cache
+        return cache is not None and not isinstance(cache, ManagedKVCache)
+
+    def _features_of(self, given: Mapping[str, Any]) -> int:
+        """Return the bytes of the features of pictures that are there, or will be."""
+        encoded = given.get("mm_encoder_outputs") or {}
+        found = 0
+        for output in encoded.values():
+            for part in (getattr(output, "pooler_output", ()), *(getattr(output, "deepstack_features", None) or ())):
+                found += sum(each.nbytes for each in ((part,) if isinstance(part, torch.Tensor) else part or ()))
+        vision = getattr(self._model.config, "vision_config", None)
+        if vision is not None:
+            shown = _patches(given) // vision.spatial_merge_size**2
+            found += feature_bytes(self._model.config, tokens=shown, itemsize=self._itemsize)
+        return found
+
+    def _tail_growth(self, given: Mapping[str, Any], batch: int, total: int) -> int:
+        """Return what the tails of a prompt will take that they do not take yet."""
+        text = self._model.config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
+        head_dim = getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
+        cache = given.get("cache")
+        cache = given.get("past_key_values") if cache is None else cache
+        block_tokens = cache.block_tokens if isinstance(cache, ManagedKVCache) else 256
+        tokens = min(total, block_tokens + TAIL_TOKENS + FEW_TOKENS)
+        return int(batch * tokens * 2 * text.num_hidden_layers * heads * head_dim * self._itemsize)
+
+    def before_vision(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Set memory aside for the vision tower: a pre-hook of it. `generate` runs it ahead of the forward."""
+        if not self._limited:
+            return
+        config = self._model.config
+        patches = int((args[0] if args else kwargs["hidden_states"]).shape[0])
+        shown = patches // config.vision_config.spatial_merge_size**2
+        n_bytes = vision_bytes(config, patches=patches, itemsize=self._itemsize)
+        n_bytes += feature_bytes(config, tokens=shown, itemsize=self._itemsize)
+        held = self._optimizer.pager.ledger.held_bytes("activations")
+        self._optimizer.reserve_activations(max(held, with_heap(n_bytes)))
+
+    def _reserve(self, n_bytes: int) -> None:
+        # A draft runs between passes of the model: what it lowered, weights would fill and have to leave again.
+        held = 0 if self._lowers else self._optimizer.pager.ledger.held_bytes("activations")
+        self._optimizer.reserve_activations(max(n_bytes, held))
+
+    def attach(self) -> None:
+        """Register what sets memory aside for the vision tower, and what gives the holes in the heap back."""
+        if not self._limited:
+            return
+
+        def after_layer(module: Any, args: tuple[Any, ...], output: Any) -> None:
+            # What its blocks were made of lies between what it computed with: with each layer the heap would grow.
+            if args and args[0].shape[:-1].numel() >= _MANY_TOKENS:
+                trim_heap()
+
+        after_layer.changes_nothing = True  # type: ignore[attr-defined]
+        for layer in list(getattr(self._model.get_decoder(), "layers", ()))[::_LAYERS_PER_TRIM]:
+            layer.register_forward_hook(after_layer)
+        vision = getattr(getattr(self._model, "model", None), "visual", None)
+        if vision is not None:
+            vision.register_forward_pre_hook(self.before_vision, with_kwargs=True)
+
+
+def _patches(given: Mapping[str, Any]) -> int:
+    return sum(
+        int(given[pixels].shape[0]) for pixels, _ in _PIXELS.values() if isinstance(given.get(pixels), torch.Tensor)
+    )

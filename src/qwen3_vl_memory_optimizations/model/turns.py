@@ -1,0 +1,65 @@
+"""`Turns`: threads that use one model take turns, in the order in which they came."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from types import TracebackType
+
+
+class Turns:
+    """A lock that is fair and may be taken again by the thread that has it.
+
+    A model has one order of accesses, one account of transient memory and one M-RoPE offset: two passes at a time would
+    take them from each other. Used as a context manager.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: deque[threading.Event] = deque()
+        self._owner: int | None = None
+        self._depth = 0
+
+    @property
+    def waiting(self) -> int:
+        """How many threads wait."""
+        return len(self._waiting)
+
+    def __enter__(self) -> Turns:
+        me = threading.get_ident()
+        with self._lock:
+            if self._owner == me:
+                self._depth += 1
+                return self
+            if self._owner is None and not self._waiting:
+                self._owner, self._depth = me, 1
+                return self
+            turn = threading.Event()
+            self._waiting.append(turn)
+        try:
+            turn.wait()
+        except BaseException:  # Ctrl-C
+            with self._lock:
+                if turn in self._waiting:
+                    self._waiting.remove(turn)
+                elif turn.is_set():
+                    self._pass_on()
+            raise
+        with self._lock:
+            self._owner, self._depth = me, 1
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._lock:
+            self._depth -= 1
+            if not self._depth:
+                self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self._waiting:
+            self._owner = -1  # nobody's, until the next one wakes
+            self._waiting.popleft().set()
+        else:
+            self._owner = None
