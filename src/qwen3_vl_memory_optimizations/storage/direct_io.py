@@ -156,7 +156,8 @@ class DirectFile:
             StorageError: the device failed.
         """
         lead = offset_bytes % BLOCK_BYTES
-        assert address % BLOCK_BYTES == lead, (address, offset_bytes)
+        if address % BLOCK_BYTES != lead:
+            raise self._misaligned("read", address, offset_bytes, n_bytes)
         start, needed = offset_bytes - lead, lead + n_bytes
         if n_bytes == 0:
             return 0
@@ -201,7 +202,8 @@ class DirectFile:
             ShortIOError: the device took less than was given, without saying why.
             StorageError: the device failed.
         """
-        assert address % BLOCK_BYTES == offset_bytes % BLOCK_BYTES == n_bytes % BLOCK_BYTES == 0
+        if address % BLOCK_BYTES or offset_bytes % BLOCK_BYTES or n_bytes % BLOCK_BYTES:
+            raise self._misaligned("write", address, offset_bytes, n_bytes)
         memory = memoryview(_AddressSpace.from_address(address))[:n_bytes]
         done = 0
         while done < n_bytes:
@@ -256,6 +258,13 @@ class DirectFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _misaligned(self, action: str, address: int, offset_bytes: int, n_bytes: int) -> StorageError:
+        return StorageError(
+            f"{self.path}: cannot {action} {n_bytes} bytes at offset {offset_bytes} at address {address:#x}: they are "
+            f"not aligned to blocks of {BLOCK_BYTES} bytes",
+            path=self.path,
+        )
 
     def _failure(self, error: OSError, action: str, n_bytes: int, offset_bytes: int) -> StorageError:
         if error.errno in DISK_FULL:

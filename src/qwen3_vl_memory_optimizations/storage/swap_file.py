@@ -131,7 +131,8 @@ class SwapFile:
         """
         n_bytes = round_up(n_bytes)
         with self._lock:
-            assert not self._closed, "the swap file is closed"
+            if self._closed:
+                raise StorageError(f"{self._directory}: the swap file is closed", path=self._directory)
             growth = self._extents.growth_bytes(n_bytes)
             if self._extents.end_bytes + growth > self._max_bytes:
                 raise self._limit_error(n_bytes)
@@ -217,8 +218,17 @@ class SwapFile:
 
     def _file_for(self, offset: int, n_bytes: int) -> DirectFile:
         with self._lock:
-            assert self._file is not None, "nothing was allocated, or the swap file is closed"
-            assert n_bytes <= self._extents.size_of(offset), (n_bytes, self._extents.size_of(offset))
+            if self._file is None:
+                raise StorageError(
+                    f"{self._directory}: nothing was allocated, or the swap file is closed", path=self._directory
+                )
+            extent_bytes = self._extents.size_of(offset)
+            if n_bytes > extent_bytes:  # it would read, or overwrite, the extent of another
+                raise StorageError(
+                    f"{self._directory}: {n_bytes} bytes do not fit the swap extent of {extent_bytes} bytes at offset "
+                    f"{offset}",
+                    path=self._directory,
+                )
             return self._file
 
     def _limit_error(self, n_bytes: int) -> InsufficientDiskSpaceError:

@@ -185,12 +185,13 @@ class MemoryTieringSystem:
         return None if self._periodic is None else self._periodic.interval_s
 
     def set_interval(self, interval_s: float) -> None:
-        """Change the pause between two migrations. Precondition: started.
+        """Change the pause between two migrations.
 
         Raises:
-            ConfigurationError: it is not above zero.
+            ConfigurationError: it is not above zero, or `start` was not called.
         """
-        assert self._periodic is not None
+        if self._periodic is None:
+            raise ConfigurationError(f"tiering: an interval of {interval_s!r} s needs start() first")
         self._periodic.interval_s = interval_s
 
     def close(self) -> None:
