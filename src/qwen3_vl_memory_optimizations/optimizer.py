@@ -126,7 +126,7 @@ class MemoryOptimizer(FigureMethods):
         if self.config.enable_predictive_gc:
             self.collector = self._start_collector()
         pool = self.pool if self.config.enable_memory_pooling else None
-        self.figures = MemoryFigures(self.pager, pool, self.cache, self.collector)
+        self.figures = MemoryFigures(self.pager, pool, self.cache, self.collector, self.tiering)
         self._compactor: Compactor | None = None
         if self.config.enable_memory_pooling:
             self._compactor = Compactor(self.pager, self.config.pool_compaction_interval)

@@ -55,6 +55,68 @@ def test_what_is_used_often_comes_back_when_there_is_room_and_is_not_waited_for(
     assert len(keep) == 5
 
 
+def make_room(optimizer):
+    """Free everything that nobody refers to."""
+    gc.collect()
+    optimizer.pager.usage()
+
+
+def test_effectiveness_is_the_share_of_migrations_used_before_they_left(make):
+    optimizer = make(6 * MIB)
+    pager, tiering = optimizer.pager, optimizer.tiering
+    tensors = fill(optimizer, 2)
+    others = fill(optimizer, 6)
+    del others
+    make_room(optimizer)
+    settle(pager)
+    assert tiers(tensors) == ["ssd"] * 2
+    assert optimizer.get_tier_effectiveness() is None, "nothing was brought back"
+    assert tiering.migrate(pager) == 2
+    settle(pager)
+    assert optimizer.get_tier_effectiveness() == 0.0
+    assert optimizer.figures.metrics(measure=False)["tier_optimization_effectiveness"] == 0.0
+    tensors[0].sum()
+    assert optimizer.get_tier_effectiveness() == 0.5
+    pager.runtime.send_out(tensors[1].tensor_id)  # it leaves, unused
+    settle(pager)
+    tensors[1].sum()  # a fault
+    assert optimizer.get_tier_effectiveness() == 0.5
+    tensors[1].sum()
+    assert (tiering.migrations, tiering.useful_migrations) == (2, 1)
+    for tensor in tensors:
+        pager.runtime.send_out(tensor.tensor_id)
+    settle(pager)
+    assert tiering.migrate(pager) == 2
+    settle(pager)
+    for tensor in tensors:
+        pager.runtime.send_out(tensor.tensor_id)  # both leave unused, and are brought once more
+    settle(pager)
+    assert tiering.migrate(pager) == 2
+    settle(pager)
+    tensors[0].sum()
+    assert optimizer.get_tier_effectiveness() == 2 / 6
+
+
+def test_a_use_while_tensors_are_brought_back_counts(make, monkeypatch):
+    optimizer = make(6 * MIB)
+    pager = optimizer.pager
+    tensors = fill(optimizer, 1)
+    others = fill(optimizer, 6)
+    del others
+    make_room(optimizer)
+    settle(pager)
+    bring = pager.runtime.bring
+
+    def bring_and_use(tensor_ids):
+        brought = bring(tensor_ids)
+        tensors[0].sum()
+        return brought
+
+    monkeypatch.setattr(pager.runtime, "bring", bring_and_use)
+    assert optimizer.tiering.migrate(pager) == 1
+    assert optimizer.get_tier_effectiveness() == 1.0
+
+
 def test_all_come_back_and_their_bytes_are_what_they_were(make):
     optimizer = make(8 * MIB)
     tensors = fill(optimizer, 6)
