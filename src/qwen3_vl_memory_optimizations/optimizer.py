@@ -6,7 +6,6 @@ import atexit
 import itertools
 import logging
 import os
-import shutil
 import sys
 import tempfile
 import weakref
@@ -38,10 +37,10 @@ from .paging import (
     TensorEntry,
 )
 from .pools import AdvancedMemoryPool
-from .process import process_memory, rss_bytes, usable_memory
+from .process import process_memory, rss_bytes
 from .profiles import configure
 from .swapping import MemorySwappingSystem
-from .tiering import MemoryTieringSystem
+from .tiering import MemoryTieringSystem, tier_memory
 from .tuning import AutoTuner, live_parameters
 
 logger = logging.getLogger(__name__)
@@ -107,8 +106,7 @@ class MemoryOptimizer(FigureMethods):
             self.pressure.start()
         self.tiering: MemoryTieringSystem | None = None
         if ledger.limited and self.config.enable_tiering and self.config.enable_memory_tiering:
-            ram_bytes, ssd_bytes = usable_memory()[0], shutil.disk_usage(swap_dir).total
-            self.tiering = MemoryTieringSystem({"gpu": None, "cpu": ram_bytes, "ssd": ssd_bytes})
+            self.tiering = MemoryTieringSystem({**tier_memory(swap_dir), "gpu": None})  # tensors stay off the GPU
             self.pager.listen(self.tiering.note)
             if not self.config.private:
                 self.tiering.remember(self.config.base_dir / _LEARNT_WAITS)

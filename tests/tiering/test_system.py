@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import time
 
 import pytest
 import torch
 
 from qwen3_vl_memory_optimizations import MemoryTieringSystem
+from qwen3_vl_memory_optimizations.hardware import GpuInfo
+from qwen3_vl_memory_optimizations.process import usable_memory
 from tests.paging.weights import FRAMES_BYTES, random_weights, register, settle
 
 MIB = 2**20
@@ -214,7 +217,24 @@ def test_the_tiers_of_the_specification():
         "cpu": {"capacity": 4_000_000_000, "priority": 2},
         "ssd": {"capacity": 80_000_000_000, "priority": 3},
     }
-    assert set(MemoryTieringSystem().tiers) == {"gpu", "cpu", "ssd"}
+    assert MemoryTieringSystem({}).tiers["cpu"]["capacity"] is None, "no memory was named"
+
+
+@pytest.mark.parametrize("gpu_bytes", [None, 4 * 2**30])
+def test_alone_it_has_the_capacities_of_this_machine(monkeypatch, tmp_path, gpu_bytes):
+    gpu = gpu_bytes and GpuInfo(name="a card", compute_capability=(6, 1), total_bytes=gpu_bytes)
+    monkeypatch.setattr("qwen3_vl_memory_optimizations.tiering.system.detect_gpu", lambda: gpu)
+    monkeypatch.setenv("QWEN3VL_MEM_CACHE", str(tmp_path / "still" / "to come"))
+    capacities = {name: tier["capacity"] for name, tier in MemoryTieringSystem().tiers.items()}
+    assert capacities["gpu"] == (None if gpu is None else int(0.7 * gpu_bytes))
+    assert capacities["cpu"] == int(0.5 * usable_memory()[0]) > 0
+    assert capacities["ssd"] == pytest.approx(0.8 * shutil.disk_usage(tmp_path).free, rel=0.05)
+
+
+def test_in_an_optimizer_the_ssd_has_what_is_free_on_its_disk(make, tmp_path):
+    capacities = {name: tier["capacity"] for name, tier in make(8 * MIB).tiering.tiers.items()}
+    assert capacities["ssd"] == pytest.approx(0.8 * shutil.disk_usage(tmp_path).free, rel=0.05)
+    assert capacities["cpu"] == int(0.5 * usable_memory()[0])
 
 
 def teach(system):

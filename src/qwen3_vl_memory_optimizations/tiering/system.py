@@ -5,23 +5,44 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shutil
 import threading
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..config import MemoryConfig
 from ..errors import ConfigurationError, MemoryOptimizationError
+from ..hardware import detect_gpu
 from ..paging import Pager, PageState
 from ..periodic import Periodic
 from ..prediction import LightweightMLPredictor, NextUse
 from ..prediction.mlp import features_of
+from ..process import usable_memory
 
 logger = logging.getLogger(__name__)
 
 _SHARES = {"gpu": (0.7, 1), "cpu": (0.5, 2), "ssd": (0.8, 3)}
 _MOST_BROUGHT = 8
 """A round: what is predicted for later may have changed by then."""
+
+
+def tier_memory(path: Path | None = None) -> dict[str, int | None]:
+    """Return what each tier has on this machine, in bytes; `None`: there is no such tier.
+
+    Args:
+        path: a file or directory, which may be still to come, on the disk of the `ssd` tier; default: where cached
+            results lie.
+    """
+    gpu = detect_gpu()
+    path = (MemoryConfig().base_dir if path is None else path).absolute()
+    there = next(each for each in (path, *path.parents) if each.exists())
+    return {
+        "gpu": None if gpu is None else gpu.total_bytes,
+        "cpu": usable_memory()[0],
+        "ssd": shutil.disk_usage(there).free,
+    }
 
 
 class MemoryTieringSystem:
@@ -33,8 +54,8 @@ class MemoryTieringSystem:
     history ranks them (`NextUse`).
 
     Args:
-        memory: what the tiers have in bytes, by name; `None` or missing: there is none. Default: the SSD and RAM are
-            taken as they are found, without figures.
+        memory: what the tiers have in bytes, by name; `None` or missing: there is none. Default: what this machine has
+            (`tier_memory`).
 
     Attributes:
         tiers: name -> `capacity` (a share of what is there, in bytes, or `None`) and `priority`.
@@ -44,7 +65,7 @@ class MemoryTieringSystem:
     """
 
     def __init__(self, memory: Mapping[str, int | None] | None = None) -> None:
-        there = memory or {}
+        there = tier_memory() if memory is None else memory
         self.tiers: dict[str, dict[str, Any]] = {}
         for name, (share, priority) in _SHARES.items():
             n_bytes = there.get(name)
