@@ -304,3 +304,36 @@ def test_what_nobody_closed_is_closed_when_the_interpreter_ends(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.splitlines() == ["True", "[]"], done.stderr
+
+
+@pytest.mark.parametrize("part", ["MemoryFigures", "live_parameters", "AutoTuner", "AdvancedMemoryPool", "Compactor"])
+def test_a_constructor_that_fails_leaves_no_thread_and_no_address_space(monkeypatch, tmp_path, part):
+    from qwen3_vl_memory_optimizations import optimizer as module
+    from qwen3_vl_memory_optimizations.pools import typed
+    from qwen3_vl_memory_optimizations.process import rss_bytes
+
+    reserved: dict[int, int] = {}
+    reserve, unreserve = typed.reserve, typed.unreserve
+
+    def note_reserved(n_bytes):
+        address = reserve(n_bytes)
+        reserved[address] = n_bytes
+        return address
+
+    def note_unreserved(address, n_bytes):
+        del reserved[address]
+        unreserve(address, n_bytes)
+
+    def fail(*arguments, **settings):
+        raise ZeroDivisionError("no more")
+
+    monkeypatch.setattr(typed, "reserve", note_reserved)
+    monkeypatch.setattr(typed, "unreserve", note_unreserved)
+    monkeypatch.setattr(module, part, fail)
+    before = set(threading.enumerate())
+    settings = {"ram_budget": rss_bytes() + (256 << 20), "auto_tune": True, "cache_dir": tmp_path}
+    with pytest.raises(ZeroDivisionError, match="no more"):
+        module.MemoryOptimizer(memory_config=settings)
+    assert set(threading.enumerate()) == before
+    assert not reserved
+    assert len(module._open) == 0 or all(not each.pager.closed for each in module._open)

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -82,6 +82,16 @@ class MemoryOptimizer(FigureMethods):
         hardware_config: Mapping[str, Any] | None = None,
         memory_config: Mapping[str, Any] | MemoryConfig | None = None,
     ) -> None:
+        with ExitStack() as undo:  # threads, files and address space of what was made before something failed
+            self._build(hardware_config, memory_config, undo)
+            undo.pop_all()
+
+    def _build(
+        self,
+        hardware_config: Mapping[str, Any] | None,
+        memory_config: Mapping[str, Any] | MemoryConfig | None,
+        undo: ExitStack,
+    ) -> None:
         self.hardware = HardwareProfile.from_mapping(hardware_config or {})
         self.config = configure(memory_config, self.hardware)
         create_codec(self.config.unmeasured_codec())  # refuses a name that is not known
@@ -95,6 +105,7 @@ class MemoryOptimizer(FigureMethods):
             self.swapping = MemorySwappingSystem(self.config.swap_pressure_threshold, self.config.swap_algorithm)
         order = None if self.swapping is None else self.swapping.algorithm
         self.pager = Pager(ledger, swap_dir=swap_dir, reuse_frames=self.config.enable_memory_pooling, order=order)
+        undo.callback(self.pager.close)
         budget = self.config.ram_budget
         self._accounts = None if budget is None else ProcessAccounts(self.pager, budget, self.baseline_bytes)
         self.pressure = (
@@ -103,31 +114,36 @@ class MemoryOptimizer(FigureMethods):
             else PressureMonitor(self.pager, budget, also=None if self.swapping is None else self.swapping.look)
         )
         if self.pressure is not None:
+            undo.callback(self.pressure.close)
             self.pressure.start()
         self.tiering: MemoryTieringSystem | None = None
         if ledger.limited and self.config.enable_tiering and self.config.enable_memory_tiering:
             self.tiering = MemoryTieringSystem({**tier_memory(swap_dir), "gpu": None})  # tensors stay off the GPU
+            undo.callback(self.tiering.close)
             self.pager.listen(self.tiering.note)
             if not self.config.private:
                 self.tiering.remember(self.config.base_dir / _LEARNT_WAITS)
             self.tiering.start(self.pager, self.config.tier_migration_interval)
         self.pool = AdvancedMemoryPool(self.config.memory_pool_size)
+        undo.callback(self.pool.close)
         self.pager.pools = self.pool.pools if self.config.enable_memory_pooling else {}
         self.cache: HierarchicalCacheSystem | None = None
         if self.config.enable_cache_hierarchy:
             self.cache = HierarchicalCacheSystem(self.config, budget=LedgerBudget(self.pager))
+            undo.callback(self.cache.close)
             if self._accounts is None:  # else it makes room before each forward
                 self.pager.on_pass = self.cache.make_room
         self.lifecycle = TensorLifecycleTracker()
         self.pager.lives = self.lifecycle
         self.collector: PredictiveGarbageCollector | None = None
         if self.config.enable_predictive_gc:
-            self.collector = self._start_collector()
+            self.collector = self._start_collector(undo)
         pool = self.pool if self.config.enable_memory_pooling else None
         self.figures = MemoryFigures(self.pager, pool, self.cache, self.collector, self.tiering)
         self._compactor: Compactor | None = None
         if self.config.enable_memory_pooling:
             self._compactor = Compactor(self.pager, self.config.pool_compaction_interval)
+            undo.callback(self._compactor.close)
             self._compactor.start()
         self.parameters = live_parameters(
             self.pager,
@@ -139,11 +155,12 @@ class MemoryOptimizer(FigureMethods):
         )
         self.tuner = AutoTuner(self.pager, self.parameters, cache=self.cache) if self.config.auto_tune else None
         if self.tuner is not None:
+            undo.callback(self.tuner.close)
             self.tuner.start()
         self._ids = itertools.count()
         _open.add(self)
 
-    def _start_collector(self) -> PredictiveGarbageCollector:
+    def _start_collector(self, undo: ExitStack) -> PredictiveGarbageCollector:
         collector = PredictiveGarbageCollector(tracker=self.lifecycle)
         if self.swapping is not None:
             collector.stores.append(RuntimeStore(self.pager))
@@ -153,6 +170,7 @@ class MemoryOptimizer(FigureMethods):
             self.cache.listen(collector.note)
         if self.tiering is not None:
             self.tiering.unwanted = collector.has_collected
+        undo.callback(collector.close)
         collector.start(self.config.gc_collection_interval)
         return collector
 

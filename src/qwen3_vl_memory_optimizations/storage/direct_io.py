@@ -105,10 +105,13 @@ class DirectFile:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT if writable else os.O_RDONLY, 0o666)
         except OSError as error:
             raise StorageError(f"{path}: cannot be opened: {error.strerror}", path=path) from error
-        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+        try:
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                raise StorageError(f"{path}: not a regular file", path=path)
+            self.direct = _enable_direct(self._fd, self.path)
+        except BaseException:
             self.close()
-            raise StorageError(f"{path}: not a regular file", path=path)
-        self.direct = _enable_direct(self._fd, self.path)
+            raise
 
     @classmethod
     def temporary(cls, directory: str | Path) -> DirectFile:
@@ -124,7 +127,11 @@ class DirectFile:
         except OSError as error:
             message = f"{directory}: a temporary file cannot be created: {error.strerror}"
             raise StorageError(message, path=directory) from error
-        file.direct = _enable_direct(file._fd, file.path)
+        try:
+            file.direct = _enable_direct(file._fd, file.path)
+        except BaseException:
+            file.close()
+            raise
         return file
 
     @property
