@@ -6,7 +6,7 @@ from contextlib import ExitStack
 
 from ..errors import TensorFreedError
 from .blocks import BlockAllocator
-from .virtual import reserve, unreserve
+from .virtual import FRAME_BYTES, reserve, unreserve
 
 
 class TensorPool:
@@ -19,7 +19,7 @@ class TensorPool:
 
     kind = "general"
 
-    def __init__(self, size_bytes: int, page_size: int = 4096) -> None:
+    def __init__(self, size_bytes: int, page_size: int = FRAME_BYTES) -> None:
         self._blocks = BlockAllocator(size_bytes, page_size)
         self._base = reserve(self._blocks.size_bytes)
         self._closed = False
@@ -99,7 +99,7 @@ class AdvancedMemoryPool:
         pools: kind -> pool.
     """
 
-    def __init__(self, initial_size: int, page_size: int = 4096) -> None:
+    def __init__(self, initial_size: int, page_size: int = FRAME_BYTES) -> None:
         self.initial_size = initial_size
         self.page_size = page_size
         self.pools: dict[str, TensorPool] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import resource
 from functools import lru_cache
@@ -17,7 +18,8 @@ from pathlib import Path
 from ..errors import MemoryOptimizationError, format_bytes
 from ..process import read_int, read_lines
 
-FRAME_BYTES = 4096
+FRAME_BYTES = mmap.PAGESIZE
+"""What the kernel maps and takes back: 4 kB on x86, 16 or 64 kB on some ARM machines."""
 
 _PROT_READ_WRITE = 0x3
 _MAP_PRIVATE_ANONYMOUS_NORESERVE = 0x2 | 0x20 | 0x4000
@@ -81,7 +83,24 @@ def reserve(n_bytes: int) -> int:
     address = libc.mmap(None, n_bytes, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS_NORESERVE, -1, 0)
     if address is None or address == _MAP_FAILED:
         raise _fail("mmap", n_bytes)
+    if address % FRAME_BYTES:  # only where FRAME_BYTES is a multiple of the real page size
+        unreserve(address, n_bytes)
+        address = _reserve_aligned(n_bytes)
     libc.madvise(address, n_bytes, _MADV_NOHUGEPAGE)  # fails harmlessly where the kernel has no huge pages
+    return int(address)
+
+
+def _reserve_aligned(n_bytes: int) -> int:
+    libc = _libc()
+    base = libc.mmap(None, n_bytes + FRAME_BYTES, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS_NORESERVE, -1, 0)
+    if base is None or base == _MAP_FAILED:
+        raise _fail("mmap", n_bytes)
+    address = -(-base // FRAME_BYTES) * FRAME_BYTES
+    if address > base:
+        unreserve(base, address - base)
+    end = -(-(address + n_bytes) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+    if base + n_bytes + FRAME_BYTES > end:
+        unreserve(end, base + n_bytes + FRAME_BYTES - end)
     return int(address)
 
 
