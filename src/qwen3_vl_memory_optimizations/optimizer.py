@@ -7,7 +7,6 @@ import itertools
 import logging
 import os
 import sys
-import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -39,6 +38,7 @@ from .paging import (
 from .pools import AdvancedMemoryPool
 from .process import process_memory, rss_bytes
 from .profiles import configure
+from .storage import disks_first, swap_candidates
 from .swapping import MemorySwappingSystem
 from .tiering import MemoryTieringSystem, tier_memory
 from .tuning import AutoTuner, live_parameters
@@ -98,13 +98,18 @@ class MemoryOptimizer(FigureMethods):
         self.baseline_bytes = rss_bytes()
         ledger = Ledger(self.config.ram_budget, self.config.tensor_budget)
         self._check_budget()
-        swap_dir = self.config.cache_dir or Path(tempfile.gettempdir())
-        swap_dir.mkdir(parents=True, exist_ok=True)
         self.swapping: MemorySwappingSystem | None = None
         if self.config.enable_swapping and self.config.enable_memory_swapping:
             self.swapping = MemorySwappingSystem(self.config.swap_pressure_threshold, self.config.swap_algorithm)
         order = None if self.swapping is None else self.swapping.algorithm
-        self.pager = Pager(ledger, swap_dir=swap_dir, reuse_frames=self.config.enable_memory_pooling, order=order)
+        named = self.config.swap_dir
+        self.pager = Pager(
+            ledger,
+            swap_dir=disks_first(swap_candidates(self.config.base_dir)) if named is None else named,
+            swap_bytes=self.config.swap_size,
+            reuse_frames=self.config.enable_memory_pooling,
+            order=order,
+        )
         undo.callback(self.pager.close)
         budget = self.config.ram_budget
         self._accounts = None if budget is None else ProcessAccounts(self.pager, budget, self.baseline_bytes)
@@ -118,7 +123,7 @@ class MemoryOptimizer(FigureMethods):
             self.pressure.start()
         self.tiering: MemoryTieringSystem | None = None
         if ledger.limited and self.config.enable_tiering and self.config.enable_memory_tiering:
-            self.tiering = MemoryTieringSystem({**tier_memory(swap_dir), "gpu": None})  # tensors stay off the GPU
+            self.tiering = MemoryTieringSystem({**tier_memory(self.pager.swap_dir), "gpu": None})  # tensors stay off it
             undo.callback(self.tiering.close)
             self.pager.listen(self.tiering.note)
             if not self.config.private:
