@@ -73,6 +73,9 @@ def test_impossible_sizes_are_refused_by_name(value):
         ("swap_algorithm", ["lru"]),
         ("image_policy", "crop"),
         ("cache_dir", 7),
+        ("swap_dir", 7),
+        ("swap_size", "all"),
+        ("swap_size", 0),
     ],
 )
 def test_a_wrong_type_or_value_names_its_key(key, value):

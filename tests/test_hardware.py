@@ -195,7 +195,7 @@ def test_without_proc_and_sys_the_machine_is_still_described(tmp_path):
 
 
 def test_the_example_of_the_specification_never_fakes_a_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(hardware, "_detect_gpu", lambda: None)
+    monkeypatch.setattr(hardware, "detect_gpu", lambda: None)
     config = {
         "cpu_model": "Intel i5-10210U",
         "gpu_model": "NVIDIA SM61",
@@ -222,7 +222,7 @@ def test_the_example_of_the_specification_never_fakes_a_gpu(tmp_path, monkeypatc
 )
 def test_a_gpu_that_is_there_is_not_recorded_as_requested(tmp_path, monkeypatch, asked, recorded):
     gpu = GpuInfo(name="NVIDIA GeForce GTX 1050", compute_capability=(6, 1), total_bytes=2 * GIB)
-    monkeypatch.setattr(hardware, "_detect_gpu", lambda: gpu)
+    monkeypatch.setattr(hardware, "detect_gpu", lambda: gpu)
     profile = HardwareProfile.from_mapping({"gpu_model": asked}, root=make_machine(tmp_path))
     assert (profile.gpu, profile.requested_gpu_model) == (gpu, recorded)
 

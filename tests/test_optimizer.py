@@ -2,16 +2,19 @@ import gc
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from qwen3_vl_memory_optimizations import (
     ConfigurationError,
+    InsufficientDiskSpaceError,
     ManagedTensor,
     MemoryBudgetExceeded,
     MemoryConfig,
     MemoryOptimizer,
+    StorageError,
     UnknownTensorError,
 )
 from qwen3_vl_memory_optimizations.process import rss_bytes
@@ -193,7 +196,7 @@ def test_many_optimizers_leave_nothing_behind(tmp_path):
     gc.collect()
     assert mapped_bytes() - before < 2**30
     assert threading.active_count() == threads and rss_bytes() - resident < 6 * MIB
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.rglob("*")] in ([], ["swap"]), "an empty directory at the most"
 
 
 def test_sessions_nest_and_the_last_one_returns_free_frames(optimizer):
@@ -304,3 +307,87 @@ def test_what_nobody_closed_is_closed_when_the_interpreter_ends(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.splitlines() == ["True", "[]"], done.stderr
+
+
+@pytest.mark.parametrize("part", ["MemoryFigures", "live_parameters", "AutoTuner", "AdvancedMemoryPool", "Compactor"])
+def test_a_constructor_that_fails_leaves_no_thread_and_no_address_space(monkeypatch, tmp_path, part):
+    from qwen3_vl_memory_optimizations import optimizer as module
+    from qwen3_vl_memory_optimizations.pools import typed
+    from qwen3_vl_memory_optimizations.process import rss_bytes
+
+    reserved: dict[int, int] = {}
+    reserve, unreserve = typed.reserve, typed.unreserve
+
+    def note_reserved(n_bytes):
+        address = reserve(n_bytes)
+        reserved[address] = n_bytes
+        return address
+
+    def note_unreserved(address, n_bytes):
+        del reserved[address]
+        unreserve(address, n_bytes)
+
+    def fail(*arguments, **settings):
+        raise ZeroDivisionError("no more")
+
+    monkeypatch.setattr(typed, "reserve", note_reserved)
+    monkeypatch.setattr(typed, "unreserve", note_unreserved)
+    monkeypatch.setattr(module, part, fail)
+    before = set(threading.enumerate())
+    settings = {"ram_budget": rss_bytes() + (256 << 20), "auto_tune": True, "cache_dir": tmp_path}
+    with pytest.raises(ZeroDivisionError, match="no more"):
+        module.MemoryOptimizer(memory_config=settings)
+    assert set(threading.enumerate()) == before
+    assert not reserved
+    assert len(module._open) == 0 or all(not each.pager.closed for each in module._open)
+
+
+def swap_something(optimizer):
+    tensors = [optimizer.allocate_tensor((2**20,), torch.uint8) for _ in range(4)]
+    assert optimizer.pager.swap_used_bytes > 0
+    return tensors
+
+
+def test_the_swap_file_lies_in_the_cache_directory_and_is_made_when_it_is_needed(make_optimizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("qwen3_vl_memory_optimizations.optimizer.disks_first", list)  # wherever the tests run
+    optimizer = make_optimizer(2**21)
+    there = tmp_path / "cache" / "swap"
+    assert optimizer.pager.swap_dir == there and not there.exists()
+    kept = swap_something(optimizer)
+    assert there.is_dir() and list(there.iterdir()) == [], "the file has no name"
+    assert int(kept[0].max()) == 0
+
+
+def test_a_swap_directory_and_a_size_that_are_given_count(make_optimizer, tmp_path):
+    optimizer = make_optimizer(2**21, swap_dir=tmp_path / "mine", swap_size="1MiB")
+    assert optimizer.pager.swap_free_bytes == 2**20
+    kept = [optimizer.allocate_tensor((2**20,), torch.uint8) for _ in range(3)]
+    assert (tmp_path / "mine").is_dir() and optimizer.pager.swap_free_bytes == 0
+    with pytest.raises(InsufficientDiskSpaceError, match="0 of 1048576 bytes.*raise swap_size"):
+        optimizer.allocate_tensor((2**20,), torch.uint8)
+    del kept[-1]  # else there is no room to exchange those in memory for the one in the swap file
+    assert [int(tensor.max()) for tensor in kept] == [0, 0]
+
+
+def test_a_home_that_cannot_be_written_hinders_neither_swapping_nor_what_never_swaps(
+    make_optimizer, tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))
+    monkeypatch.delenv("QWEN3VL_MEM_CACHE", raising=False)
+    optimizer = make_optimizer(2**21, cache_dir=None)
+    optimizer.allocate_tensor((2**20,), torch.uint8)
+    assert not [record for record in caplog.records if "swap" in record.getMessage()]
+    swap_something(optimizer)
+    assert "file/home/.cache/qwen3vl-mem/swap: cannot be made" in caplog.text
+    assert optimizer.pager.swap_dir in (Path("/var/tmp"), Path.cwd())
+
+
+def test_a_swap_directory_that_cannot_be_made_is_reported_only_when_something_has_to_leave(make_optimizer, tmp_path):
+    (tmp_path / "file").touch()
+    optimizer = make_optimizer(2**21, swap_dir=tmp_path / "file" / "swap")
+    assert optimizer.pager.swap_free_bytes == 0
+    kept = [optimizer.allocate_tensor((2**20,), torch.uint8) for _ in range(2)]
+    with pytest.raises(StorageError, match=r"file/swap: cannot be made: .*set swap_dir"):
+        optimizer.allocate_tensor((2**20,), torch.uint8)
+    assert [int(tensor.max()) for tensor in kept] == [0, 0]

@@ -61,3 +61,22 @@ def test_a_pause_that_is_none_is_refused_and_the_old_one_stays(interval_s):
     with pytest.raises(ConfigurationError, match="above zero"):
         periodic.interval_s = interval_s
     assert periodic.interval_s == 2.0
+
+
+def test_work_that_raises_is_logged_counted_and_done_again(caplog):
+    ended, count = threading.Event(), []
+
+    def work():
+        count.append(1)
+        if len(count) < 3:
+            raise ZeroDivisionError("lost count")
+        ended.set()
+        return True
+
+    periodic = Periodic(work, 0.001, "counting")
+    periodic.start()
+    assert ended.wait(10)
+    assert periodic.is_alive()
+    periodic.close()
+    assert periodic.failures == 2 and isinstance(periodic.last_error, ZeroDivisionError)
+    assert "counting: failed (2 times so far)" in caplog.text and "lost count" in caplog.text

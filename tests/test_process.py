@@ -21,6 +21,7 @@ from qwen3_vl_memory_optimizations.process import (
     rss_bytes,
     tame_allocator,
     trim_heap,
+    usable_memory,
 )
 
 MIB = 2**20
@@ -101,6 +102,25 @@ def test_groups_of_version_2_are_read(tmp_path):
     assert list(limiting_groups(root=root)) == [
         GroupMemory(limit_bytes=1000, used_bytes=900, cached_bytes=180, droppable_bytes=50, files_bytes=280)
     ]
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"memory.max": "1000\n", "memory.high": "600\n"}, 600),
+        ({"memory.max": "1000\n", "memory.high": "2000\n"}, 1000),
+        ({"memory.max": "max\n", "memory.high": "600\n"}, 600),
+        ({"memory.max": "1000\n", "memory.high": "max\n"}, 1000),
+        ({"memory.max": "1000\n", "memory.high": "0\n"}, 1000),
+        ({"memory.max": "max\n", "memory.high": "max\n"}, None),
+    ],
+)
+def test_what_a_group_is_throttled_above_is_its_limit(tmp_path, limits, expected):
+    root = group_tree(tmp_path, "0::/job\n", job={**limits, "memory.current": "500\n", "memory.stat": ""})
+    (root / "proc/meminfo").write_text("MemTotal: 8 kB\nMemAvailable: 8 kB\n")
+    found = [group.limit_bytes for group in limiting_groups(root=root)]
+    assert found == ([] if expected is None else [expected])
+    assert usable_memory(root=root) == ((8192, 8192) if expected is None else (expected, expected - 500))
 
 
 def test_without_groups_there_is_no_limit(tmp_path):

@@ -2,7 +2,8 @@
 
 Keys and defaults follow sections 4.1 and 5.2 of the specification; `profile`, `ram_budget`, `tensor_budget`,
 `gpu_budget`, `cache_dir`, `private`, `reuse_codec`, `prefix_reuse`, `codec`, `kv_codec`, `swap_algorithm`,
-`image_policy`, `fused_modules`, `l2_cache_max`, `pool_compaction_interval` and `auto_tune` are this library's own.
+`swap_dir`, `swap_size`, `image_policy`, `fused_modules`, `l2_cache_max`, `pool_compaction_interval` and `auto_tune`
+are this library's own.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ _SIZES = (
     "ram_budget",
     "tensor_budget",
     "gpu_budget",
+    "swap_size",
 )
+_PATHS = ("cache_dir", "swap_dir")
 _CHOICES = {
     "swap_algorithm": SWAP_ALGORITHMS,
     "image_policy": IMAGE_POLICIES,
@@ -113,6 +116,10 @@ class MemoryConfig:
         enable_memory_pooling: page frames and blocks are reused instead of returned to the system at once.
         enable_compression: with `False`, `codec="auto"` means `"none"`.
         enable_int8_quantization, enable_sparse_compression: with `False`, `codec="auto"` does not choose these.
+        swap_dir: where the swap file lies; the directory is made when something is first swapped out. `None`: `swap` in
+            `cache_dir`; if that is not on a disk (`tmpfs` is memory) or cannot be written, the first that is of
+            `~/.cache/qwen3vl-mem/swap`, `/var/tmp` and the current directory.
+        swap_size: the most that the swap file may take on the disk; `None`: 80 % of what is free there.
         swap_algorithm: which runtime tensors leave memory first: `lru`, `clock` or `predictive`.
         swap_pressure_threshold: with `ram_budget`, the share of the memory for tensors above which runtime tensors are
             swapped out before the room is needed.
@@ -167,6 +174,8 @@ class MemoryConfig:
     codec: str = "auto"
     kv_codec: str = "auto"
     swap_algorithm: str = "predictive"
+    swap_dir: Path | None = None
+    swap_size: int | None = None
     image_policy: str = "downsize"
     fused_modules: str = "auto"
 
@@ -287,8 +296,8 @@ def _checked(key: str, value: Any) -> Any:
         if not isinstance(value, str | os.PathLike) or not os.fspath(value):
             raise ConfigurationError(f"profile: expected 'auto', a name or a path that ends in .toml, got {value!r}")
         return os.fspath(value)
-    if key == "cache_dir":
+    if key in _PATHS:
         if not isinstance(value, str | os.PathLike):
-            raise ConfigurationError(f"cache_dir: expected a path, got {type(value).__name__}")
+            raise ConfigurationError(f"{key}: expected a path, got {type(value).__name__}")
         return Path(value).expanduser()
     raise AssertionError(f"no rule for the setting {key}")

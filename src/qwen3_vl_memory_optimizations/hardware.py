@@ -140,7 +140,7 @@ def detect_hardware(path: str | os.PathLike[str] = ".", *, root: str | os.PathLi
         fast_bf16=_has_fast_bf16(flags, capability, os.environ),
         ram_bytes=ram_bytes,
         available_ram_bytes=available_bytes,
-        gpu=_detect_gpu(),
+        gpu=detect_gpu(),
         storage_type=_storage_type(base, Path(path)),
     )
 
@@ -232,7 +232,8 @@ def _has_fast_bf16(flags: set[str], capability: str, environment: Mapping[str, s
     )
 
 
-def _detect_gpu() -> GpuInfo | None:
+def detect_gpu() -> GpuInfo | None:
+    """Return the first CUDA device that can be used, `None` without one."""
     import torch
 
     with warnings.catch_warnings():

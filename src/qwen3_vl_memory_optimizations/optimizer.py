@@ -6,12 +6,10 @@ import atexit
 import itertools
 import logging
 import os
-import shutil
 import sys
-import tempfile
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -38,10 +36,11 @@ from .paging import (
     TensorEntry,
 )
 from .pools import AdvancedMemoryPool
-from .process import process_memory, rss_bytes, usable_memory
+from .process import process_memory, rss_bytes
 from .profiles import configure
+from .storage import disks_first, swap_candidates
 from .swapping import MemorySwappingSystem
-from .tiering import MemoryTieringSystem
+from .tiering import MemoryTieringSystem, tier_memory
 from .tuning import AutoTuner, live_parameters
 
 logger = logging.getLogger(__name__)
@@ -84,19 +83,35 @@ class MemoryOptimizer(FigureMethods):
         hardware_config: Mapping[str, Any] | None = None,
         memory_config: Mapping[str, Any] | MemoryConfig | None = None,
     ) -> None:
+        with ExitStack() as undo:  # threads, files and address space of what was made before something failed
+            self._build(hardware_config, memory_config, undo)
+            undo.pop_all()
+
+    def _build(
+        self,
+        hardware_config: Mapping[str, Any] | None,
+        memory_config: Mapping[str, Any] | MemoryConfig | None,
+        undo: ExitStack,
+    ) -> None:
         self.hardware = HardwareProfile.from_mapping(hardware_config or {})
         self.config = configure(memory_config, self.hardware)
         create_codec(self.config.unmeasured_codec())  # refuses a name that is not known
         self.baseline_bytes = rss_bytes()
         ledger = Ledger(self.config.ram_budget, self.config.tensor_budget)
         self._check_budget()
-        swap_dir = self.config.cache_dir or Path(tempfile.gettempdir())
-        swap_dir.mkdir(parents=True, exist_ok=True)
         self.swapping: MemorySwappingSystem | None = None
         if self.config.enable_swapping and self.config.enable_memory_swapping:
             self.swapping = MemorySwappingSystem(self.config.swap_pressure_threshold, self.config.swap_algorithm)
         order = None if self.swapping is None else self.swapping.algorithm
-        self.pager = Pager(ledger, swap_dir=swap_dir, reuse_frames=self.config.enable_memory_pooling, order=order)
+        named = self.config.swap_dir
+        self.pager = Pager(
+            ledger,
+            swap_dir=disks_first(swap_candidates(self.config.base_dir)) if named is None else named,
+            swap_bytes=self.config.swap_size,
+            reuse_frames=self.config.enable_memory_pooling,
+            order=order,
+        )
+        undo.callback(self.pager.close)
         budget = self.config.ram_budget
         self._accounts = None if budget is None else ProcessAccounts(self.pager, budget, self.baseline_bytes)
         self.pressure = (
@@ -105,32 +120,36 @@ class MemoryOptimizer(FigureMethods):
             else PressureMonitor(self.pager, budget, also=None if self.swapping is None else self.swapping.look)
         )
         if self.pressure is not None:
+            undo.callback(self.pressure.close)
             self.pressure.start()
         self.tiering: MemoryTieringSystem | None = None
         if ledger.limited and self.config.enable_tiering and self.config.enable_memory_tiering:
-            ram_bytes, ssd_bytes = usable_memory()[0], shutil.disk_usage(swap_dir).total
-            self.tiering = MemoryTieringSystem({"gpu": None, "cpu": ram_bytes, "ssd": ssd_bytes})
+            self.tiering = MemoryTieringSystem({**tier_memory(self.pager.swap_dir), "gpu": None})  # tensors stay off it
+            undo.callback(self.tiering.close)
             self.pager.listen(self.tiering.note)
             if not self.config.private:
                 self.tiering.remember(self.config.base_dir / _LEARNT_WAITS)
             self.tiering.start(self.pager, self.config.tier_migration_interval)
         self.pool = AdvancedMemoryPool(self.config.memory_pool_size)
+        undo.callback(self.pool.close)
         self.pager.pools = self.pool.pools if self.config.enable_memory_pooling else {}
         self.cache: HierarchicalCacheSystem | None = None
         if self.config.enable_cache_hierarchy:
             self.cache = HierarchicalCacheSystem(self.config, budget=LedgerBudget(self.pager))
+            undo.callback(self.cache.close)
             if self._accounts is None:  # else it makes room before each forward
                 self.pager.on_pass = self.cache.make_room
         self.lifecycle = TensorLifecycleTracker()
         self.pager.lives = self.lifecycle
         self.collector: PredictiveGarbageCollector | None = None
         if self.config.enable_predictive_gc:
-            self.collector = self._start_collector()
+            self.collector = self._start_collector(undo)
         pool = self.pool if self.config.enable_memory_pooling else None
-        self.figures = MemoryFigures(self.pager, pool, self.cache, self.collector)
+        self.figures = MemoryFigures(self.pager, pool, self.cache, self.collector, self.tiering)
         self._compactor: Compactor | None = None
         if self.config.enable_memory_pooling:
             self._compactor = Compactor(self.pager, self.config.pool_compaction_interval)
+            undo.callback(self._compactor.close)
             self._compactor.start()
         self.parameters = live_parameters(
             self.pager,
@@ -142,12 +161,13 @@ class MemoryOptimizer(FigureMethods):
         )
         self.tuner = AutoTuner(self.pager, self.parameters, cache=self.cache) if self.config.auto_tune else None
         if self.tuner is not None:
+            undo.callback(self.tuner.close)
             self.tuner.start()
         self.kv_store: Any = None
         self._ids = itertools.count()
         _open.add(self)
 
-    def _start_collector(self) -> PredictiveGarbageCollector:
+    def _start_collector(self, undo: ExitStack) -> PredictiveGarbageCollector:
         collector = PredictiveGarbageCollector(tracker=self.lifecycle)
         if self.swapping is not None:
             collector.stores.append(RuntimeStore(self.pager))
@@ -157,6 +177,7 @@ class MemoryOptimizer(FigureMethods):
             self.cache.listen(collector.note)
         if self.tiering is not None:
             self.tiering.unwanted = collector.has_collected
+        undo.callback(collector.close)
         collector.start(self.config.gc_collection_interval)
         return collector
 

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections.abc import Callable
 
 from .errors import ConfigurationError
 
+logger = logging.getLogger(__name__)
+
 
 class Periodic:
     """Does `work` after each pause, until that returns `False` or `close` is called.
+
+    Work that raises is logged, counted and remembered, and done again after the next pause.
 
     Args:
         work: returns whether there is more to do. It should refer weakly to what owns this thread.
         interval_s: the pause in seconds.
         name: of the thread.
 
+    Attributes:
+        failures: how often the work raised.
+        last_error: what it raised last; `None`: it never did.
+
     Raises:
         ConfigurationError: the pause is not above zero.
     """
 
     def __init__(self, work: Callable[[], bool], interval_s: float, name: str) -> None:
+        self.failures = 0
+        self.last_error: Exception | None = None
         self._work = work
         self._ended = False
         self._due = False
@@ -68,5 +79,14 @@ class Periodic:
             if self._ended:
                 return
             due, self._due = self._due or not changed, False
-            if due and not self._work():
+            if due and not self._go_on():
                 return
+
+    def _go_on(self) -> bool:
+        try:
+            return self._work()
+        except Exception as error:
+            self.failures += 1
+            self.last_error = error.with_traceback(None)  # its frames would keep alive what the work refers to
+            logger.exception("%s: failed (%d times so far); it goes on", self._thread.name, self.failures)
+            return True

@@ -47,7 +47,8 @@ class GroupMemory:
     """A memory control group that limits this process.
 
     Attributes:
-        limit_bytes: what its members may use together.
+        limit_bytes: what its members may use together without being killed, or throttled: above `memory.high` the
+            kernel reclaims from them and slows them down.
         used_bytes: what they use: anonymous memory, cached files, memory of the kernel.
         cached_bytes: cached files that nobody maps; the kernel drops them when the group is at its limit.
         droppable_bytes: cached files that were not used of late.
@@ -133,23 +134,32 @@ def limiting_groups(*, root: str | os.PathLike[str] = "/") -> Iterator[GroupMemo
     for line in groups:
         _, controllers, group = line.split(":", 2)
         if "memory" in controllers.split(","):
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            limits = ("memory.limit_in_bytes",)
             kinds = ("total_cache", "total_mapped_file", "total_inactive_file", "total_shmem")
-            return _upwards(mount / "memory", group, *names, *kinds)
+            return _upwards(mount / "memory", group, limits, "memory.usage_in_bytes", *kinds)
     unified = next((line.split(":", 2)[2] for line in groups if line.startswith("0::")), None)
     if unified is None:
         return iter(())
-    return _upwards(mount, unified, "memory.max", "memory.current", "file", "file_mapped", "inactive_file", "shmem")
+    kinds = ("file", "file_mapped", "inactive_file", "shmem")
+    return _upwards(mount, unified, ("memory.max", "memory.high"), "memory.current", *kinds)
 
 
 def _upwards(
-    mount: Path, group: str, limit_name: str, use_name: str, cached: str, mapped: str, inactive: str, shared: str
+    mount: Path,
+    group: str,
+    limit_names: tuple[str, ...],
+    use_name: str,
+    cached: str,
+    mapped: str,
+    inactive: str,
+    shared: str,
 ) -> Iterator[GroupMemory]:
     inner = mount / group.strip("/")
     # Inside a container the path is often the host's: then only the mount, its own group, exists.
     for directory in (inner, *inner.parents):
-        limit = read_int(directory / limit_name)
-        if limit is not None and limit < _UNLIMITED_BYTES:
+        # 0 is written to force a reclaim, and leaves nothing to plan with.
+        limit = min((limit for name in limit_names if (limit := read_int(directory / name))), default=_UNLIMITED_BYTES)
+        if limit < _UNLIMITED_BYTES:
             table = dict(line.split(" ", 1) for line in read_lines(directory / "memory.stat") if " " in line)
             yield GroupMemory(
                 limit_bytes=limit,

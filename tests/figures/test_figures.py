@@ -198,9 +198,8 @@ def test_swaps_stalls_and_moves_are_counted_page_by_page(make_optimizer):
     del third
     assert optimizer.pager.runtime.bring([second]) == [second]
     settle(optimizer.pager)
-    assert optimizer.get_tier_effectiveness() == 0.0
     tensors[1].sum()  # it is there already
-    assert optimizer.get_tier_effectiveness() == 1.0
+    assert optimizer.get_tier_effectiveness() is None, "tiering did not bring it"
     assert optimizer.get_swap_efficiency() == 0.5
     assert optimizer.get_swap_count() == 4
     assert figures.tier_migration_rate() == pytest.approx(4 / 10)

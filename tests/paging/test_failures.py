@@ -137,3 +137,52 @@ def test_a_pin_that_fails_leaves_nothing_of_a_tensor_that_was_freed_meanwhile(ma
     with pytest.raises(StorageError):
         tensor.view(-1)
     assert pager.frames.used_bytes == 0 == pager.swap_used_bytes
+
+
+@pytest.mark.parametrize("step", ["_set_state", "_on_end"])
+def test_a_failure_in_the_end_of_a_read_reaches_whoever_waits(make_optimizer, tmp_path, monkeypatch, caplog, step):
+    weights = random_weights(2)
+    optimizer = make_optimizer(4 * FRAMES_BYTES)
+    managed = register(optimizer.pager, weights, tmp_path / "w.safetensors")
+    mover, x = optimizer.pager._mover, torch.ones(1, COLUMNS).bfloat16()
+    original = getattr(mover, step)
+
+    def fail(*arguments):
+        if step == "_on_end" or arguments[1].value == "resident":
+            raise ZeroDivisionError("lost count")
+        original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mover, step, fail)
+        if step == "_set_state":
+            with pytest.raises(ZeroDivisionError, match="lost count"):
+                F.linear(x, managed["w0"])
+        else:
+            assert torch.equal(F.linear(x, managed["w0"]), F.linear(x, weights["w0"])), "the page is there"
+        settle(optimizer.pager)
+    assert mover.failures >= 1 and "the end of a read could not be noted" in caplog.text
+    assert torch.equal(F.linear(x, managed["w0"]), F.linear(x, weights["w0"]))
+    settle(optimizer.pager)
+    optimizer.pager.check()
+
+
+def test_a_failure_in_the_end_of_a_write_reaches_whoever_needs_the_room(make_optimizer, monkeypatch):
+    optimizer = make_optimizer(2 * MIB)
+    tensors = [optimizer.allocate_tensor((MIB,), torch.uint8) for _ in range(2)]
+    tensors[0].fill_(1)
+    mover = optimizer.pager._mover
+    original = mover._set_state
+
+    def fail(page, state):
+        if state.value == "swapped":
+            raise ZeroDivisionError("lost count")
+        original(page, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mover, "_set_state", fail)
+        with pytest.raises(ZeroDivisionError, match="lost count"):
+            optimizer.allocate_tensor((MIB,), torch.uint8)
+        settle(optimizer.pager)
+    assert mover.failures >= 1
+    assert [int(tensor.max()) for tensor in tensors] == [1, 0]
+    optimizer.pager.check()

@@ -227,3 +227,20 @@ def test_a_system_that_counts_no_stalls_changes_nothing(pager, machine):
     monitor = watch(pager, machine)
     stall(monitor, machine, 5, group_s=True, system_s=True)
     assert held(pager) == 0 and machine.stalls == MemoryStalls(None, None)
+
+
+def test_a_look_that_raises_is_logged_and_the_next_one_is_taken(make_optimizer, caplog):
+    again, looks = threading.Event(), []
+
+    def also(pager):
+        looks.append(1)
+        if len(looks) == 1:
+            raise ZeroDivisionError("lost count")
+        again.set()
+
+    monitor = PressureMonitor(make_optimizer(8 * 2**20).pager, 2**40, also=also, period_s=0.001)
+    monitor.start()
+    assert again.wait(10)
+    monitor.close()
+    assert monitor.failures == 1 and isinstance(monitor.last_error, ZeroDivisionError)
+    assert "lost count" in caplog.text

@@ -1,5 +1,8 @@
 import ctypes
+import errno
 import random
+import subprocess
+import sys
 
 import pytest
 from hypothesis import settings
@@ -8,7 +11,15 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from qwen3_vl_memory_optimizations import AdvancedMemoryPool, MemoryBudgetExceeded, TensorFreedError
 from qwen3_vl_memory_optimizations.errors import MemoryOptimizationError
-from qwen3_vl_memory_optimizations.pools import FRAME_BYTES, UNIT_BYTES, BlockAllocator, FramePool, reserve, unreserve
+from qwen3_vl_memory_optimizations.pools import (
+    FRAME_BYTES,
+    UNIT_BYTES,
+    BlockAllocator,
+    FramePool,
+    reserve,
+    unreserve,
+    virtual,
+)
 from qwen3_vl_memory_optimizations.pools.frames import round_up, units_of
 from qwen3_vl_memory_optimizations.pools.virtual import can_move_frames, discard, move_frames
 from qwen3_vl_memory_optimizations.process import rss_bytes
@@ -46,7 +57,7 @@ def test_moving_frames_keeps_their_contents_and_leaves_the_source_empty_and_usab
 
 
 def test_moving_what_is_not_reserved_is_an_error_with_the_reason():
-    with pytest.raises(MemoryOptimizationError, match="mremap of 4096 bytes failed"):
+    with pytest.raises(MemoryOptimizationError, match=r"mremap of 4.1 kB \(4096 bytes\) of address space failed"):
         move_frames(FRAME_BYTES, 2 * FRAME_BYTES, FRAME_BYTES)
 
 
@@ -365,3 +376,49 @@ def test_the_frames_that_were_freed_last_are_taken_first_so_that_the_others_age(
         pool.release(space + (8 + second) * UNIT_BYTES, UNIT_BYTES)
     assert pool.compact(4.5) == 3 * UNIT_BYTES
     assert pool.free_bytes == UNIT_BYTES
+
+
+@pytest.mark.parametrize(
+    ("overcommit", "most", "n_mappings", "expected"),
+    [
+        ("2", "65530", 10, "vm.overcommit_memory is 2, and 900 kB of 1000 kB are committed.*vm.overcommit_memory=0"),
+        ("0", "100", 99, "99 of at most 100 mappings are in use.*vm.max_map_count=400"),
+        ("0", "65530", 10, "vm.max_map_count is 65530, and 10 mappings.*memory_pool_size"),
+    ],
+)
+def test_address_space_that_is_refused_names_what_is_in_the_way(
+    monkeypatch, tmp_path, overcommit, most, n_mappings, expected
+):
+    (tmp_path / "proc/sys/vm").mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir()
+    (tmp_path / "proc/sys/vm/overcommit_memory").write_text(overcommit)
+    (tmp_path / "proc/sys/vm/max_map_count").write_text(most)
+    (tmp_path / "proc/self/maps").write_text("x\n" * n_mappings)
+    (tmp_path / "proc/meminfo").write_text("Committed_AS: 900 kB\nCommitLimit: 1000 kB\n")
+    limits = virtual._limits
+    monkeypatch.setattr(virtual, "_limits", lambda: limits(tmp_path))
+
+    class Libc:
+        def mmap(self, *arguments):
+            ctypes.set_errno(errno.ENOMEM)
+            return virtual._MAP_FAILED
+
+    monkeypatch.setattr(virtual, "_libc", Libc)
+    with pytest.raises(MemoryOptimizationError, match=r"mmap of 1.05 MB \(1048576 bytes\).*" + expected):
+        virtual.reserve(1 << 20)
+
+
+LIMITED = """
+import resource
+from qwen3_vl_memory_optimizations.pools import reserve
+resource.setrlimit(resource.RLIMIT_AS, (1 << 36, 1 << 36))
+try:
+    reserve(1 << 40)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_limit_of_the_address_space_is_named():
+    run = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=120)
+    assert run.stdout.startswith("MemoryOptimizationError mmap of") and "RLIMIT_AS" in run.stdout, run.stderr

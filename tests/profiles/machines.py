@@ -31,5 +31,5 @@ def describe(
     table = root / "sys/dev/block"
     table.mkdir(parents=True)
     (table / f"{os.major(device)}:{os.minor(device)}").symlink_to(block.parent)
-    monkeypatch.setattr("qwen3_vl_memory_optimizations.hardware._detect_gpu", lambda: gpu)
+    monkeypatch.setattr("qwen3_vl_memory_optimizations.hardware.detect_gpu", lambda: gpu)
     return detect_hardware(root, root=root)

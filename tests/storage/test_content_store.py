@@ -288,3 +288,19 @@ def test_bytes_are_counted_while_another_thread_adds_an_entry():
 
     index.entries[key_of(0)] = AnotherComes()
     assert index.used_bytes == 1
+
+
+@pytest.mark.parametrize("key", ["../../outside", "", "A" * 64, "0" * 63, "0" * 64 + "\n", "..", "/etc/passwd"])
+def test_a_key_that_is_none_names_no_file_also_without_assertions(store, key):
+    put(store, 0)
+    before = files_of(store)
+    for use in (
+        lambda: store.size_of(key),
+        lambda: store.read(key),
+        lambda: store.remove(key),
+        lambda: store.put(key, None, [memoryview(b"x")], {}, lambda index, n_bytes: []),
+    ):
+        with pytest.raises(StorageError, match="not a key of this store") as caught:
+            use()
+        assert caught.value.path == store.directory
+    assert files_of(store) == before and list(store.index().entries) == [key_of(0)]

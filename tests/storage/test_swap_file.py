@@ -8,6 +8,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from qwen3_vl_memory_optimizations.errors import InsufficientDiskSpaceError, StorageError
 from qwen3_vl_memory_optimizations.storage import BLOCK_BYTES, AlignedBuffer, SwapFile
+from qwen3_vl_memory_optimizations.storage.disks import memory_file_system
 from qwen3_vl_memory_optimizations.storage.swap_file import ExtentAllocator
 
 
@@ -108,7 +109,7 @@ def test_nothing_exists_before_the_first_extent_and_nothing_has_a_name(tmp_path)
 
 def test_the_limit_is_kept_and_nothing_changes_when_it_is_reached(swap):
     offsets = [swap.allocate(16 * BLOCK_BYTES) for _ in range(4)]
-    with pytest.raises(InsufficientDiskSpaceError, match="raise its limit") as caught:
+    with pytest.raises(InsufficientDiskSpaceError, match="raise swap_size") as caught:
         swap.allocate(1)
     assert (caught.value.required_bytes, caught.value.available_bytes) == (BLOCK_BYTES, 0)
     swap.free(offsets[1])
@@ -129,7 +130,7 @@ def test_a_disk_without_room_is_noticed_before_anything_changes(swap, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "statvfs", full)
-        with pytest.raises(InsufficientDiskSpaceError, match="free some disk space"):
+        with pytest.raises(InsufficientDiskSpaceError, match="free some disk space, or set swap_dir"):
             swap.allocate(BLOCK_BYTES)
     assert swap.used_bytes == BLOCK_BYTES
     assert swap.allocate(BLOCK_BYTES) == BLOCK_BYTES
@@ -166,4 +167,85 @@ def test_threads_keep_their_extents_apart(tmp_path):
             thread.join()
         assert failures == []
         assert swap.used_bytes == 0
+        swap.check()
+
+
+# --- where it lies, and how large it may become -------------------------------------------------------------------
+
+
+def with_free_disk(monkeypatch, n_bytes):
+    real = os.statvfs
+
+    def statvfs(path):
+        status = list(real(path))
+        status[1], status[4] = 1, n_bytes() if callable(n_bytes) else n_bytes
+        return os.statvfs_result(status)
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+
+
+def test_the_directory_is_private(tmp_path):
+    with SwapFile(tmp_path / "a" / "swap", 1 << 20) as swap:
+        swap.allocate(1)
+    assert (tmp_path / "a" / "swap").stat().st_mode & 0o777 == 0o700
+
+
+def test_the_next_directory_is_used_with_one_warning_where_one_refuses(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    refusing, good = tmp_path / "file" / "swap", tmp_path / "good"
+    with SwapFile([refusing, good]) as swap:
+        assert swap.directory == good and swap.free_bytes > 0 and not good.exists()
+        swap.allocate(1)
+        swap.allocate(1)
+        assert swap.directory == good
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert str(refusing) in caplog.text and "next directory" in caplog.text
+
+
+def test_without_any_directory_the_error_says_what_to_set(tmp_path):
+    (tmp_path / "file").touch()
+    with SwapFile([tmp_path / "file" / "a", tmp_path / "file" / "b"]) as swap:
+        assert swap.free_bytes == 0
+        with pytest.raises(StorageError, match=r"file/a: cannot be made: .*file/b: cannot be made: .*set swap_dir"):
+            swap.allocate(1)
+        (tmp_path / "file").unlink()
+        assert swap.allocate(1) == 0, "it is tried again"
+
+
+@pytest.mark.skipif(memory_file_system("/dev/shm") != "tmpfs", reason="needs a tmpfs")
+def test_a_swap_file_in_memory_is_warned_of(caplog):
+    with SwapFile("/dev/shm", 1 << 20) as swap:
+        assert not caplog.records
+        swap.allocate(1)
+    assert "/dev/shm: the swap file lies on tmpfs" in caplog.text and "set swap_dir" in caplog.text
+
+
+def test_free_bytes_is_what_the_limit_and_the_disk_leave(tmp_path, monkeypatch):
+    free = 100 * BLOCK_BYTES
+    with monkeypatch.context() as patch, SwapFile(tmp_path, 64 * BLOCK_BYTES) as swap:
+        with_free_disk(patch, lambda: free)
+        assert swap.free_bytes == 64 * BLOCK_BYTES
+        offset = swap.allocate(16 * BLOCK_BYTES)
+        assert swap.free_bytes == 48 * BLOCK_BYTES
+        with AlignedBuffer(16 * BLOCK_BYTES) as buffer:
+            buffer.view[:] = os.urandom(16 * BLOCK_BYTES)
+            swap.write(offset, buffer.address, 16 * BLOCK_BYTES)
+        free = 3 * BLOCK_BYTES
+        assert swap.free_bytes == 3 * BLOCK_BYTES
+        swap.free(offset)
+        assert swap.free_bytes == 19 * BLOCK_BYTES, "what the file has already is free for the next extent"
+    assert swap.free_bytes == 0
+
+
+def test_without_a_limit_four_fifths_of_the_free_disk_are_taken(tmp_path, monkeypatch):
+    free = 100 * BLOCK_BYTES
+    with monkeypatch.context() as patch, SwapFile(tmp_path) as swap:
+        with_free_disk(patch, lambda: free)
+        assert swap.free_bytes == 80 * BLOCK_BYTES
+        swap.allocate(70 * BLOCK_BYTES)
+        with pytest.raises(InsufficientDiskSpaceError, match="80% of what was free.*swap_size, or free some") as caught:
+            swap.allocate(11 * BLOCK_BYTES)
+        assert caught.value.available_bytes == swap.free_bytes == 10 * BLOCK_BYTES
+        free = 200 * BLOCK_BYTES
+        swap.allocate(11 * BLOCK_BYTES)
         swap.check()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3_vl_memory_optimizations import ConfigurationError, MemorySwappingSystem
+from qwen3_vl_memory_optimizations import ConfigurationError, MemoryBudgetExceeded, MemorySwappingSystem
 from qwen3_vl_memory_optimizations.prediction import NextUse
 from qwen3_vl_memory_optimizations.swapping import (
+    LRUSwappingAlgorithm,
     PredictiveSwappingAlgorithm,
     Trace,
     TraceRecorder,
@@ -214,3 +217,32 @@ def test_the_system_of_the_specification():
             MemorySwappingSystem(threshold)
     with pytest.raises(ConfigurationError, match="'clok'.*meant 'clock'"):
         MemorySwappingSystem(algorithm="clok")
+
+
+OPTIMIZED = """
+import numpy as np
+from qwen3_vl_memory_optimizations.swapping import create_swapping_algorithm, replay
+from qwen3_vl_memory_optimizations.swapping.replay import Trace
+
+assert False, "assertions are off"
+keys = np.array([0, 1, 0, 2, 0, 3], np.int32)
+algorithm = create_swapping_algorithm("lru")
+found = replay(Trace(keys, np.ones(4, np.int64), np.array(["general"] * 4)), algorithm, 2)
+print(found.hit_rate, algorithm.resident_bytes)
+"""
+
+
+def test_a_replay_evicts_without_assertions_too():
+    run = subprocess.run([sys.executable, "-O", "-c", OPTIMIZED], capture_output=True, text=True, timeout=120)
+    assert run.stdout.split() == [str(2 / 6), "2"], run.stderr
+
+
+def test_an_algorithm_that_gives_nothing_up_is_an_error_with_numbers():
+    class Miser(LRUSwappingAlgorithm):
+        def order(self):
+            return iter(())
+
+    trace = trace_of([0, 1, 2])
+    with pytest.raises(MemoryBudgetExceeded, match="Miser cannot evict") as caught:
+        replay(trace, Miser(), 2 * int(trace.n_bytes[0]))
+    assert (caught.value.requested_bytes, caught.value.available_bytes) == (int(trace.n_bytes[0]), 0)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import time
 
 import pytest
 import torch
 
 from qwen3_vl_memory_optimizations import MemoryTieringSystem
+from qwen3_vl_memory_optimizations.hardware import GpuInfo
+from qwen3_vl_memory_optimizations.process import usable_memory
 from tests.paging.weights import FRAMES_BYTES, random_weights, register, settle
 
 MIB = 2**20
@@ -53,6 +56,68 @@ def test_what_is_used_often_comes_back_when_there_is_room_and_is_not_waited_for(
     assert optimizer.pager.stats.faults == faults
     assert (optimizer.tiering.migrations, optimizer.tiering.effectiveness()) == (1, 1.0)
     assert len(keep) == 5
+
+
+def make_room(optimizer):
+    """Free everything that nobody refers to."""
+    gc.collect()
+    optimizer.pager.usage()
+
+
+def test_effectiveness_is_the_share_of_migrations_used_before_they_left(make):
+    optimizer = make(6 * MIB)
+    pager, tiering = optimizer.pager, optimizer.tiering
+    tensors = fill(optimizer, 2)
+    others = fill(optimizer, 6)
+    del others
+    make_room(optimizer)
+    settle(pager)
+    assert tiers(tensors) == ["ssd"] * 2
+    assert optimizer.get_tier_effectiveness() is None, "nothing was brought back"
+    assert tiering.migrate(pager) == 2
+    settle(pager)
+    assert optimizer.get_tier_effectiveness() == 0.0
+    assert optimizer.figures.metrics(measure=False)["tier_optimization_effectiveness"] == 0.0
+    tensors[0].sum()
+    assert optimizer.get_tier_effectiveness() == 0.5
+    pager.runtime.send_out(tensors[1].tensor_id)  # it leaves, unused
+    settle(pager)
+    tensors[1].sum()  # a fault
+    assert optimizer.get_tier_effectiveness() == 0.5
+    tensors[1].sum()
+    assert (tiering.migrations, tiering.useful_migrations) == (2, 1)
+    for tensor in tensors:
+        pager.runtime.send_out(tensor.tensor_id)
+    settle(pager)
+    assert tiering.migrate(pager) == 2
+    settle(pager)
+    for tensor in tensors:
+        pager.runtime.send_out(tensor.tensor_id)  # both leave unused, and are brought once more
+    settle(pager)
+    assert tiering.migrate(pager) == 2
+    settle(pager)
+    tensors[0].sum()
+    assert optimizer.get_tier_effectiveness() == 2 / 6
+
+
+def test_a_use_while_tensors_are_brought_back_counts(make, monkeypatch):
+    optimizer = make(6 * MIB)
+    pager = optimizer.pager
+    tensors = fill(optimizer, 1)
+    others = fill(optimizer, 6)
+    del others
+    make_room(optimizer)
+    settle(pager)
+    bring = pager.runtime.bring
+
+    def bring_and_use(tensor_ids):
+        brought = bring(tensor_ids)
+        tensors[0].sum()
+        return brought
+
+    monkeypatch.setattr(pager.runtime, "bring", bring_and_use)
+    assert optimizer.tiering.migrate(pager) == 1
+    assert optimizer.get_tier_effectiveness() == 1.0
 
 
 def test_all_come_back_and_their_bytes_are_what_they_were(make):
@@ -152,7 +217,24 @@ def test_the_tiers_of_the_specification():
         "cpu": {"capacity": 4_000_000_000, "priority": 2},
         "ssd": {"capacity": 80_000_000_000, "priority": 3},
     }
-    assert set(MemoryTieringSystem().tiers) == {"gpu", "cpu", "ssd"}
+    assert MemoryTieringSystem({}).tiers["cpu"]["capacity"] is None, "no memory was named"
+
+
+@pytest.mark.parametrize("gpu_bytes", [None, 4 * 2**30])
+def test_alone_it_has_the_capacities_of_this_machine(monkeypatch, tmp_path, gpu_bytes):
+    gpu = gpu_bytes and GpuInfo(name="a card", compute_capability=(6, 1), total_bytes=gpu_bytes)
+    monkeypatch.setattr("qwen3_vl_memory_optimizations.tiering.system.detect_gpu", lambda: gpu)
+    monkeypatch.setenv("QWEN3VL_MEM_CACHE", str(tmp_path / "still" / "to come"))
+    capacities = {name: tier["capacity"] for name, tier in MemoryTieringSystem().tiers.items()}
+    assert capacities["gpu"] == (None if gpu is None else int(0.7 * gpu_bytes))
+    assert capacities["cpu"] == int(0.5 * usable_memory()[0]) > 0
+    assert capacities["ssd"] == pytest.approx(0.8 * shutil.disk_usage(tmp_path).free, rel=0.05)
+
+
+def test_in_an_optimizer_the_ssd_has_what_is_free_on_its_disk(make, tmp_path):
+    capacities = {name: tier["capacity"] for name, tier in make(8 * MIB).tiering.tiers.items()}
+    assert capacities["ssd"] == pytest.approx(0.8 * shutil.disk_usage(tmp_path).free, rel=0.05)
+    assert capacities["cpu"] == int(0.5 * usable_memory()[0])
 
 
 def teach(system):

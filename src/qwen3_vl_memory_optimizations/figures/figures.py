@@ -54,6 +54,13 @@ class CollectorFigures(Protocol):
         """Return the share of predicted lifetimes that came true."""
 
 
+class TieringFigures(Protocol):
+    """What a tiering system reports of itself."""
+
+    def effectiveness(self) -> float | None:
+        """Return the share of its migrations whose tensor was used before it left again; `None` before the first."""
+
+
 @dataclass(frozen=True, slots=True)
 class Occupancy:
     """Memory that cannot be given up at once, and what there is.
@@ -83,6 +90,7 @@ class MemoryFigures:
         pool: address ranges of runtime tensors; `None`: memory is not pooled.
         cache: results that are used again, if any.
         collector: a predictive collector, if any.
+        tiering: brings runtime tensors back before they are used, if anything does.
         timer: a monotonic clock in seconds.
 
     Attributes:
@@ -96,6 +104,7 @@ class MemoryFigures:
     pool: AdvancedMemoryPool | None = None
     cache: HierarchicalCacheSystem | None = None
     collector: CollectorFigures | None = None
+    tiering: TieringFigures | None = None
     timer: Callable[[], float] = time.monotonic
     encodings: EncodingLog = field(init=False)
     responses: ResponseTimes = field(init=False)
@@ -248,9 +257,8 @@ class MemoryFigures:
         return stats.page_reads + stats.evictions + stats.swap_writes
 
     def tier_effectiveness(self) -> float | None:
-        """Return the share of pages read ahead of an access that were then used before they left."""
-        stats = self.pager.stats
-        return stats.prefetches_used / stats.prefetches if stats.prefetches else None
+        """Return the share of the tensors that tiering brought back that were used before they left again."""
+        return None if self.tiering is None else self.tiering.effectiveness()
 
     def gc_success_rate(self) -> float | None:
         """Return the share of what was collected that was not needed again; `None` without a collector."""

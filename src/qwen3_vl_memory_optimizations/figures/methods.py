@@ -54,7 +54,10 @@ class FigureMethods:
         return self.figures.tier_migration_rate()
 
     def get_tier_effectiveness(self) -> float | None:
-        """Return the share of pages brought into memory ahead of use that were used before they left, 0 to 1."""
+        """Return the share of tier migrations (tensors brought back) that were used before they left, 0 to 1.
+
+        `None`: no migration yet, or no tiering. (Weights are prefetched by their schedule, not migrated.)
+        """
         return self.figures.tier_effectiveness()
 
     def get_gc_success_rate(self) -> float | None:

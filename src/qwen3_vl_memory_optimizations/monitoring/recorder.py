@@ -113,7 +113,11 @@ class Recorder:
         self._ended = threading.Event()
         self._phases = PhaseTimes(optimizer.lifecycle.phase, clock)
         self._writer = None if path is None else RunWriter(path, self.header)
-        self._look(optimizer)
+        try:
+            self._look(optimizer)
+        except BaseException:
+            self._stop_writing()
+            raise
         self._end_listening = optimizer.lifecycle.listen(self._phases.begin)
         self._thread = threading.Thread(target=self._record, name="memory-recorder", daemon=True)
         self._thread.start()

@@ -6,6 +6,7 @@ is noted under the lock again; a failed transfer leaves the old copy valid.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 
@@ -16,6 +17,8 @@ from ..pools import FramePool
 from ..storage import DEMAND, IOQueue, SwapFile
 from .entry import TRANSITIONS, Page, PageState, TensorEntry, alias_memory
 from .stats import PagingStats
+
+logger = logging.getLogger(__name__)
 
 _IO_THREADS = 4
 
@@ -40,6 +43,7 @@ class PageMover:
         ahead_bytes: frames of pages that are read ahead of their first use and leave after it.
         weights_resident_bytes: frames behind weights.
         untouched_bytes: frames of reads under way that the system has not been asked for yet.
+        failures: transfers whose end could not be noted as it should; logged, and the page is where it was before.
         write_error: why a page could not leave; it is for whoever needs the room.
         closed: nothing comes or leaves any more.
         on_growth: see `Pager.on_growth`.
@@ -62,6 +66,7 @@ class PageMover:
         self.ahead_bytes = 0
         self.weights_resident_bytes = 0
         self.untouched_bytes = 0
+        self.failures = 0
         self.write_error: Exception | None = None
         self.closed = False
         self.on_growth: Callable[[int], None] | None = None
@@ -169,26 +174,44 @@ class PageMover:
             error = caught
         with self._changed:
             self.moving -= 1
-            self._reading -= 1
-            self.untouched_bytes -= page.untouched_bytes
-            if not self._reading:
-                self._stats.reading_s += self._timer() - self._reading_since_s
-            page.ticket = None
-            if error is None:
-                self._set_state(page, PageState.RESIDENT)
-                self._stats.bytes_read += n_read
-                self._stats.page_reads += 1
-                if page.swap_offset is not None:
-                    self._stats.swap_reads += 1
-            else:
-                self._set_state(page, PageState.SWAPPED)
-                self._frames.release(page.frames_start, page.n_bytes)
-                page.unused = False
-                if not page.kept:
-                    self.ahead_bytes -= page.n_bytes
-                page.error = error
-            self._on_end(page.entry)
-            self._changed.notify_all()
+            try:
+                self._end_read(page, n_read, error)
+                self._on_end(page.entry)
+            except Exception as caught:  # whoever waits for the page gets it, instead of waiting for ever
+                self._note_failure("read", page, caught)
+                if page.state is PageState.LOADING:
+                    page.state = PageState.SWAPPED
+                    self._count_resident(page, -page.n_bytes)
+                    self._frames.release(page.frames_start, page.n_bytes)
+                    page.unused = False
+                page.error = None if page.resident else error or caught
+            finally:
+                self._changed.notify_all()
+
+    def _end_read(self, page: Page, n_read: int, error: Exception | None) -> None:
+        self._reading -= 1
+        self.untouched_bytes -= page.untouched_bytes
+        if not self._reading:
+            self._stats.reading_s += self._timer() - self._reading_since_s
+        page.ticket = None
+        if error is None:
+            self._set_state(page, PageState.RESIDENT)
+            self._stats.bytes_read += n_read
+            self._stats.page_reads += 1
+            if page.swap_offset is not None:
+                self._stats.swap_reads += 1
+        else:
+            self._set_state(page, PageState.SWAPPED)
+            self._frames.release(page.frames_start, page.n_bytes)
+            page.unused = False
+            if not page.kept:
+                self.ahead_bytes -= page.n_bytes
+            page.error = error
+
+    def _note_failure(self, action: str, page: Page, error: Exception) -> None:
+        self.failures += 1
+        name = f"{page.entry.tensor_id}, page {page.index}"
+        logger.error("%s: the end of a %s could not be noted: %r", name, action, error, exc_info=error)
 
     def _transfer_in(self, page: Page) -> int:
         if page.swap_offset is not None:
@@ -251,18 +274,29 @@ class PageMover:
         with self._changed:
             self.moving -= 1
             self.leaving_bytes -= page.n_bytes
-            if error is None:
-                self._set_state(page, PageState.SWAPPED)
-                self._frames.release(page.frames_start, page.n_bytes)
-                page.dirty = False
-                self._stats.swap_writes += 1
-                self._stats.bytes_written += page.n_bytes
-            else:
-                self._set_state(page, PageState.RESIDENT)
-                self.forget_swapped(page)
-                self.write_error = error
-            self._on_end(page.entry)
-            self._changed.notify_all()
+            try:
+                self._end_write(page, error)
+                self._on_end(page.entry)
+            except Exception as caught:  # whoever waits for the room gets it
+                self._note_failure("write", page, caught)
+                if page.state is PageState.WRITING:
+                    page.state = PageState.RESIDENT
+                    page.entry.missing -= 1
+                self.write_error = error or caught
+            finally:
+                self._changed.notify_all()
+
+    def _end_write(self, page: Page, error: Exception | None) -> None:
+        if error is None:
+            self._set_state(page, PageState.SWAPPED)
+            self._frames.release(page.frames_start, page.n_bytes)
+            page.dirty = False
+            self._stats.swap_writes += 1
+            self._stats.bytes_written += page.n_bytes
+        else:
+            self._set_state(page, PageState.RESIDENT)
+            self.forget_swapped(page)
+            self.write_error = error
 
     def _unchanged(self, page: Page) -> bool:
         """Whether a page that views were handed out of still equals its source.

@@ -51,8 +51,9 @@ class Pager:
 
     Args:
         ledger: the budget; page frames take what its accounts leave.
-        swap_dir: where the swap file goes, should dirty pages have to leave.
-        swap_bytes: its largest size.
+        swap_dir: where the swap file goes, should dirty pages have to leave; of several directories, the first that
+            accepts a file.
+        swap_bytes: its largest size; `None`: 80 % of what is free on its disk.
         reuse_frames: keep freed page frames for the next page (memory pooling).
         order: which runtime tensors leave first; `None`: those that were not used longest.
         timer: a monotonic clock in seconds, for the stall counter and the age of free frames.
@@ -69,8 +70,8 @@ class Pager:
         self,
         ledger: Ledger,
         *,
-        swap_dir: Path,
-        swap_bytes: int = 1 << 40,
+        swap_dir: Path | Sequence[Path],
+        swap_bytes: int | None = None,
         reuse_frames: bool = True,
         order: VictimOrder | None = None,
         timer: Callable[[], float] = time.perf_counter,
@@ -366,8 +367,13 @@ class Pager:
 
     @property
     def swap_free_bytes(self) -> int:
-        """Bytes that the swap file may still take."""
+        """How many more bytes the swap file may take now, by its limit and by what is free on its disk; about 10 us."""
         return self._swap.free_bytes
+
+    @property
+    def swap_dir(self) -> Path:
+        """Where the swap file lies or, before there is one, where it is expected to."""
+        return self._swap.directory
 
     # --- computing on tensors ---------------------------------------------------------------------------------------
 

@@ -94,6 +94,8 @@ class PressureMonitor:
     Attributes:
         reliefs: how often memory was given up.
         given_up_bytes: the most that was at a time.
+        failures: how often a look raised what it should not; it is logged, and the next look is taken.
+        last_error: what it raised last; `None`: it never did.
     """
 
     def __init__(
@@ -110,6 +112,8 @@ class PressureMonitor:
     ) -> None:
         self.reliefs = 0
         self.given_up_bytes = 0
+        self.failures = 0
+        self.last_error: Exception | None = None
         self._pager = weakref.ref(pager)
         self._budget_bytes = budget_bytes
         self._also = also
@@ -139,8 +143,13 @@ class PressureMonitor:
 
     def _watch(self) -> None:
         while not self._ended.wait(self._period_s / (5 if self._close_looks else 1)):
-            if not self.look():
-                return
+            try:
+                if not self.look():
+                    return
+            except Exception as error:
+                self.failures += 1
+                self.last_error = error.with_traceback(None)
+                logger.exception("memory-pressure: failed (%d times so far); it goes on", self.failures)
 
     def look(self) -> bool:
         """Look once, and give memory up or take it back.

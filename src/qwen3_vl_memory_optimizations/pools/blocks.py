@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 
 from ..errors import MemoryBudgetExceeded, format_bytes
+from .virtual import FRAME_BYTES
 
 
 class BlockAllocator:
@@ -15,7 +16,7 @@ class BlockAllocator:
         page_bytes: the granularity; every block starts and ends on it.
     """
 
-    def __init__(self, size_bytes: int, page_bytes: int = 4096) -> None:
+    def __init__(self, size_bytes: int, page_bytes: int = FRAME_BYTES) -> None:
         self.page_bytes = page_bytes
         self.size_bytes = size_bytes // page_bytes * page_bytes
         self._holes: dict[int, int] = {0: self.size_bytes} if self.size_bytes else {}

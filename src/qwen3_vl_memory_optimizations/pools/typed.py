@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from ..errors import TensorFreedError
 from .blocks import BlockAllocator
-from .virtual import reserve, unreserve
+from .virtual import FRAME_BYTES, reserve, unreserve
 
 
 class TensorPool:
@@ -17,7 +19,7 @@ class TensorPool:
 
     kind = "general"
 
-    def __init__(self, size_bytes: int, page_size: int = 4096) -> None:
+    def __init__(self, size_bytes: int, page_size: int = FRAME_BYTES) -> None:
         self._blocks = BlockAllocator(size_bytes, page_size)
         self._base = reserve(self._blocks.size_bytes)
         self._closed = False
@@ -97,13 +99,15 @@ class AdvancedMemoryPool:
         pools: kind -> pool.
     """
 
-    def __init__(self, initial_size: int, page_size: int = 4096) -> None:
+    def __init__(self, initial_size: int, page_size: int = FRAME_BYTES) -> None:
         self.initial_size = initial_size
         self.page_size = page_size
-        self.pools: dict[str, TensorPool] = {
-            pool.kind: pool(initial_size, page_size)
-            for pool in (GeneralTensorPool, KVCachePool, VisionFeaturePool, TextEmbeddingPool)
-        }
+        self.pools: dict[str, TensorPool] = {}
+        with ExitStack() as undo:  # address space of the first pools, where there is none for the last
+            for make in (GeneralTensorPool, KVCachePool, VisionFeaturePool, TextEmbeddingPool):
+                self.pools[make.kind] = make(initial_size, page_size)
+                undo.callback(self.pools[make.kind].close)
+            undo.pop_all()
 
     def stats(self) -> dict[str, dict[str, float | int | None]]:
         """Return the figures of each pool."""

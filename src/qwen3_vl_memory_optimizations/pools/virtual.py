@@ -8,12 +8,18 @@ costs ten to fifty times as much.
 from __future__ import annotations
 
 import ctypes
+import errno
+import mmap
 import os
+import resource
 from functools import lru_cache
+from pathlib import Path
 
-from ..errors import MemoryOptimizationError
+from ..errors import MemoryOptimizationError, format_bytes
+from ..process import read_int, read_lines
 
-FRAME_BYTES = 4096
+FRAME_BYTES = mmap.PAGESIZE
+"""What the kernel maps and takes back: 4 kB on x86, 16 or 64 kB on some ARM machines."""
 
 _PROT_READ_WRITE = 0x3
 _MAP_PRIVATE_ANONYMOUS_NORESERVE = 0x2 | 0x20 | 0x4000
@@ -37,7 +43,37 @@ def _libc() -> ctypes.CDLL:
 
 
 def _fail(call: str, n_bytes: int) -> MemoryOptimizationError:
-    return MemoryOptimizationError(f"{call} of {n_bytes} bytes failed: {os.strerror(ctypes.get_errno())}")
+    code = ctypes.get_errno()
+    text = f"{call} of {format_bytes(n_bytes)} ({n_bytes} bytes) of address space failed: {os.strerror(code)}"
+    return MemoryOptimizationError(f"{text}; {_limits()}" if code == errno.ENOMEM else text)
+
+
+def _limits(root: Path = Path("/")) -> str:
+    """Return what may be in the way of address space, with its present value, and what to do."""
+    reasons = []
+    if read_int(root / "proc/sys/vm/overcommit_memory") == 2:
+        table = dict(line.split(":", 1) for line in read_lines(root / "proc/meminfo") if ":" in line)
+        used, limit = (table.get(key, "unknown").strip() for key in ("Committed_AS", "CommitLimit"))
+        reasons.append(
+            f"vm.overcommit_memory is 2, and {used} of {limit} are committed: set it to 0 or 1 "
+            "(sysctl vm.overcommit_memory=0), or give a smaller memory_pool_size"
+        )
+    most, n_mappings = read_int(root / "proc/sys/vm/max_map_count"), len(read_lines(root / "proc/self/maps"))
+    if most is not None and n_mappings > most - most // 20:
+        reasons.append(
+            f"{n_mappings} of at most {most} mappings are in use: raise vm.max_map_count "
+            f"(sysctl vm.max_map_count={4 * most})"
+        )
+    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if address_space != resource.RLIM_INFINITY:
+        reasons.append(
+            f"address space is limited to {format_bytes(address_space)} (RLIMIT_AS): raise it (ulimit -v), or give a "
+            "smaller memory_pool_size"
+        )
+    return "; ".join(reasons) or (
+        f"vm.max_map_count is {most}, and {n_mappings} mappings are in use; give a smaller memory_pool_size, or raise "
+        "vm.max_map_count"
+    )
 
 
 def reserve(n_bytes: int) -> int:
@@ -47,7 +83,24 @@ def reserve(n_bytes: int) -> int:
     address = libc.mmap(None, n_bytes, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS_NORESERVE, -1, 0)
     if address is None or address == _MAP_FAILED:
         raise _fail("mmap", n_bytes)
+    if address % FRAME_BYTES:  # only where FRAME_BYTES is a multiple of the real page size
+        unreserve(address, n_bytes)
+        address = _reserve_aligned(n_bytes)
     libc.madvise(address, n_bytes, _MADV_NOHUGEPAGE)  # fails harmlessly where the kernel has no huge pages
+    return int(address)
+
+
+def _reserve_aligned(n_bytes: int) -> int:
+    libc = _libc()
+    base = libc.mmap(None, n_bytes + FRAME_BYTES, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS_NORESERVE, -1, 0)
+    if base is None or base == _MAP_FAILED:
+        raise _fail("mmap", n_bytes)
+    address = -(-base // FRAME_BYTES) * FRAME_BYTES
+    if address > base:
+        unreserve(base, address - base)
+    end = -(-(address + n_bytes) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+    if base + n_bytes + FRAME_BYTES > end:
+        unreserve(end, base + n_bytes + FRAME_BYTES - end)
     return int(address)
 
 

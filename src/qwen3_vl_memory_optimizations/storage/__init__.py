@@ -4,6 +4,7 @@ from .checkpoint import Checkpoint
 from .checksums import PageChecksums, page_count
 from .content_store import ContentStore, Facts, Index, LoadedEntry, StoredEntry
 from .direct_io import BLOCK_BYTES, AlignedBuffer, DirectFile
+from .disks import disks_first, memory_file_system, swap_candidates
 from .io_queue import BACKGROUND, DEMAND, PREFETCH, IOQueue, Ticket
 from .packed import PackedEntry, PackedLayout, PackedWriter, pack_lock
 from .probe import measure_read_bandwidth, measure_scratch_bandwidth
@@ -32,9 +33,12 @@ __all__ = [
     "SwapFile",
     "TensorExtent",
     "Ticket",
+    "disks_first",
     "measure_read_bandwidth",
     "measure_scratch_bandwidth",
+    "memory_file_system",
     "pack_lock",
     "page_count",
     "read_header",
+    "swap_candidates",
 ]

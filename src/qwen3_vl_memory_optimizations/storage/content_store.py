@@ -221,6 +221,7 @@ class ContentStore:
         Raises:
             StorageError: the directory cannot be written, or the disk is full; no entry was added.
         """
+        path = self._path(key)  # a bad key is refused before anything is written
         n_bytes = sum(piece.nbytes for piece in pieces)
         digest = xxhash.xxh3_128()
         for piece in pieces:
@@ -246,7 +247,6 @@ class ContentStore:
                 raise
             self._index.entries[key] = StoredEntry(file_bytes, facts)
             self._write_index()
-            path = self._path(key)
             path.parent.mkdir(mode=0o700, exist_ok=True)
             os.replace(incoming, path)
         return True
@@ -271,6 +271,7 @@ class ContentStore:
 
     def remove(self, key: str) -> None:
         """Remove an entry; one that is not there is none of this method's business."""
+        self._path(key)  # a bad key is refused before the index changes
         if self.directory.is_dir():
             with self._locked() as held:
                 if held:
@@ -307,7 +308,16 @@ class ContentStore:
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _path(self, key: str) -> Path:
-        assert _KEY.fullmatch(key), key
+        """Return the file of an entry.
+
+        Raises:
+            StorageError: the key is not 64 hexadecimal digits, and might name a file outside of the store.
+        """
+        if not _KEY.fullmatch(key):
+            raise StorageError(
+                f"{self.directory}: {key[:80]!r} is not a key of this store; a key is 64 lower-case hexadecimal digits",
+                path=self.directory,
+            )
         return self._objects / key[:2] / key
 
     def _files(self) -> Iterator[Path]:

@@ -107,10 +107,13 @@ class DirectFile:
         except OSError as error:
             raise StorageError(f"{path}: cannot be opened: {error.strerror}", path=path) from error
         self._close_later()
-        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+        try:
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                raise StorageError(f"{path}: not a regular file", path=path)
+            self.direct = _enable_direct(self._fd, self.path)
+        except BaseException:
             self.close()
-            raise StorageError(f"{path}: not a regular file", path=path)
-        self.direct = _enable_direct(self._fd, self.path)
+            raise
 
     @classmethod
     def temporary(cls, directory: str | Path) -> DirectFile:
@@ -127,7 +130,11 @@ class DirectFile:
             message = f"{directory}: a temporary file cannot be created: {error.strerror}"
             raise StorageError(message, path=directory) from error
         file._close_later()
-        file.direct = _enable_direct(file._fd, file.path)
+        try:
+            file.direct = _enable_direct(file._fd, file.path)
+        except BaseException:
+            file.close()
+            raise
         return file
 
     def _close_later(self) -> None:
@@ -164,7 +171,8 @@ class DirectFile:
             StorageError: the device failed.
         """
         lead = offset_bytes % BLOCK_BYTES
-        assert address % BLOCK_BYTES == lead, (address, offset_bytes)
+        if address % BLOCK_BYTES != lead:
+            raise self._misaligned("read", address, offset_bytes, n_bytes)
         start, needed = offset_bytes - lead, lead + n_bytes
         if n_bytes == 0:
             return 0
@@ -209,7 +217,8 @@ class DirectFile:
             ShortIOError: the device took less than was given, without saying why.
             StorageError: the device failed.
         """
-        assert address % BLOCK_BYTES == offset_bytes % BLOCK_BYTES == n_bytes % BLOCK_BYTES == 0
+        if address % BLOCK_BYTES or offset_bytes % BLOCK_BYTES or n_bytes % BLOCK_BYTES:
+            raise self._misaligned("write", address, offset_bytes, n_bytes)
         memory = memoryview(_AddressSpace.from_address(address))[:n_bytes]
         done = 0
         while done < n_bytes:
@@ -264,6 +273,13 @@ class DirectFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _misaligned(self, action: str, address: int, offset_bytes: int, n_bytes: int) -> StorageError:
+        return StorageError(
+            f"{self.path}: cannot {action} {n_bytes} bytes at offset {offset_bytes} at address {address:#x}: they are "
+            f"not aligned to blocks of {BLOCK_BYTES} bytes",
+            path=self.path,
+        )
 
     def _failure(self, error: OSError, action: str, n_bytes: int, offset_bytes: int) -> StorageError:
         if error.errno in DISK_FULL:

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
+from ..errors import ConfigurationError
+
 logger = logging.getLogger(__name__)
 
 DEMAND = 0
@@ -44,10 +46,14 @@ class IOQueue:
 
     Args:
         n_threads: jobs that run at the same time.
+
+    Raises:
+        ConfigurationError: fewer than one thread.
     """
 
     def __init__(self, n_threads: int = 4) -> None:
-        assert n_threads > 0
+        if n_threads < 1:
+            raise ConfigurationError(f"n_threads: {n_threads} threads would leave every job waiting; give at least 1")
         self._n_threads = n_threads
         self._threads: list[threading.Thread] = []
         # A promoted ticket stands in the heap twice; the entry whose priority it no longer has is skipped.

@@ -101,6 +101,9 @@ class PackedWriter:
                 os.ftruncate(self._journal, journal_bytes)
         return set(self._checksums)
 
+    def _not_open(self) -> StorageError:
+        return StorageError(f"{self.partial_dir}: not open for writing; call open() first", path=self.partial_dir)
+
     def append(self, name: str, chunks: Iterable[memoryview | bytes]) -> None:
         """Write the bytes of one entry; entries may come in any order. At most 16 MiB are held.
 
@@ -110,7 +113,8 @@ class PackedWriter:
                 next time.
             StorageError: the device failed.
         """
-        assert self._file is not None and self._journal >= 0, "open() comes first"
+        if self._file is None or self._journal < 0:
+            raise self._not_open()
         entry = self._layout.entries[name]
         with self._disk_errors():
             checksums = self._write_entry(self._file, entry, chunks)
@@ -129,10 +133,19 @@ class PackedWriter:
             InsufficientDiskSpaceError: the disk is full; what is written stays and is taken up the next time.
             StorageError: a file cannot be copied, or the final directory has appeared meanwhile.
         """
-        assert self._file is not None, "open() comes first"
-        assert self._checksums.keys() == self._layout.entries.keys(), "entries are missing"
+        if self._file is None:
+            raise self._not_open()
+        missing = sorted(self._layout.entries.keys() - self._checksums.keys())
+        if missing:
+            raise StorageError(
+                f"{self.partial_dir}: {len(missing)} of {len(self._layout.entries)} tensors were not written, such as "
+                f"{missing[0]!r}; append them before finish()",
+                path=self.partial_dir,
+            )
         sources = [Path(source) for source in copy_files]
-        assert not {source.name for source in sources} & {SINGLE_FILE, JOURNAL_FILE}, sources
+        for source in sources:
+            if source.name in (SINGLE_FILE, JOURNAL_FILE):
+                raise StorageError(f"{source}: the packed checkpoint has a file of this name itself", path=source)
         header = self._layout.header(self._metadata, self._checksums)
         with self._disk_errors():
             with AlignedBuffer(len(header)) as buffer:

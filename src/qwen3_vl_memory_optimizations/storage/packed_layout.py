@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 
+from ..errors import ConfigurationError
 from .checksums import page_count
 from .direct_io import round_up
 from .safetensors_file import (
@@ -50,6 +51,9 @@ class PackedLayout:
         entries: the tensors by name.
         offsets: where each starts, counted from the start of the data; multiples of `BLOCK_BYTES`.
         data_bytes: the size of all data with its padding; a multiple of `BLOCK_BYTES`.
+
+    Raises:
+        ConfigurationError: a name is used twice or reserved, or a size contradicts its shape.
     """
 
     def __init__(self, entries: Iterable[PackedEntry]) -> None:
@@ -57,8 +61,14 @@ class PackedLayout:
         self.offsets: dict[str, int] = {}
         self.data_bytes = 0
         for entry in entries:
-            assert entry.name not in self.entries and not entry.name.startswith(PADDING_PREFIX), entry
-            assert 8 * entry.n_bytes == math.prod(entry.shape) * DTYPE_BITS[entry.dtype], entry
+            if entry.name in self.entries or entry.name.startswith(PADDING_PREFIX):
+                raise ConfigurationError(f"packed layout: the tensor name {entry.name!r} is used twice or reserved")
+            n_bits = math.prod(entry.shape) * DTYPE_BITS[entry.dtype]
+            if 8 * entry.n_bytes != n_bits:
+                raise ConfigurationError(
+                    f"packed layout: {entry.name!r} has {entry.n_bytes} bytes, and {n_bits} bits by its shape "
+                    f"{list(entry.shape)} and dtype {entry.dtype}"
+                )
             self.entries[entry.name] = entry
             self.offsets[entry.name] = self.data_bytes
             self.data_bytes += round_up(entry.n_bytes)
@@ -69,8 +79,13 @@ class PackedLayout:
         Args:
             metadata: texts to store besides the layout's own.
             checksums: one for each page of each entry; without them the result only has its final size.
+
+        Raises:
+            ConfigurationError: a text has a reserved key.
         """
-        assert not metadata.keys() & {FORMAT_KEY, PAGE_BYTES_KEY, CHECKSUMS_KEY}, metadata.keys()
+        reserved = metadata.keys() & {FORMAT_KEY, PAGE_BYTES_KEY, CHECKSUMS_KEY}
+        if reserved:
+            raise ConfigurationError(f"packed layout: the metadata keys {sorted(reserved)} are reserved")
         sums = checksums or {e.name: (0,) * page_count(e.n_bytes, e.page_bytes) for e in self.entries.values()}
         fields: dict[str, object] = {
             "__metadata__": {

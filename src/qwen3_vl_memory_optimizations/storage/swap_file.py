@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import bisect
+import logging
+import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
 from ..errors import InsufficientDiskSpaceError, StorageError, format_bytes
 from .direct_io import DirectFile, disk_full_error, free_disk_bytes, round_up
+from .disks import can_hold_files, memory_file_system, nearest_existing
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SHARE = 0.8
+"""Of what is free on its disk, how much a swap file without a limit of its own may take."""
+
+_DISK_REMEDY = "free some disk space, or set swap_dir to a directory on another disk"
 
 
 class ExtentAllocator:
@@ -101,27 +112,51 @@ class SwapFile:
     are done.
 
     Args:
-        directory: where the file lies; made when it is missing.
-        max_bytes: how far the file may grow.
+        directory: where the file lies, made with mode 0700 when it is missing; or several, of which the first that
+            accepts a file is used.
+        max_bytes: how far the file may grow; `None`: to 80 % of what is free on its disk, measured when the file is
+            made, and again when that is used up.
     """
 
-    def __init__(self, directory: str | Path, max_bytes: int) -> None:
-        self._directory = Path(directory)
+    def __init__(self, directory: str | Path | Sequence[str | Path], max_bytes: int | None = None) -> None:
+        directories = [directory] if isinstance(directory, str | Path) else directory
+        assert directories
+        self._directories = [Path(each) for each in directories]
+        self._directory = self._directories[0]
+        self._refused: set[Path] = set()
         self._max_bytes = max_bytes
+        self._default_max_bytes = 0
         self._extents = ExtentAllocator()
         self._file: DirectFile | None = None
         self._closed = False
         self._lock = threading.RLock()  # a finalizer may free an extent while its thread holds this
 
     @property
-    def free_bytes(self) -> int:
-        """Bytes that it may still take: within its limit, and on its disk."""
-        return max(0, min(self._max_bytes - self._extents.used_bytes, free_disk_bytes(self._directory)))
-
-    @property
     def used_bytes(self) -> int:
         """The bytes of all extents, rounded up to blocks."""
         return self._extents.used_bytes
+
+    @property
+    def directory(self) -> Path:
+        """Where the file lies or, as long as there is none, where it is expected to."""
+        with self._lock:
+            return self._directory if self._file is not None else self._likely_directory() or self._directory
+
+    @property
+    def free_bytes(self) -> int:
+        """How many more bytes extents may take now: what is left of the limit, or of the disk if that is less.
+
+        Costs two system calls, or about ten before there is a file. Gaps between extents count, so that one large
+        extent may not find as much.
+        """
+        with self._lock:
+            if self._closed:
+                return 0
+            try:
+                disk_bytes = self._disk_bytes()
+            except OSError:
+                return 0
+            return max(0, min(self._limit_bytes(disk_bytes), disk_bytes) - self._extents.used_bytes)
 
     def allocate(self, n_bytes: int) -> int:
         """Reserve an extent of at least `n_bytes`, in whole blocks.
@@ -132,19 +167,21 @@ class SwapFile:
         Raises:
             InsufficientDiskSpaceError: the file may not grow that far, or the disk has no room; nothing
                 changed.
-            StorageError: the file cannot be made.
+            StorageError: the file cannot be made in any of the directories.
         """
         n_bytes = round_up(n_bytes)
         with self._lock:
-            assert not self._closed, "the swap file is closed"
-            growth = self._extents.growth_bytes(n_bytes)
-            if self._extents.end_bytes + growth > self._max_bytes:
-                raise self._limit_error(n_bytes)
+            if self._closed:
+                raise StorageError(f"{self._directory}: the swap file is closed", path=self._directory)
             file = self._open_file()
+            growth = self._extents.growth_bytes(n_bytes)
             if growth:
                 available = free_disk_bytes(file.fileno())
                 if available < growth:
-                    raise disk_full_error(self._directory, growth, available)
+                    raise disk_full_error(self._directory, growth, available, remedy=_DISK_REMEDY)
+                limit = self._limit_bytes(available + _disk_bytes_of(file))
+                if self._extents.end_bytes + growth > limit:
+                    raise self._limit_error(n_bytes, limit)
                 # Writes inside the size of a file do not wait for each other; writes that extend it do.
                 file.resize(self._extents.end_bytes + growth)
             return self._extents.allocate(n_bytes)
@@ -166,7 +203,12 @@ class SwapFile:
             InsufficientDiskSpaceError: the disk is full.
             StorageError: the device failed.
         """
-        self._file_for(offset, n_bytes).write_from(address, offset, round_up(n_bytes))
+        try:
+            self._file_for(offset, n_bytes).write_from(address, offset, round_up(n_bytes))
+        except InsufficientDiskSpaceError as error:
+            raise disk_full_error(
+                self._directory, error.required_bytes, error.available_bytes, remedy=_DISK_REMEDY
+            ) from error
 
     def read(self, offset: int, address: int, n_bytes: int) -> int:
         """Read the extent at `offset` into memory; the arguments are those of `write`.
@@ -189,7 +231,8 @@ class SwapFile:
         """Assert that the extents tile the file and the file is as long as they say."""
         with self._lock:
             self._extents.check()
-            assert self._extents.end_bytes <= self._max_bytes, (self._extents.end_bytes, self._max_bytes)
+            limit = self._default_max_bytes if self._max_bytes is None else self._max_bytes
+            assert self._extents.end_bytes <= limit, (self._extents.end_bytes, limit)
             if self._file is not None:
                 assert self._file.size_bytes == self._extents.end_bytes, self._file.size_bytes
 
@@ -210,30 +253,89 @@ class SwapFile:
         self.close()
 
     def _open_file(self) -> DirectFile:
-        if self._file is None:
+        if self._file is not None:
+            return self._file
+        failures = []
+        for directory in self._directories:
             try:
-                self._directory.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise StorageError(
-                    f"{self._directory}: cannot be made: {error.strerror}", path=self._directory
-                ) from error
-            self._file = DirectFile.temporary(self._directory)
-        return self._file
+                self._file = _made_in(directory)
+            except StorageError as error:
+                failures.append(str(error))
+                if directory not in self._refused and len(self._directories) > 1:
+                    logger.warning("%s; the next directory is tried for the swap file", error)
+                self._refused.add(directory)
+                continue
+            self._directory = directory
+            name = memory_file_system(directory)
+            if name is not None:
+                logger.warning(
+                    "%s: the swap file lies on %s, which keeps it in memory: swapping saves none; set swap_dir to a "
+                    "directory on a disk",
+                    directory,
+                    name,
+                )
+            return self._file
+        raise StorageError(
+            f"no swap file can be made ({'; '.join(failures)}); set swap_dir to a directory on a disk where files can "
+            "be created",
+            path=self._directories[0],
+        )
+
+    def _likely_directory(self) -> Path | None:
+        return next((each for each in self._directories if each not in self._refused and can_hold_files(each)), None)
+
+    def _disk_bytes(self) -> int:
+        """Return what the disk has for the file: what is free on it, and what the file takes already."""
+        if self._file is not None:
+            return free_disk_bytes(self._file.fileno()) + _disk_bytes_of(self._file)
+        directory = self._likely_directory()
+        return 0 if directory is None else free_disk_bytes(nearest_existing(directory))
+
+    def _limit_bytes(self, disk_bytes: int) -> int:
+        if self._max_bytes is not None:
+            return self._max_bytes
+        limit = int(DEFAULT_SHARE * disk_bytes)
+        if self._file is None:
+            return limit
+        self._default_max_bytes = max(self._default_max_bytes, limit)  # what was promised stands
+        return self._default_max_bytes
 
     def _file_for(self, offset: int, n_bytes: int) -> DirectFile:
         with self._lock:
-            assert self._file is not None, "nothing was allocated, or the swap file is closed"
-            assert n_bytes <= self._extents.size_of(offset), (n_bytes, self._extents.size_of(offset))
+            if self._file is None:
+                raise StorageError(
+                    f"{self._directory}: nothing was allocated, or the swap file is closed", path=self._directory
+                )
+            extent_bytes = self._extents.size_of(offset)
+            if n_bytes > extent_bytes:  # it would read, or overwrite, the extent of another
+                raise StorageError(
+                    f"{self._directory}: {n_bytes} bytes do not fit the swap extent of {extent_bytes} bytes at offset "
+                    f"{offset}",
+                    path=self._directory,
+                )
             return self._file
 
-    def _limit_error(self, n_bytes: int) -> InsufficientDiskSpaceError:
-        available = self._max_bytes - self._extents.used_bytes
+    def _limit_error(self, n_bytes: int, limit: int) -> InsufficientDiskSpaceError:
+        available = max(0, limit - self._extents.used_bytes)
+        remedy = "raise swap_size, or free tensors"
+        if self._max_bytes is None:
+            remedy = f"that is {DEFAULT_SHARE:.0%} of what was free on the disk: set swap_size, or {_DISK_REMEDY}"
         return InsufficientDiskSpaceError(
-            f"{self._directory}: an extent of {format_bytes(n_bytes)} ({n_bytes} bytes) does not fit the "
-            "swap file, "
-            f"which has {available} of {self._max_bytes} bytes free in pieces; raise its limit or free "
-            "tensors",
+            f"{self._directory}: an extent of {format_bytes(n_bytes)} ({n_bytes} bytes) does not fit the swap file, "
+            f"which has {available} of {limit} bytes ({format_bytes(limit)}) free, in pieces; {remedy}",
             path=self._directory,
             required_bytes=n_bytes,
             available_bytes=available,
         )
+
+
+def _disk_bytes_of(file: DirectFile) -> int:
+    return os.fstat(file.fileno()).st_blocks * 512
+
+
+def _made_in(directory: Path) -> DirectFile:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{directory}: cannot be made: {error.strerror}", path=directory) from error
+    return DirectFile.temporary(directory)

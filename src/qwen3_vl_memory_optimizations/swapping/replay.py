@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, MemoryBudgetExceeded, format_bytes
 from .base import SwappingAlgorithm
 
 
@@ -63,7 +63,11 @@ class Replayed:
 
 
 def replay(trace: Trace, algorithm: SwappingAlgorithm, capacity_bytes: int) -> Replayed:
-    """Run a trace; each key that is not in memory comes in, unless it is larger than all memory."""
+    """Run a trace; each key that is not in memory comes in, unless it is larger than all memory.
+
+    Raises:
+        MemoryBudgetExceeded: the algorithm does not give up enough of what it holds.
+    """
     sizes = trace.n_bytes.tolist()
     hits = hit_bytes = 0
     for key in trace.keys.tolist():
@@ -72,7 +76,17 @@ def replay(trace: Trace, algorithm: SwappingAlgorithm, capacity_bytes: int) -> R
             hit_bytes += sizes[key]
             algorithm.touch(key)
         elif sizes[key] <= capacity_bytes:
-            assert algorithm.evict(algorithm.resident_bytes + sizes[key] - capacity_bytes) is not None
+            excess_bytes = algorithm.resident_bytes + sizes[key] - capacity_bytes
+            if algorithm.evict(excess_bytes) is None:
+                raise MemoryBudgetExceeded(
+                    f"replay: {type(algorithm).__name__} cannot evict {format_bytes(excess_bytes)} of the "
+                    f"{format_bytes(algorithm.resident_bytes)} it holds for a key of {format_bytes(sizes[key])}; "
+                    "its order() must yield every key in memory",
+                    requested_bytes=sizes[key],
+                    available_bytes=max(0, capacity_bytes - algorithm.resident_bytes),
+                    budget_bytes=capacity_bytes,
+                    owner="replay",
+                )
             algorithm.insert(key, sizes[key])
     return _replayed(trace, hits, hit_bytes)
 

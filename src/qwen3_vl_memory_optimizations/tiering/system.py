@@ -5,23 +5,44 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shutil
 import threading
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..config import MemoryConfig
 from ..errors import ConfigurationError, MemoryOptimizationError
-from ..paging import Pager
+from ..hardware import detect_gpu
+from ..paging import Pager, PageState
 from ..periodic import Periodic
 from ..prediction import LightweightMLPredictor, NextUse
 from ..prediction.mlp import features_of
+from ..process import usable_memory
 
 logger = logging.getLogger(__name__)
 
 _SHARES = {"gpu": (0.7, 1), "cpu": (0.5, 2), "ssd": (0.8, 3)}
 _MOST_BROUGHT = 8
 """A round: what is predicted for later may have changed by then."""
+
+
+def tier_memory(path: Path | None = None) -> dict[str, int | None]:
+    """Return what each tier has on this machine, in bytes; `None`: there is no such tier.
+
+    Args:
+        path: a file or directory, which may be still to come, on the disk of the `ssd` tier; default: where cached
+            results lie.
+    """
+    gpu = detect_gpu()
+    path = (MemoryConfig().base_dir if path is None else path).absolute()
+    there = next(each for each in (path, *path.parents) if each.exists())
+    return {
+        "gpu": None if gpu is None else gpu.total_bytes,
+        "cpu": usable_memory()[0],
+        "ssd": shutil.disk_usage(there).free,
+    }
 
 
 class MemoryTieringSystem:
@@ -33,8 +54,8 @@ class MemoryTieringSystem:
     history ranks them (`NextUse`).
 
     Args:
-        memory: what the tiers have in bytes, by name; `None` or missing: there is none. Default: the SSD and RAM are
-            taken as they are found, without figures.
+        memory: what the tiers have in bytes, by name; `None` or missing: there is none. Default: what this machine has
+            (`tier_memory`).
 
     Attributes:
         tiers: name -> `capacity` (a share of what is there, in bytes, or `None`) and `priority`.
@@ -44,7 +65,7 @@ class MemoryTieringSystem:
     """
 
     def __init__(self, memory: Mapping[str, int | None] | None = None) -> None:
-        there = memory or {}
+        there = tier_memory() if memory is None else memory
         self.tiers: dict[str, dict[str, Any]] = {}
         for name, (share, priority) in _SHARES.items():
             n_bytes = there.get(name)
@@ -55,7 +76,9 @@ class MemoryTieringSystem:
         self.useful_migrations = 0
         self._next_use = NextUse()
         self._known: dict[str, tuple[int, str]] = {}  # id -> bytes, kind
-        self._brought: set[str] = set()
+        self._brought: set[str] = set()  # and neither used nor gone since
+        self._coming: dict[str, bool] = {}  # being asked for just now -> used meanwhile
+        self._pager: weakref.ref[Pager] | None = None
         self._lock = threading.Lock()
         self._path: Path | None = None
         self._periodic: Periodic | None = None
@@ -71,9 +94,20 @@ class MemoryTieringSystem:
                 self.predictor.observe(history, self._next_use.now + 1, n_bytes, kind, rule)
             self._next_use.use(tensor_id, len(self._known))
             self._known[tensor_id] = (n_bytes, kind)
-            if tensor_id in self._brought:
-                self._brought.discard(tensor_id)
-                self.useful_migrations += 1
+            if tensor_id in self._brought or tensor_id in self._coming:
+                used = not self._has_left(tensor_id)
+                if tensor_id in self._brought:
+                    self._brought.discard(tensor_id)
+                    self.useful_migrations += used
+                else:
+                    self._coming[tensor_id] = used
+
+    def _has_left(self, tensor_id: str) -> bool:
+        """Whether a part of a tensor is on the SSD alone, or about to be. The Pager's lock is held."""
+        pager = None if self._pager is None else self._pager()
+        entry = None if pager is None else pager.entries.get(tensor_id)
+        leaving = (PageState.SWAPPED, PageState.WRITING)
+        return entry is not None and any(page.state in leaving for page in entry.pages)
 
     def forget(self, tensor_id: str) -> None:
         """Forget a tensor that was freed."""
@@ -83,7 +117,7 @@ class MemoryTieringSystem:
             self._next_use.forget(tensor_id)
 
     def effectiveness(self) -> float | None:
-        """Return the share of migrations that came before a use; `None` before the first."""
+        """Return the share of migrations whose tensor was used before it left again; `None` before the first."""
         return self.useful_migrations / self.migrations if self.migrations else None
 
     def waits(self, tensor_ids: list[str]) -> dict[str, float]:
@@ -104,13 +138,23 @@ class MemoryTieringSystem:
             gone = [each for each in self._known if each not in pager.entries]
         for each in gone:
             self.forget(each)
-        away = [each for each in pager.runtime.swapped_out() if self.unwanted is None or not self.unwanted(each)]
+        self._pager = weakref.ref(pager)
+        out = pager.runtime.swapped_out()
+        with self._lock:
+            self._brought.difference_update(out)  # gone again, and never used
+        away = [each for each in out if self.unwanted is None or not self.unwanted(each)]
         waits = self.waits(away)
         wanted = sorted(waits, key=lambda each: waits[each])[:_MOST_BROUGHT]
-        brought = pager.runtime.bring(self._within_capacity(pager, wanted))
+        fitting = self._within_capacity(pager, wanted)
         with self._lock:
-            self._brought.update(brought)
+            self._coming = dict.fromkeys(fitting, False)
+        brought = pager.runtime.bring(fitting)  # the Pager's lock comes before this one: see docs/locking.md
+        with self._lock:
+            used = {each for each in brought if self._coming[each]}
+            self._coming = {}
+            self._brought.update(set(brought) - used)
             self.migrations += len(brought)
+            self.useful_migrations += len(used)
             self._brought.intersection_update(self._known)
         return len(brought)
 
@@ -185,12 +229,13 @@ class MemoryTieringSystem:
         return None if self._periodic is None else self._periodic.interval_s
 
     def set_interval(self, interval_s: float) -> None:
-        """Change the pause between two migrations. Precondition: started.
+        """Change the pause between two migrations.
 
         Raises:
-            ConfigurationError: it is not above zero.
+            ConfigurationError: it is not above zero, or `start` was not called.
         """
-        assert self._periodic is not None
+        if self._periodic is None:
+            raise ConfigurationError(f"tiering: an interval of {interval_s!r} s needs start() first")
         self._periodic.interval_s = interval_s
 
     def close(self) -> None:
