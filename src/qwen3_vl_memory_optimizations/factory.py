@@ -18,7 +18,7 @@ from torch import nn
 from .compression import create_codec
 from .config import MemoryConfig, jsonable
 from .errors import CheckpointError, ConfigurationError, MemoryBudgetExceeded, format_bytes
-from .model.activations import FIXED_RESERVE_BYTES
+from .model.activations import FIXED_RESERVE_BYTES, with_heap
 from .model.assisted import ASSISTANT, attach_draft, require_draft
 from .model.decode_threads import FreeProcessors, attach_decode_threads
 from .model.fused import fuse_layers
@@ -309,7 +309,12 @@ def _finish(source: _Source, draft: _Source | None, optimizer: MemoryOptimizer) 
     identity = vision = None
     if optimizer.cache is not None:
         identity = ModelIdentity(model, optimizer.pager, optimizer.config, source.checkpoint)
-        vision = attach_vision_reuse(model, optimizer.cache, identity)
+
+        def reserve(n_bytes: int) -> None:
+            held = optimizer.pager.ledger.held_bytes("activations")
+            optimizer.reserve_activations(max(held, with_heap(n_bytes)))
+
+        vision = attach_vision_reuse(model, optimizer.cache, identity, reserve)
     for each in (model,) if draft is None else (model, draft.model):
         if optimizer.config.fuses_modules():
             fuse_layers(each)

@@ -30,6 +30,7 @@ from .paging import (
     Compactor,
     Ledger,
     ManagedTensor,
+    MemoryAudit,
     Pager,
     PressureMonitor,
     ProcessAccounts,
@@ -65,6 +66,7 @@ class MemoryOptimizer(FigureMethods):
         pool: address ranges of runtime tensors.
         cache: results that are used again; `None` where `enable_cache_hierarchy` is off.
         kv_store: keys and values of sequences that rest; `None`: none are kept.
+        audit: compares the resident set with the ledger at each pass; `None`: not asked for (`paging.audit`).
         collector: lets go of what is not expected to be used again; `None` where `enable_predictive_gc` is off.
         lifecycle: who made which runtime tensor, in which session, and what outlives it.
         pressure: gives memory up when others take it; `None` without `ram_budget`.
@@ -140,6 +142,9 @@ class MemoryOptimizer(FigureMethods):
             if self._accounts is None:  # else it makes room before each forward
                 self.pager.on_pass = self.cache.make_room
         self.lifecycle = TensorLifecycleTracker()
+        self.audit: MemoryAudit | None = None
+        if self._accounts is not None and MemoryAudit.is_on():
+            self.audit = self._accounts.audit = MemoryAudit(self.pager, lambda: self.lifecycle.phase)
         self.pager.lives = self.lifecycle
         self.collector: PredictiveGarbageCollector | None = None
         if self.config.enable_predictive_gc:

@@ -99,6 +99,15 @@ def mapped_file_bytes() -> int:
         return 0
 
 
+def reset_peak_rss() -> bool:
+    """Have `peak_rss_bytes` begin anew; return whether the system allows it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def major_faults() -> int:
     """Return how often this process has waited for a page to be read, code of libraries most of all; 0: not known."""
     try:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
-from ..paging import Pager
+from ..paging import PROCESS, Pager
 
 CACHE_OWNER = "cache"
+WORKSPACE_OWNER = "cache workspace"
+STAGE_BYTES = 4 << 20
+"""What writing an entry to the SSD takes besides the entry."""
 _UNLIMITED = 1 << 62
 
 
@@ -22,6 +27,13 @@ class CacheBudget(Protocol):
     def give(self, n_bytes: int) -> None:
         """Credit memory that was released."""
 
+    def workspace(self, n_bytes: int) -> AbstractContextManager[None]:
+        """Hold memory for the length of a block, whatever leaves for it.
+
+        Raises:
+            MemoryBudgetExceeded: there is no room.
+        """
+
 
 class Unlimited:
     """No limit but the size of the cache."""
@@ -36,6 +48,10 @@ class Unlimited:
 
     def give(self, n_bytes: int) -> None:
         """Nothing to do."""
+
+    def workspace(self, n_bytes: int) -> AbstractContextManager[None]:
+        """Nothing to do."""
+        return nullcontext()
 
 
 class LedgerBudget:
@@ -62,3 +78,12 @@ class LedgerBudget:
         """Credit."""
         if n_bytes:
             self._pager.lend(CACHE_OWNER, -n_bytes)
+
+    @contextmanager
+    def workspace(self, n_bytes: int) -> Iterator[None]:
+        """Debit for the length of a block."""
+        self._pager.debit(WORKSPACE_OWNER, n_bytes, PROCESS)
+        try:
+            yield
+        finally:
+            self._pager.debit(WORKSPACE_OWNER, -n_bytes, PROCESS)

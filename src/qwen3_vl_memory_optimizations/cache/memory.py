@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, MemoryBudgetExceeded
 from ..prediction import choose_victims, worth
 from .budget import CacheBudget, Unlimited
 from .deflate import DeflatedItem, deflate
@@ -230,7 +230,11 @@ class CPUCache:
         held = self._entries.get(key)
         if held is None or not isinstance(held.encoded, EncodedItem) or held.dense:
             return 0
-        packed = deflate(held.encoded)
+        try:
+            with self._budget.workspace(held.n_bytes):
+                packed = deflate(held.encoded)
+        except MemoryBudgetExceeded:
+            return 0
         with self._lock:
             if packed is None or self._entries.get(key) is not held:
                 held.dense = packed is None

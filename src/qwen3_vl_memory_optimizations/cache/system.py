@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import MemoryConfig
+from ..errors import MemoryBudgetExceeded
 from ..prediction import UseCounts
-from .budget import CacheBudget
+from .budget import STAGE_BYTES, CacheBudget, Unlimited
 from .collecting import CacheStore
 from .flights import Flights
 from .item import CacheItem, EncodedItem
@@ -48,6 +49,7 @@ class HierarchicalCacheSystem:
         timer: Callable[[], float] = time.perf_counter,
     ) -> None:
         config = config or MemoryConfig()
+        self._budget = budget or Unlimited()
         self.l1_cache = GPUCache(config.l1_cache_size) if config.enable_l1_gpu_cache else None
         self.l2_cache = None
         if config.enable_l2_cpu_cache:
@@ -142,7 +144,11 @@ class HierarchicalCacheSystem:
         if self.l2_cache is not None:
             self.l2_cache.store(key, item, saved_s=saved_s, uses=uses, kind=kind if persist else None)
         if persist and self.l3_cache is not None:
-            self.l3_cache.store(key, item, saved_s=saved_s, uses=uses, kind=kind)
+            try:
+                with self._budget.workspace(STAGE_BYTES):
+                    self.l3_cache.store(key, item, saved_s=saved_s, uses=uses, kind=kind)
+            except MemoryBudgetExceeded:  # no room to write it with: it is computed again
+                self.l3_cache.counters.refused += 1
 
     def get_or_compute(
         self, key: str, compute: Callable[[], CacheItem], *, kind: str = "general", units: float = 1.0

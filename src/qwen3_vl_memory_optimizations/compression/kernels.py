@@ -7,8 +7,9 @@ shape (on AVX2, bf16 products lose to fp32; on AVX512-BF16 they win).
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TypeVar
@@ -62,6 +63,7 @@ class KernelSelector:
 
     def __init__(self, timer: Callable[[], float] = time.perf_counter) -> None:
         self._timer = timer
+        self._lock = threading.Lock()  # several threads may compute; none computes while it is held
         self._choices: dict[Hashable, KernelChoice] = {}
 
     def chosen(self, key: Hashable) -> str | None:
@@ -80,37 +82,44 @@ class KernelSelector:
             candidates: name -> computation, in order of preference when speeds are close.
             work: the size of this problem, in any unit that time grows with.
         """
-        choice = self._choices.get(key)
-        if choice is None:
-            choice = self._choices[key] = KernelChoice(
-                runs=dict.fromkeys(candidates, -1), spent_s=dict.fromkeys(candidates, 0.0)
-            )
-        if not choice.name:
-            name = min((name for name in candidates if not choice.settled(name)), key=choice.runs.__getitem__)
-            return self._timed(choice, name, candidates, work)
-        choice.calls += 1
-        if not _is_retry(choice.calls):
-            return candidates[choice.name]()
-        limit = _WORTH_A_RETRY * choice.seconds[choice.name]
-        close = [name for name in candidates if choice.seconds[name] <= limit]
-        return self._timed(choice, close[choice.calls.bit_length() % len(close)], candidates, work)
-
-    def _timed(
-        self, choice: KernelChoice, name: str, candidates: Mapping[str, Callable[[], _Result]], work: float
-    ) -> _Result:
+        with self._lock:
+            choice = self._choices.get(key)
+            if choice is None:
+                choice = self._choices[key] = KernelChoice(
+                    runs=dict.fromkeys(candidates, -1), spent_s=dict.fromkeys(candidates, 0.0)
+                )
+            name, is_timed = choice.name, True
+            if not name:
+                unsettled = [each for each in candidates if not choice.settled(each)]
+                name = min(unsettled, key=choice.runs.__getitem__)
+            else:
+                choice.calls += 1
+                is_timed = _is_retry(choice.calls)
+                if is_timed:
+                    limit = _WORTH_A_RETRY * choice.seconds[name]
+                    close = [each for each in candidates if choice.seconds[each] <= limit]
+                    name = close[choice.calls.bit_length() % len(close)]
+        if not is_timed:
+            return candidates[name]()
         start = self._timer()
         result = candidates[name]()
         seconds = self._timer() - start
+        with self._lock:
+            self._note(choice, name, candidates, seconds, work)
+        return result
+
+    @staticmethod
+    def _note(choice: KernelChoice, name: str, candidates: Iterable[str], seconds: float, work: float) -> None:
         choice.runs[name] += 1
         if choice.runs[name] > 0:
             choice.spent_s[name] += seconds
             choice.seconds[name] = min(seconds / work, choice.seconds.get(name, math.inf))
         if all(choice.settled(candidate) for candidate in candidates):
-            choice.name = ""
+            chosen = ""
             for candidate in candidates:
-                if not choice.name or choice.seconds[candidate] < _MARGIN * choice.seconds[choice.name]:
-                    choice.name = candidate
-        return result
+                if not chosen or choice.seconds[candidate] < _MARGIN * choice.seconds[chosen]:
+                    chosen = candidate
+            choice.name = chosen
 
     def choices(self) -> dict[Hashable, KernelChoice]:
         """Return what was measured and chosen so far."""

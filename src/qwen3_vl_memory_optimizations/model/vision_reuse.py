@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,13 @@ _HARMLESS = ("return_dict", "use_cache")
 """Arguments that do not change the features; with any other the tower is asked."""
 
 
-def attach_vision_reuse(model: Any, cache: HierarchicalCacheSystem, identity: ModelIdentity) -> VisionReuse | None:
+def attach_vision_reuse(
+    model: Any, cache: HierarchicalCacheSystem, identity: ModelIdentity, reserve: Callable[[int], None]
+) -> VisionReuse | None:
     """Let a model look images up before it encodes them; return `None` where it is no model that is known here.
+
+    `reserve` is called with the bytes of the features of a call before they are looked up: reading an entry takes as
+    much again.
 
     The method `get_image_features` of the inner model is replaced, which images and videos of `forward` and `generate`
     go through. On a hit `last_hidden_state` (of the patches, ahead of the merger) is `None`: no model uses it.
@@ -32,7 +37,7 @@ def attach_vision_reuse(model: Any, cache: HierarchicalCacheSystem, identity: Mo
     visual, plain = getattr(base, "visual", None), getattr(base, "get_image_features", None)
     if visual is None or plain is None or not hasattr(visual, "deepstack_visual_indexes"):
         return None
-    reuse = VisionReuse(base, cache, identity)
+    reuse = VisionReuse(base, cache, identity, reserve)
     parameters = list(inspect.signature(plain).parameters)
 
     @functools.wraps(plain)
@@ -55,10 +60,13 @@ class VisionReuse:
         base: the inner model, which has the vision tower.
         cache: where features are kept.
         identity: of the model.
+        reserve: sets memory aside for features.
     """
 
-    def __init__(self, base: Any, cache: HierarchicalCacheSystem, identity: ModelIdentity) -> None:
-        self._base, self._cache, self._identity = base, cache, identity
+    def __init__(
+        self, base: Any, cache: HierarchicalCacheSystem, identity: ModelIdentity, reserve: Callable[[int], None]
+    ) -> None:
+        self._base, self._cache, self._identity, self._reserve = base, cache, identity, reserve
 
     def keys(self, pixels: torch.Tensor, grids: torch.Tensor) -> list[str] | None:
         """Return the key of each image, or `None` where features must not be kept.
@@ -74,9 +82,10 @@ class VisionReuse:
         patches = grids.prod(-1).tolist()
         if sum(patches) != pixels.shape[0]:
             return None  # the model says what is wrong
-        parts = pixels.to(visual.dtype).split(patches)
+        parts = pixels.split(patches)
         return [
-            digest(_KIND, model, grid, digest_of_tensor(part)) for grid, part in zip(grids.tolist(), parts, strict=True)
+            digest(_KIND, model, grid, digest_of_tensor(part, visual.dtype))
+            for grid, part in zip(grids.tolist(), parts, strict=True)
         ]
 
     def features(self, plain: Any, pixels: torch.Tensor, grids: torch.Tensor, options: dict[str, Any]) -> Any:
@@ -86,6 +95,10 @@ class VisionReuse:
             return plain(pixels, grids, **options)
         patches = grids.prod(-1).tolist()
         parts = pixels.split(patches)
+        visual = self._base.visual
+        tokens = sum(patches) // visual.spatial_merge_size**2
+        levels = 1 + len(visual.deepstack_visual_indexes)
+        self._reserve(2 * tokens * visual.config.out_hidden_size * levels * visual.dtype.itemsize)
         encoded: list[Any] = []
 
         def encode(missing: list[int]) -> list[CacheItem]:

@@ -1,6 +1,7 @@
 """Managed tensors, their residency, the budget, and the only module that moves bytes."""
 
 from .accounts import ProcessAccounts
+from .audit import MemoryAudit
 from .blocks import Block, BlockSpace, Pinned, page_checksums, stored_bytes
 from .compaction import Compactor
 from .entry import PAGE_BYTES, FileSource, Page, PageState, TensorEntry, alias_memory
@@ -26,6 +27,7 @@ __all__ = [
     "JoinedEntries",
     "Ledger",
     "ManagedTensor",
+    "MemoryAudit",
     "Page",
     "PageState",
     "Pager",

@@ -11,6 +11,7 @@ from ..process import (
     rss_bytes,
     trim_heap,
 )
+from .audit import MemoryAudit
 from .pager import Pager
 
 _SLACK_BYTES = 8 * 2**20
@@ -40,6 +41,7 @@ class ProcessAccounts:
     def __init__(self, pager: Pager, budget_bytes: int, baseline_bytes: int) -> None:
         self._pager = pager
         self._budget_bytes = budget_bytes
+        self.audit: MemoryAudit | None = None
         self._least_cached_bytes: dict[int, int] = {}  # by limit of the group
         pager.reserve("process", baseline_bytes)
         pager.reserve("system", self._system_bytes())
@@ -64,10 +66,14 @@ class ProcessAccounts:
         unmanaged = self._unmanaged_bytes()
         self._account("process", unmanaged)
         self._account("system", self._system_bytes())
+        if self.audit is not None and self.audit.baseline_bytes is None:
+            self.audit.begin(unmanaged)
         return unmanaged
 
     def _on_pass(self) -> None:
         """At the start of each pass: what the process uses besides managed memory may have grown or shrunk."""
+        if self.audit is not None:
+            self.audit.look()
         if self._unmanaged_bytes() > self._pager.ledger.held_bytes("process") + _SLACK_BYTES:
             trim_heap()
         read_again_bytes = 0
