@@ -99,8 +99,9 @@ def converse(arguments: argparse.Namespace, state: dict[str, Any]) -> tuple[dict
             "swap_reads": state.get("swap_reads", 0) + stats["paging"]["swap_reads"],
             "cache_hits": None if stats["cache"] is None else stats["cache"]["hits"],
         }
-        if "kv" in stats:
-            figures["kv"] = stats["kv"]
+        figures["kv"] = stats["kv"]
+        if optimizer.audit is not None:
+            figures["undeclared"] = [(each.phase, each.n_bytes) for each in optimizer.audit.found]
         optimizer.close()
     figures["peak_rss_bytes"] = max(state.get("peak_rss_bytes", 0), memory_bytes("VmHWM"))
     state |= {name: figures[name] for name in ("peak_rss_bytes", "swap_writes", "swap_reads") if name in figures}

@@ -1,6 +1,6 @@
-import contextlib
-
 """The levels of the cache: what they admit, what leaves, what they give back."""
+
+import contextlib
 
 import pytest
 import torch

@@ -21,6 +21,7 @@ _PIECE_SHARE = 0.5
 """Of what is free: the rest holds weights, of which those that are missing are read once per piece."""
 _STREAMED_BYTES = 32 << 20
 """Pages of weights, and of keys and values, that are in memory while they are used and the next ones are read."""
+_WORTH_A_TRIM_BYTES = 16 << 20
 _LAYERS_PER_TRIM = 4
 _MANY_TOKENS = 512
 _PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
@@ -311,8 +312,10 @@ class RunBudget:
 
     def _reserve(self, n_bytes: int) -> None:
         # A draft runs between passes of the model: what it lowered, weights would fill and have to leave again.
-        held = 0 if self._lowers else self._optimizer.pager.ledger.held_bytes("activations")
-        self._optimizer.reserve_activations(max(n_bytes, held))
+        held = self._optimizer.pager.ledger.held_bytes("activations")
+        if self._lowers and n_bytes < held - _WORTH_A_TRIM_BYTES:
+            trim_heap()  # what the pass before left in the heap goes before weights take its place
+        self._optimizer.reserve_activations(n_bytes if self._lowers else max(n_bytes, held))
 
     def attach(self) -> None:
         """Register what sets memory aside for the vision tower, and what gives the holes in the heap back."""

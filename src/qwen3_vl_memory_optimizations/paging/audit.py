@@ -93,12 +93,8 @@ class MemoryAudit:
         if over > self._over_bytes + _LEAST_BYTES:
             found = Undeclared(self._pager.schedule.passes, self._phase_before, over - max(0, self._over_bytes), now)
             self.found.append(found)
-            logger.warning(
-                "%d bytes were used that nobody announced, before pass %d (%s)",
-                found.n_bytes,
-                found.passes,
-                found.phase,
-            )
+            text = "%d bytes were used that nobody announced, before pass %d (%s)"
+            logger.warning(text, found.n_bytes, found.passes, found.phase)
             self._over_bytes = over
         self._phase_before = self._phase()
         self._remember()
