@@ -325,10 +325,11 @@ def _finish(source: _Source, draft: _Source | None, optimizer: MemoryOptimizer) 
         runner, budget = attach_forward(each, optimizer, turn, make_cache, lowers=is_main)
         reuse = None
         if reuses and is_main and make_cache is not None and identity is not None and optimizer.cache is not None:
-            optimizer.kv_store = KVStore(
+            store = KVStore(
                 BlockSpace(optimizer.pager), optimizer.cache.l3_cache, optimizer.config.most_resting_bytes()
             )
-            reuse = PrefixReuse(model, optimizer.kv_store, identity, vision, make_cache)
+            optimizer.keep_sequences(store)
+            reuse = PrefixReuse(model, store, identity, vision, make_cache)
         generations.append(
             Generation(
                 each,

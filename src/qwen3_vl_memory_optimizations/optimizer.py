@@ -142,6 +142,7 @@ class MemoryOptimizer(FigureMethods):
             if self._accounts is None:  # else it makes room before each forward
                 self.pager.on_pass = self.cache.make_room
         self.lifecycle = TensorLifecycleTracker()
+        self._runtime_store: RuntimeStore | None = None
         self.audit: MemoryAudit | None = None
         if self._accounts is not None and MemoryAudit.is_on():
             self.audit = self._accounts.audit = MemoryAudit(self.pager, lambda: self.lifecycle.phase)
@@ -175,7 +176,8 @@ class MemoryOptimizer(FigureMethods):
     def _start_collector(self, undo: ExitStack) -> PredictiveGarbageCollector:
         collector = PredictiveGarbageCollector(tracker=self.lifecycle)
         if self.swapping is not None:
-            collector.stores.append(RuntimeStore(self.pager))
+            self._runtime_store = RuntimeStore(self.pager)
+            collector.stores.append(self._runtime_store)
         cached = None if self.cache is None else self.cache.collectable()
         if self.cache is not None and cached is not None:
             collector.stores.append(cached)
@@ -310,6 +312,15 @@ class MemoryOptimizer(FigureMethods):
             self.lifecycle.end_session()
             if self.collector is not None:
                 self.collector.end_round()
+
+    def keep_sequences(self, store: Any) -> None:
+        """Have the systems decide about the keys and values of sequences that rest (`model.kv.store.KVStore`)."""
+        self.kv_store = store
+        store.own = self.lifecycle.own
+        if self.swapping is not None:
+            store.on_rest = partial(self.swapping.look, self.pager)
+        if self._runtime_store is not None:
+            self._runtime_store.forget = store.forget
 
     # --- budget -------------------------------------------------------------------------------------------------------
 

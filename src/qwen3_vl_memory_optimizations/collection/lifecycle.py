@@ -7,7 +7,7 @@ import logging
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -210,6 +210,14 @@ class TensorLifecycleTracker:
                 life.gap = gap if not life.gap else life.gap + _GAP_WEIGHT * (gap - life.gap)
             life.last_use = self.now
             life.uses += 1
+
+    def own(self, keys: Iterable[Hashable], owned: bool) -> None:
+        """Note whether things belong to somebody from now on, or are kept in case they are asked for again."""
+        with self._locked():
+            for key in keys:
+                life = self.lives.get(key)
+                if life is not None:
+                    life.owned = owned
 
     def died(self, key: Hashable) -> None:
         """Note that something is gone for good; never waits. The thing may be unknown."""

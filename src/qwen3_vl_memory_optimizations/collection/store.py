@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,13 +48,22 @@ class CollectableStore(Protocol):
 
 
 class RuntimeStore:
-    """The runtime tensors of a Pager. They belong to those who refer to them: they go to the swap file and no further.
+    """The runtime tensors of a Pager.
 
-    They are not compressed: each has one address for life, and views of it may be alive.
+    Those that callers refer to go to the swap file and no further; keys and values of sequences that rest may be
+    forgotten. None are compressed: each has one address for life, and views of it may be alive.
+
+    Args:
+        pager: has them.
+
+    Attributes:
+        forget: given the id of a tensor that no caller refers to, forgets it and returns the bytes that frees; `None`:
+            there are none.
     """
 
     def __init__(self, pager: Pager) -> None:
         self._pager = pager
+        self.forget: Callable[[str], int] | None = None
         self._last_access: dict[str, int] = {}
 
     def held(self) -> dict[Hashable, Held]:
@@ -76,8 +85,8 @@ class RuntimeStore:
         return self._pager.runtime.fill()
 
     def is_stored(self, key: Hashable) -> bool:
-        """Return `False`: of what is written to, nobody knows."""
-        return False
+        """Return whether a file holds a tensor: what is written to is in none."""
+        return self._pager.runtime.is_stored(str(key))
 
     def compress(self, key: Hashable) -> int:
         """Not possible."""
@@ -88,5 +97,5 @@ class RuntimeStore:
         return self._pager.runtime.send_out(str(key))
 
     def free(self, key: Hashable) -> int:
-        """Not possible: somebody refers to it."""
-        return 0
+        """Forget keys and values that rest; not possible for what a caller refers to."""
+        return 0 if self.forget is None else self.forget(str(key))

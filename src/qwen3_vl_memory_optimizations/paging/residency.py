@@ -340,7 +340,11 @@ class Residency:
     # --- what leaves ------------------------------------------------------------------------------------------------
 
     def victims(self) -> list[Page]:
-        """Return what may leave, best first: streamed pages, then idle tensors, then weights by farthest next use."""
+        """Return what may leave, best first.
+
+        Streamed pages, then idle tensors by the rule for them, those used in a cycle by farthest next use, and weights
+        by farthest next use.
+        """
         distances = self.schedule.distances()
         ranks = self._runtime_ranks()
         never = len(self._order) * 4
@@ -348,12 +352,12 @@ class Residency:
         def rank(page: Page) -> tuple[int, int]:
             if page.entry.kind != "weights":
                 if page in self._cycle:
-                    return (1, -page.last_access)
+                    return (2, -page.last_access)
                 return (1, ranks.get(page.entry.tensor_id, page.last_access))
             distance = distances.get(page.entry.tensor_id, never)
             if not page.kept and not page.unused:
                 return (0, -distance)
-            return (2, -distance)
+            return (3, -distance)
 
         pages = (page for entry in self._entries.values() for page in entry.pages)
         return sorted((p for p in pages if p.state is PageState.RESIDENT and not (p.pins or p.awaited)), key=rank)

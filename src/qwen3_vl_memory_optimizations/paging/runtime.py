@@ -110,6 +110,17 @@ class RuntimeTensors:
                     self._mover.forget_swapped(page)
             return True
 
+    def is_stored(self, tensor_id: str) -> bool:
+        """Return whether a file holds all of a tensor, so that it leaves memory without being written."""
+        with self._lock:
+            entry = self._entries.get(tensor_id)
+            return entry is not None and entry.source is not None and not any(page.dirty for page in entry.pages)
+
+    def resident_bytes(self, entries: Sequence[TensorEntry]) -> int:
+        """Return how much of some tensors is in memory."""
+        with self._lock:
+            return sum(page.n_bytes for entry in entries for page in entry.pages if page.resident)
+
     def swap_ahead(self, share: float) -> int:
         """Let some leave until they fill at most a share of the memory; what is used in a cycle stays.
 

@@ -12,7 +12,7 @@ import itertools
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -47,6 +47,7 @@ class KVStoreStats:
         blocks_from_ssd: those of them that came from files of the cache.
         tails_continued: tails that were gone on in where they lie; `tails_copied`: copied up to where they differ.
         blocks_written: blocks written to files of the cache; `written_bytes`: their size.
+        wanted_bytes: of blocks and tails that were gone on with; `resident_bytes`: of them, what was in memory.
         corrupt: files that were not what was written.
         dropped: blocks that were forgotten, to keep within the size.
     """
@@ -62,6 +63,8 @@ class KVStoreStats:
     tails_copied: int = 0
     blocks_written: int = 0
     written_bytes: int = 0
+    wanted_bytes: int = 0
+    resident_bytes: int = 0
     corrupt: int = 0
     dropped: int = 0
 
@@ -128,11 +131,17 @@ class KVStore:
         space: where blocks lie.
         files: the level of the cache on the SSD; `None`: nothing outlives the process.
         most_bytes: the most that rests, in memory and in the swap file; above it the longest unused is forgotten.
+
+    Attributes:
+        own: called with ids of tensors and whether a sequence that runs holds them; those that rest may be collected.
+        on_rest: called when a sequence came to rest.
     """
 
     def __init__(self, space: BlockSpace, files: SSDCache | None, most_bytes: int) -> None:
         self.space = space
         self.counters = KVStoreStats()
+        self.own: Callable[[Iterable[str], bool], None] | None = None
+        self.on_rest: Callable[[], None] | None = None
         self._files = files
         self._most_bytes = most_bytes
         self._lock = threading.RLock()
@@ -190,6 +199,8 @@ class KVStore:
             MemoryBudgetExceeded: there is no room for its tail; the cache is of no further use.
         """
         blocks = [stored.block for each in match.blocks for stored in each.layers]
+        self._count_resident([*blocks, *(match.tail.layers if match.tail is not None else ())])
+        self._own(blocks, True)
         self.space.rest(blocks, used=True)
         self._adopt_tail(match, cache)
         for index, layer in enumerate(cache.layers):
@@ -200,6 +211,16 @@ class KVStore:
         self.counters.blocks_shared += len(blocks)
         self.counters.shared_bytes += sum(block.n_bytes for block in blocks)
         return match.n_tokens(cache.block_tokens)
+
+    def _count_resident(self, blocks: Sequence[Block]) -> None:
+        entries = [block.entry for block in blocks if block.entry is not None]
+        self.counters.wanted_bytes += sum(page.n_bytes for entry in entries for page in entry.pages)
+        if self.space.pager is not None:
+            self.counters.resident_bytes += self.space.pager.runtime.resident_bytes(entries)
+
+    def _own(self, blocks: Sequence[Block], owned: bool) -> None:
+        if self.own is not None:
+            self.own([block.entry.tensor_id for block in blocks if block.entry is not None], owned)
 
     def _adopt_tail(self, match: Match, cache: ManagedKVCache) -> None:
         tail = match.tail
@@ -261,6 +282,7 @@ class KVStore:
         used = [layer.rows[row][index].block for index in range(n_blocks) for layer in layers]
         self.space.rest(used, used=False)
         self.space.rest(new, used=True)
+        self._own([*used, *new], False)
         if persist and self._writer is not None:
             for name in names:
                 if not self._blocks[name].in_file:
@@ -268,6 +290,31 @@ class KVStore:
             if tail is not None:
                 self._writer.add((parent, tail, saved_s * len(tail.tokens)))
         self._keep_within_size()
+        if self.on_rest is not None:
+            self.on_rest()
+
+    def forget(self, tensor_id: str) -> int:
+        """Forget a tensor that rests, with all that is of no use without it; return the bytes of memory this frees."""
+        pager = self.space.pager
+        with self._lock:
+            for name, each in self._blocks.items():
+                if any(
+                    stored.block.entry is not None and stored.block.entry.tensor_id == tensor_id
+                    for stored in each.layers
+                ):
+                    entries = [stored.block.entry for stored in each.layers if stored.block.entry is not None]
+                    freed = 0 if pager is None else pager.runtime.resident_bytes(entries)
+                    del self._blocks[name]
+                    self._resting_bytes -= each.n_bytes
+                    return freed
+            for parent, kept in self._tails.items():
+                for tail in kept:
+                    if any(block.entry is not None and block.entry.tensor_id == tensor_id for block in tail.layers):
+                        entries = [block.entry for block in tail.layers if block.entry is not None]
+                        freed = 0 if pager is None else pager.runtime.resident_bytes(entries)
+                        self._forget_tail(parent, tail)
+                        return freed
+        return 0
 
     @staticmethod
     def _rest_tail(cache: ManagedKVCache, tokens: Sequence[Token]) -> RestingTail | None:
