@@ -119,6 +119,41 @@ def encoded_bytes(matrices: Iterable[Matrix], codec: str) -> int:
     return sum(segment.n_bytes for matrix in matrices for segment in encoder.segments(matrix, torch.bfloat16))
 
 
+def least_budgets(shape: ModelShape, itemsize: int) -> dict[str, int]:
+    """Return the least `ram_budget` by what is asked: with less, a run is refused before its first token.
+
+    Args:
+        shape: of the model.
+        itemsize: bytes of an activation: 2 in bf16, 4 in fp32.
+    """
+    from types import SimpleNamespace
+
+    from ..model.needs import least_budget_bytes
+
+    text = SimpleNamespace(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.mlp,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=_KV_HEADS,
+        head_dim=_HEAD_DIM,
+        num_hidden_layers=shape.layers,
+        vocab_size=_VOCABULARY,
+    )
+    vision = SimpleNamespace(
+        hidden_size=shape.vision_hidden,
+        intermediate_size=shape.vision_mlp,
+        spatial_merge_size=2,
+        out_hidden_size=shape.hidden,
+        deepstack_visual_indexes=tuple(range(_DEEPSTACK_LAYERS)),
+    )
+    config = SimpleNamespace(get_text_config=lambda: text, vision_config=vision)
+    cases = {"1,024 tokens": (1024, 0), "16,384 tokens": (16384, 0), "an image of 1,024 tokens": (1088, 4096)}
+    return {
+        name: least_budget_bytes(config, prompt_tokens=tokens, new_tokens=256, patches=patches, itemsize=itemsize)
+        for name, (tokens, patches) in cases.items()
+    }
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """What to expect of one model.

@@ -59,7 +59,7 @@ def _examine(directory: Path, budget_bytes: int | None, profile: str, *, quick: 
     from ..hardware import detect_hardware
     from ._machine import energy_report, profile_report
     from ._measure import product_speeds
-    from ._sizes import MODELS, encoded_bytes, estimate
+    from ._sizes import MODELS, encoded_bytes, estimate, least_budgets
 
     directory.mkdir(parents=True, exist_ok=True)
     hardware = detect_hardware(directory)
@@ -84,6 +84,7 @@ def _examine(directory: Path, budget_bytes: int | None, profile: str, *, quick: 
         "models": [
             {"name": shape.name, "parameters": shape.n_parameters}
             | {"vision_bytes": {codec: encoded_bytes(shape.vision_matrices(), codec) for codec in _CODECS}}
+            | {"least_ram_budget_bytes": least_budgets(shape, fastest_dtype().itemsize)}
             for shape in MODELS
         ],
         "estimates": [
@@ -188,3 +189,14 @@ def _show_estimates(report: dict[str, Any], screen: Console) -> None:
         )
     screen.print(table, highlight=False)
     screen.print("  An upper bound: reading weights is taken to be all that takes time.", style="dim")
+
+    screen.print(
+        f"\n[bold]Least --ram-budget[/bold], computed in {report['compute_dtype']}: with less, a prompt is refused"
+    )
+    table = Table(box=None, padding=(0, 2))
+    table.add_column("  model")
+    for heading in report["models"][0]["least_ram_budget_bytes"]:
+        table.add_column(heading, justify="right")
+    for row in report["models"]:
+        table.add_row(f"  {row['name']}", *(format_bytes(each) for each in row["least_ram_budget_bytes"].values()))
+    screen.print(table, highlight=False)

@@ -17,7 +17,6 @@ import torch
 
 PIECE_TOKENS = 1024
 """The largest piece. Products of 1,024 rows are as fast as those of more, and take longer than reading all weights."""
-LEAST_PIECE_TOKENS = 64
 _NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
 _PICTURES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 _WHOLE = ("labels", "output_attentions", "output_hidden_states", "token_type_ids")

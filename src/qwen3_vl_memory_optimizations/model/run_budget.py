@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,98 +11,17 @@ from ..errors import MemoryBudgetExceeded, format_bytes
 from ..process import trim_heap
 from .activations import feature_bytes, text_bytes, vision_bytes, whole_prompt_bytes, with_heap
 from .kv.cache import ManagedKVCache
-from .kv.layer import FEW_TOKENS, TAIL_TOKENS
-from .pieces import LEAST_PIECE_TOKENS, PIECE_TOKENS
+from .kv.sizes import BLOCK_TOKENS, FEW_TOKENS, TAIL_TOKENS
+from .needs import LEAST_PIECE_TOKENS, STREAMED_BYTES, RunNeeds, run_needs
+from .pieces import PIECE_TOKENS
 
 _PIECES = (PIECE_TOKENS, 768, 512, 384, 256, 192, 128, LEAST_PIECE_TOKENS)
 _PIECE_SHARE = 0.5
 """Of what is free: the rest holds weights, of which those that are missing are read once per piece."""
-_STREAMED_BYTES = 32 << 20
-"""Pages of weights, and of keys and values, that are in memory while they are used and the next ones are read."""
 _WORTH_A_TRIM_BYTES = 16 << 20
 _LAYERS_PER_TRIM = 4
 _MANY_TOKENS = 512
 _PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
-
-
-@dataclass(frozen=True, slots=True)
-class RunNeeds:
-    """What a run takes.
-
-    Attributes:
-        prompt_tokens, new_tokens, rows: of each sequence, and how many sequences.
-        transient_bytes: the most that its passes take at a time, in pieces of the smallest size.
-        pinned_bytes: of keys and values that cannot leave: the tails.
-        blocks_bytes: of keys and values that may lie on the SSD.
-    """
-
-    prompt_tokens: int
-    new_tokens: int
-    rows: int
-    transient_bytes: int
-    pinned_bytes: int
-    blocks_bytes: int
-
-    @property
-    def memory_bytes(self) -> int:
-        """What must be free besides the process."""
-        return self.transient_bytes + self.pinned_bytes + _STREAMED_BYTES
-
-
-def run_needs(
-    config: Any,
-    *,
-    prompt_tokens: int,
-    new_tokens: int,
-    rows: int = 1,
-    patches: int = 0,
-    itemsize: int = 4,
-    tail_itemsize: int = 2,
-    block_tokens: int = 256,
-    token_bytes: float | None = None,
-    piece: int = LEAST_PIECE_TOKENS,
-    masked: bool = False,
-) -> RunNeeds:
-    """Compute what a run takes from its sizes.
-
-    Args:
-        config: of the model.
-        prompt_tokens, new_tokens, rows: see `RunNeeds`.
-        patches: rows of the vision tower.
-        itemsize: bytes of an activation; `tail_itemsize`: of a number in a tail.
-        block_tokens: of a block of keys and values.
-        token_bytes: of a token's encoded keys and values, all layers; default: INT8.
-        piece: tokens of a piece of the prompt.
-        masked: sequences are padded.
-    """
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
-    head_dim = getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
-    numbers = 2 * text.num_hidden_layers * heads * head_dim
-    total = prompt_tokens + new_tokens
-    vision = getattr(config, "vision_config", None)
-    shown = patches // vision.spatial_merge_size**2 if vision is not None else 0
-    features = feature_bytes(config, tokens=shown, itemsize=itemsize)
-    text_peak = text_bytes(
-        config,
-        tokens=min(piece, prompt_tokens) * rows,
-        logit_rows=rows,
-        itemsize=itemsize,
-        cached_tokens=prompt_tokens,
-        masked=masked,
-    )
-    peak = max(vision_bytes(config, patches=patches, itemsize=itemsize), text_peak) + features
-    tail_tokens = min(total, block_tokens + TAIL_TOKENS + FEW_TOKENS)
-    per_token = numbers * (1 + 4 / head_dim) if token_bytes is None else token_bytes
-    return RunNeeds(
-        prompt_tokens,
-        new_tokens,
-        rows,
-        with_heap(peak),
-        # A tail grows by copying: for a moment both are there.
-        math.ceil(rows * tail_tokens * numbers * tail_itemsize * (1 + 1 / text.num_hidden_layers)),
-        math.ceil(max(0, total - TAIL_TOKENS) * rows * per_token),
-    )
 
 
 class RunBudget:
@@ -258,7 +175,7 @@ class RunBudget:
         if length <= FEW_TOKENS and not patches:
             self._reserve(with_heap(peak(length)))
             return length
-        free = optimizer.free_for_activations() - _STREAMED_BYTES
+        free = optimizer.free_for_activations() - STREAMED_BYTES
         if not foreign:
             free -= self._tail_growth(given, batch, past + length)
         sizes = [length] if foreign and length <= LEAST_PIECE_TOKENS else [size for size in _PIECES if size < length]
@@ -294,7 +211,7 @@ class RunBudget:
         head_dim = getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
         cache = given.get("cache")
         cache = given.get("past_key_values") if cache is None else cache
-        block_tokens = cache.block_tokens if isinstance(cache, ManagedKVCache) else 256
+        block_tokens = cache.block_tokens if isinstance(cache, ManagedKVCache) else BLOCK_TOKENS
         tokens = min(total, block_tokens + TAIL_TOKENS + FEW_TOKENS)
         return int(batch * tokens * 2 * text.num_hidden_layers * heads * head_dim * self._itemsize)
 

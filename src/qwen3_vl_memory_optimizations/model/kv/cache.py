@@ -16,10 +16,8 @@ from ...compression import KernelSelector, create_kv_codec
 from ...paging import Block, BlockSpace, Pager
 from .attention import ATTENTION
 from .layer import ManagedKVLayer
+from .sizes import BLOCK_TOKENS
 
-BLOCK_TOKENS = 256
-"""Tokens of a block. In larger ones fewer of the tokens of a conversation lie (its end stays in the tail, in 16 bits,
-and a prompt that differs is computed from the last whole block on); smaller ones cost a call of a kernel each."""
 _GROUP_TOKENS = 8192
 """Tokens that are attended to together: more would only make the scores, which are kept meanwhile, larger."""
 _UPCOMING_BLOCKS = 64

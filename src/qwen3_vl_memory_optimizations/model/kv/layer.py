@@ -17,14 +17,11 @@ from transformers.cache_utils import CacheLayerMixin
 from ...compression import KVBlock, KVCodec, Segment
 from ...paging import Block, BlockSpace, Pinned
 from .attention import CachedStates
+from .sizes import FEW_TOKENS, TAIL_TOKENS
 
 if TYPE_CHECKING:
     from .cache import ManagedKVCache
 
-TAIL_TOKENS = 64
-"""The newest tokens, at least, are never encoded: drafts that are not accepted are taken back without a loss."""
-FEW_TOKENS = 16
-"""So many new tokens are written to the tail before they are attended to; more are attended to where they are."""
 _GROW_TOKENS = 64
 _GROW_SHARE = 8
 
