@@ -6,6 +6,7 @@ import argparse
 import json
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,9 +50,17 @@ def main() -> None:
 
 def measure(model: str, limit_bytes: int, options: list[str]) -> dict:
     """Run one measurement cold, in a group of `limit_bytes`, and return its figures with the group's."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--cache-dir", type=Path)
+    given, options = parser.parse_known_args(options)
     drop_page_cache()
-    with control_group(limit_bytes) as group:
-        command = [sys.executable, str(MEASURE), model, "--ram-budget", str(limit_bytes), *options]
+    with control_group(limit_bytes) as group, tempfile.TemporaryDirectory(dir=given.cache_dir) as cache_dir:
+        # Nothing is kept from run to run but packed weights: every run computes.
+        if given.cache_dir is not None:
+            (given.cache_dir / "packed").mkdir(parents=True, exist_ok=True)
+            (Path(cache_dir) / "packed").symlink_to((given.cache_dir / "packed").resolve())
+        command = [sys.executable, str(MEASURE), model, "--ram-budget", str(limit_bytes), "--cache-dir", cache_dir]
+        command += options
         done = run_in_group(command, group)
         figures = {
             "model": Path(model).name,
