@@ -1,7 +1,8 @@
-"""Where a prompt is cut, and what the keys of its blocks tell apart."""
+"""Where pictures are in a prompt, and what the names of its blocks tell apart."""
 
 import pytest
-from qwen3_vl_memory_optimizations.model.prompt_blocks import Span, cut, find_spans
+
+from qwen3_vl_memory_optimizations.model.kv.naming import Span, block_names, find_spans, named_tokens
 
 IMAGE, VIDEO = 5, 6
 TOKENS = {"image": IMAGE, "video": VIDEO}
@@ -37,39 +38,43 @@ def test_tokens_that_do_not_fit_the_grids_are_none_of_ours(ids, images):
     assert spans_of(ids, images) is None
 
 
-def test_blocks_cover_the_prompt_and_end_where_pictures_do():
-    ids = [1] * 10 + [IMAGE] * 9 + [2] * 11
-    blocks = cut(ids, [Span(10, 19, "x", "image", 0)], "root", 4)
-    assert [(block.start, block.stop) for block in blocks] == [
-        *[(0, 4), (4, 8), (8, 10)],
-        *[(10, 14), (14, 18), (18, 19)],
-        *[(19, 23), (23, 27)],
+def names(ids, spans=(), root="root"):
+    return block_names(named_tokens(ids, spans), root, 4)
+
+
+def test_whole_blocks_have_names():
+    assert [len(names([1] * n)) for n in (0, 3, 4, 7, 8)] == [0, 0, 1, 1, 2]
+    assert len(set(names([1] * 40))) == 10
+
+
+def test_the_tokens_of_a_picture_are_named_by_what_it_shows_and_their_place_in_it():
+    ids = [1, 3, *[IMAGE] * 2, 4, 3, *[VIDEO] * 2, 7, VIDEO, 4]
+    spans = [Span(2, 4, "x", "image", 0), Span(6, 10, "y", "video", 0)]
+    assert named_tokens(ids, spans) == [
+        *[1, 3, f"x:0:{IMAGE}", f"x:1:{IMAGE}", 4, 3],
+        *[f"y:0:{VIDEO}", f"y:1:{VIDEO}", "y:2:7", f"y:3:{VIDEO}", 4],
     ]
-    assert [block.stop for block in blocks if block.ends_whole] == [4, 8, 10, 19, 23, 27]
+    assert named_tokens(ids[:2], []) == [1, 3]
 
 
-def keys(ids, spans=(), root="root"):
-    return [block.key for block in cut(ids, spans, root, 4)]
-
-
-def test_prompts_share_keys_as_far_as_they_are_the_same():
-    one, other = keys([1] * 8 + [2] * 8), keys([1] * 8 + [2, 2, 3, 2] + [2] * 4)
+def test_prompts_share_names_as_far_as_they_are_the_same():
+    one, other = names([1] * 8 + [2] * 8), names([1] * 8 + [2, 2, 3, 2] + [2] * 4)
     assert one[:2] == other[:2]
     assert not set(one[2:]) & set(other[2:])
-    assert keys([1] * 8 + [2] * 3) == one[:2]
+    assert names([1] * 8 + [2] * 3) == one[:2]
 
 
-def test_a_key_depends_on_all_before_it_on_what_is_shown_and_on_the_root():
+def test_a_name_depends_on_all_before_it_on_what_is_shown_and_on_the_root():
     ids = [1] * 4 + [IMAGE] * 8 + [2] * 4
-    plain = keys(ids, [Span(4, 12, "x", "image", 0)])
+    plain = names(ids, [Span(4, 12, "x", "image", 0)])
     assert len(set(plain)) == 4
-    changed = keys(ids, [Span(4, 12, "y", "image", 0)])
+    changed = names(ids, [Span(4, 12, "y", "image", 0)])
     assert changed[0] == plain[0]
     assert not set(changed[1:]) & set(plain[1:])
-    assert not set(keys([2] * 4 + [2] * 4)) & set(keys([1] * 4 + [2] * 4))
-    assert not set(keys(ids, [Span(4, 12, "x", "image", 0)], "another")) & set(plain)
+    assert not set(names([2] * 4 + [2] * 4)) & set(names([1] * 4 + [2] * 4))
+    assert not set(names(ids, [Span(4, 12, "x", "image", 0)], "another")) & set(plain)
 
 
 def test_a_picture_of_two_blocks_is_not_one_of_its_own_in_each():
     two = [Span(0, 4, "x", "image", 0), Span(4, 8, "x", "image", 1)]
-    assert keys([IMAGE] * 8, [Span(0, 8, "x", "image", 0)])[1] != keys([IMAGE] * 8, two)[1]
+    assert names([IMAGE] * 8, [Span(0, 8, "x", "image", 0)])[1] != names([IMAGE] * 8, two)[1]
