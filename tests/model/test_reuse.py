@@ -10,6 +10,7 @@ from qwen3_vl_memory_optimizations.errors import MemoryBudgetExceeded
 from qwen3_vl_memory_optimizations.process import rss_bytes
 
 from . import tiny
+from .test_kv_cache import CACHE
 
 BLOCK = 32
 QUESTIONS = ("what shape is in the image?", "what color is the shape?")
@@ -239,6 +240,36 @@ def test_other_ways_to_generate_are_left_as_they_are(fresh, options):
         torch.manual_seed(0)
         expected = tiny.reference().generate(**inputs, **{"max_new_tokens": 6, "do_sample": False, **options})
         assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_tensors_that_mark_another_way_to_generate_are_left_as_they_are(fresh):
+    model, inputs = fresh(), prompt_of("text", QUESTIONS[0])
+    embeds = tiny.reference().get_input_embeddings()(inputs["input_ids"])
+    positions = torch.arange(embeds.shape[1])[None, None].expand(4, 1, -1)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    for given in ({"inputs_embeds": embeds}, {"position_ids": positions}):
+        expected = tiny.reference().generate(**inputs, **given, **options)
+        for _ in range(2):
+            assert torch.equal(model.generate(**inputs, **given, **options), expected)
+    assert model.memory_optimizer.kv_store.stats()["lookups"] == 0
+
+
+@torch.no_grad()
+def test_a_cache_that_generate_returns_can_be_gone_on_in(fresh):
+    model, inputs = fresh(), prompt_of("long text", QUESTIONS[0])
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    more = torch.tensor([tiny.ids_of(f"<|im_end|>\n<|im_start|>user\n{QUESTIONS[1]}<|im_end|>\n")])
+    found = []
+    for each in (model, tiny.reference()):
+        first = each.generate(**inputs, **options)
+        ids = torch.cat([first.sequences, more], dim=1)
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE: first[CACHE]}
+        found.append(each.generate(**given, **options, output_logits=True))
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    assert torch.allclose(torch.stack(found[0].logits), torch.stack(found[1].logits), atol=1e-4)
+    assert model.memory_optimizer.kv_store.stats()["resting_tails"] == 1
+    assert first_length(model, inputs) == 1
 
 
 @torch.no_grad()
