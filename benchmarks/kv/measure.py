@@ -85,8 +85,9 @@ class Step:
     """A decode step of all layers: each appends a token and attends."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        from qwen3_vl_memory_optimizations.model.kv.attention import attention_forward
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        from qwen3_vl_memory_optimizations.model.kv.attention import attention_forward
 
         self._attend = {True: sdpa_attention_forward, False: attention_forward}
         self._module = SimpleNamespace(num_key_value_groups=HEADS // KV_HEADS, is_causal=True)

@@ -37,9 +37,7 @@ class Machine:
         self.store = KVStore(BlockSpace(self.pager), self.files, most_bytes)
 
     def cache(self, batch=1):
-        cache = ManagedKVCache(
-            config(), codec=self.codec, pager=self.pager, block_tokens=BLOCK, keeps_all=False
-        )
+        cache = ManagedKVCache(config(), codec=self.codec, pager=self.pager, block_tokens=BLOCK, keeps_all=False)
         for layer in cache.layers:
             layer.begin(batch, HEADS, HEAD_DIM, torch.float32)
         return cache
@@ -271,7 +269,7 @@ def test_a_damaged_tail_is_a_miss_and_its_file_is_removed(start, caplog):
     first.store.close()
     machine, names = start(), names_of(tokens)
     n_blocks = (300 - 64) // BLOCK
-    path = damage(machine, _tail_key(names[n_blocks - 1]))
+    damage(machine, _tail_key(names[n_blocks - 1]))
     with caplog.at_level(logging.WARNING):
         assert machine.run(tokens)[0] == n_blocks * BLOCK
     assert "are removed" in caplog.text

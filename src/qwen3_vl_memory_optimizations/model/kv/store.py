@@ -417,7 +417,7 @@ class KVStore:
         return found
 
     def _load_tail(self, parent: str, cache: ManagedKVCache, first: Token) -> RestingTail | None:
-        """Return the tail of a file of the cache; `None`: there is none that can be used, or that begins with `first`."""
+        """Return the tail of a file of the cache; `None`: none can be used or begins with `first`."""
         loaded = self._load(_tail_key(parent), len(cache.layers), None, first)
         if loaded is None:
             return None
