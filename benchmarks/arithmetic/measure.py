@@ -14,7 +14,7 @@ import torch
 from qwen3_vl_memory_optimizations import create_optimized_model
 from qwen3_vl_memory_optimizations.compression import Codec
 from qwen3_vl_memory_optimizations.figures.measured import memory_bandwidth
-from qwen3_vl_memory_optimizations.model import kv_attention
+from qwen3_vl_memory_optimizations.model.kv import attention as kv_attention
 
 TOKENS, WARM_TOKENS = 24, 8
 BANDWIDTH_BYTES = 512 << 20

@@ -18,12 +18,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 from qwen3_vl_memory_optimizations import create_optimized_model  # noqa: E402
-from qwen3_vl_memory_optimizations.model import prompt_blocks  # noqa: E402
+from qwen3_vl_memory_optimizations.model.kv import cache as kv_cache  # noqa: E402
 from qwen3_vl_memory_optimizations.swapping import TraceRecorder  # noqa: E402
 from tests.model import tiny  # noqa: E402
 
 TRACES = Path(__file__).parent / "traces"
-BLOCK_TOKENS = 16
+BLOCK_TOKENS = 32
 """Of kept beginnings of prompts: those of the tiny model are short."""
 
 
@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=SCENES, default=list(SCENES))
     arguments = parser.parse_args()
-    prompt_blocks.BLOCK_TOKENS = BLOCK_TOKENS
+    kv_cache.BLOCK_TOKENS = BLOCK_TOKENS
     TRACES.mkdir(exist_ok=True)
     for number, name in enumerate(arguments.only):
         with tempfile.TemporaryDirectory() as directory:

@@ -64,7 +64,7 @@ def new_cache(codec: str, block_tokens: int | None, pager: object = None) -> obj
         from transformers import DynamicCache
 
         return DynamicCache()
-    from qwen3_vl_memory_optimizations.model.kv_cache import BLOCK_TOKENS, ManagedKVCache
+    from qwen3_vl_memory_optimizations.model.kv.cache import BLOCK_TOKENS, ManagedKVCache
 
     return ManagedKVCache(shape_of_2b(), codec=codec, pager=pager, block_tokens=block_tokens or BLOCK_TOKENS)
 
@@ -85,8 +85,9 @@ class Step:
     """A decode step of all layers: each appends a token and attends."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        from qwen3_vl_memory_optimizations.model.kv_attention import attention_forward
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        from qwen3_vl_memory_optimizations.model.kv.attention import attention_forward
 
         self._attend = {True: sdpa_attention_forward, False: attention_forward}
         self._module = SimpleNamespace(num_key_value_groups=HEADS // KV_HEADS, is_causal=True)
@@ -137,16 +138,16 @@ def perplexity(arguments: argparse.Namespace) -> dict:
     """Read text in windows, a chunk at a time through the cache, so that what was cached is what is attended to."""
     import math
 
-    from qwen3_vl_memory_optimizations.model.kv_cache import ManagedKVCache
-    from qwen3_vl_memory_optimizations.model.kv_generate import attach_kv_cache
     from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
     from qwen3_vl_memory_optimizations.evaluation.data import SHIPPED_TEXT
+    from qwen3_vl_memory_optimizations.model.generation import cache_maker
+    from qwen3_vl_memory_optimizations.model.kv.cache import ManagedKVCache
 
     codec = arguments.codecs[0]
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     if codec != "dynamic":
-        attach_kv_cache(model, codec, None)
+        cache_maker(model, codec, None, reuses=False)  # the model attends over our caches from now on
     ids = AutoTokenizer.from_pretrained(arguments.model)(
         SHIPPED_TEXT.read_text(encoding="utf-8"), return_tensors="pt"
     ).input_ids[0]

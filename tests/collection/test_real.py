@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwen3_vl_memory_optimizations import create_optimized_model
-from qwen3_vl_memory_optimizations.model import prompt_blocks
+from qwen3_vl_memory_optimizations.model.kv import cache as kv_cache
 from tests.model import tiny
 
 MIB = 2**20
@@ -14,7 +14,7 @@ MIB = 2**20
 
 @pytest.fixture
 def make_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(prompt_blocks, "BLOCK_TOKENS", 16)
+    monkeypatch.setattr(kv_cache, "BLOCK_TOKENS", 32)
     made = []
 
     def make(name, **settings):

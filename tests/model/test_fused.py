@@ -149,7 +149,7 @@ def test_settings_decide(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_attends_as_sdpa_does(tmp_path, dtype):
     """16 bits and fp32 take different kernels; both are those of transformers but for rounding."""
-    from qwen3_vl_memory_optimizations.model.kv_attention import CachedStates
+    from qwen3_vl_memory_optimizations.model.kv.attention import CachedStates
 
     calls, attend = [], CachedStates.attend_row
     settings = {"codec": "none", "cache_dir": tmp_path}

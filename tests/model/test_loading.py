@@ -24,9 +24,10 @@ from qwen3_vl_memory_optimizations import (
     create_optimized_model,
 )
 from qwen3_vl_memory_optimizations.config import MemoryConfig
-from qwen3_vl_memory_optimizations.model.activations import estimate_activation_bytes, forward_size
+from qwen3_vl_memory_optimizations.model.activations import vision_bytes
 from qwen3_vl_memory_optimizations.model.packed_encodings import PackedEncodings
 from qwen3_vl_memory_optimizations.model.packing import pack_checkpoint
+from qwen3_vl_memory_optimizations.model.pieces import forward_size
 from qwen3_vl_memory_optimizations.storage import Checkpoint
 
 from . import tiny
@@ -315,11 +316,8 @@ def test_memory_is_set_aside_for_the_vision_tower_where_generate_runs_it(tmp_pat
     inputs = tiny.cases()["two images"]
     model.generate(**inputs, max_new_tokens=2, do_sample=False)
     patches = inputs["pixel_values"].shape[0]
-    sizes = {"tokens": 0, "logit_rows": 0, "cached_tokens": 0}
-    needed = estimate_activation_bytes(model.config, patches=patches, itemsize=4, **sizes)
-    assert reserved and min(reserved) >= needed > estimate_activation_bytes(
-        model.config, patches=0, itemsize=4, **sizes
-    )
+    needed = vision_bytes(model.config, patches=patches, itemsize=4)
+    assert reserved and min(reserved) >= needed > vision_bytes(model.config, patches=0, itemsize=4)
     model.memory_optimizer.close()
 
 
@@ -328,10 +326,10 @@ def test_cached_tokens_count_in_what_is_set_aside(tmp_path):
     sizes = []
     model = create_optimized_model(tiny.DIRECTORY, settings(tmp_path, codec="none"))
     model.register_forward_pre_hook(
-        lambda module, args, kwargs: sizes.append(forward_size(module, args, kwargs)), with_kwargs=True
+        lambda module, args, kwargs: sizes.append(forward_size(args, kwargs)), with_kwargs=True
     )
     inputs = tiny.cases()["text"]
     model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     prompt = inputs["input_ids"].numel()
-    assert [size["cached_tokens"] for size in sizes] == [0, prompt, prompt + 1]
+    assert sizes == [(1, prompt, 0), (1, 1, prompt), (1, 1, prompt + 1)]
     model.memory_optimizer.close()

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from qwen3_vl_memory_optimizations import MemoryBudgetExceeded, MemoryConfig, MemoryOptimizer, TensorFreedError
-from qwen3_vl_memory_optimizations.paging import BlockSpace
+from qwen3_vl_memory_optimizations.errors import CorruptDataError
+from qwen3_vl_memory_optimizations.paging import BlockSpace, page_checksums
+from qwen3_vl_memory_optimizations.storage import DirectFile
 from tests.paging.weights import settle
 
 MIB = 2**20
@@ -88,18 +90,62 @@ def test_a_block_that_is_written_again_is_not_read_from_its_old_copy(make_optimi
     assert scan(space, blocks) == [99] * 16
 
 
-def test_collected_blocks_and_accounts_give_their_bytes_back(make_optimizer):
+def test_collected_blocks_give_their_bytes_back_pinned_ones_too(make_optimizer):
     optimizer = make_optimizer(32 * MIB)
     space = BlockSpace(optimizer.pager)
-    blocks, account = make_blocks(space, 4), space.account()
-    account.add(3 * MIB)
-    assert optimizer.pager.ledger.held_bytes("kv_cache") == 3 * MIB
-    assert optimizer.pager.frames.used_bytes == 4 * MIB
-    del blocks, account
+    blocks, pinned = make_blocks(space, 4), space.pinned(space.allocate(3 * MIB))
+    assert optimizer.pager.frames.used_bytes == 7 * MIB
+    assert pinned.block.n_bytes == 3 * MIB
+    del blocks, pinned
     gc.collect()
     optimizer.pager.trim()
-    assert optimizer.pager.ledger.held_bytes("kv_cache") == 0
     assert optimizer.pager.frames.used_bytes == 0
+
+
+def test_a_pinned_block_stays_until_it_is_let_go_and_keeps_its_bytes(make_optimizer):
+    optimizer = make_optimizer(8 * MIB)
+    space = BlockSpace(optimizer.pager)
+    pinned = space.pinned(space.allocate(MIB))
+    pinned.block.data.fill_(77)
+    blocks = make_blocks(space, 24)
+    assert scan(space, blocks) == list(range(1, 25))
+    assert not pinned.block.entry.missing
+    assert bool((pinned.block.data == 77).all())
+    block = pinned.release()
+    space.rest([block], used=False)
+    assert scan(space, blocks) == list(range(1, 25))
+    again = space.pinned(block)
+    assert bool((again.block.data == 77).all())
+
+
+def test_blocks_in_use_are_refused_where_pinned_ones_leave_no_room(make_optimizer):
+    optimizer = make_optimizer(8 * MIB)
+    space = BlockSpace(optimizer.pager)
+    pinned = [space.pinned(space.allocate(2 * MIB)) for _ in range(3)]
+    space.require_room(2 * MIB)
+    with pytest.raises(MemoryBudgetExceeded, match="kv_cache"):
+        space.require_room(3 * MIB)
+    del pinned
+    gc.collect()
+    space.require_room(8 * MIB)
+
+
+@pytest.mark.parametrize("budget", [None, 8 * MIB])
+def test_a_stored_block_is_read_from_its_file_and_checked(make_optimizer, tmp_path, budget):
+    space = BlockSpace(make_optimizer(budget).pager)
+    source = space.allocate(3 * MIB)
+    with space.held([source]):
+        source.data.copy_(torch.arange(3 * MIB, dtype=torch.int32).to(torch.uint8))
+        sums, expected = page_checksums(source), source.data.clone()
+    path = tmp_path / "blocks"
+    path.write_bytes(expected.numpy().tobytes() * 2)
+    file = DirectFile(path)
+    block = space.stored(3 * MIB, file, 3 * MIB, sums)
+    with space.held([block]):
+        assert torch.equal(block.data, expected)
+    wrong = space.stored(3 * MIB, file, 0, (sums[0] ^ 1, *sums[1:]))
+    with pytest.raises(CorruptDataError), space.held([wrong]):
+        pass
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers(make_optimizer):

@@ -40,10 +40,10 @@ def test_a_block_that_left_before_it_was_written_keeps_what_is_written(tmp_path,
     model = create_optimized_model(tiny.DIRECTORY, settings)
     pager, tokens, found = model.memory_optimizer.pager, ids(300), []
     for leaves in (False, True):
-        cache = our_cache(model, block_tokens=16)
+        cache = our_cache(model, block_tokens=32)
         run(model, tokens, (260,), cache)
-        stored = [stored.block.entry for layer in cache.layers for stored in layer.blocks]
-        assert len(stored) > 10
+        stored = [stored.block.entry for layer in cache.layers for stored in layer.rows[0]]
+        assert len(stored) > 20
         with pager._lock:
             for page in (page for entry in stored if leaves for page in entry.pages):
                 pager._mover.evict(page)

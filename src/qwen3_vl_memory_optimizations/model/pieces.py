@@ -89,7 +89,7 @@ class PieceRunner:
         mask = given.get("attention_mask")
         return (
             self._make_cache is not None
-            and not any(given.get(name) not in (None, False) for name in _WHOLE)
+            and all(given.get(name) is None or given[name] is False for name in _WHOLE)
             and isinstance(given.get("logits_to_keep", 0), int)
             and (mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2))
         )
@@ -99,6 +99,8 @@ class PieceRunner:
         keeps = arguments.get("use_cache") is not False
         if arguments.get(self._cache_name) is None and self._make_cache is not None:
             arguments[self._cache_name] = self._make_cache()
+        as_tuple = arguments.pop("return_dict", None)
+        as_tuple = not getattr(self._model.config, "return_dict", True) if as_tuple is None else not as_tuple
         arguments["use_cache"] = True
         encoded = self._encoded(arguments)
         positions = self._positions(arguments, length, past)
@@ -124,16 +126,16 @@ class PieceRunner:
                     part["mm_encoder_outputs"] = features
             keep = min(stop - start, wanted - (length - stop))
             if keep > 0:
-                result = self._plain(**arguments, **part, logits_to_keep=keep)
+                result = self._plain(**arguments, **part, logits_to_keep=keep, return_dict=True)
                 logits.append(result.logits)
             else:
-                self._base(**{name: value for name, value in arguments.items() if name != "return_dict"}, **part)
+                self._base(**arguments, **part)
         assert result is not None
         if len(logits) > 1:
             result.logits = torch.cat(logits, dim=1)
         if not keeps:
             result[self._cache_name] = None
-        return result
+        return result.to_tuple() if as_tuple else result
 
     # --- pictures -----------------------------------------------------------------------------------------------------
 

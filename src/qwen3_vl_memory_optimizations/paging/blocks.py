@@ -204,7 +204,8 @@ class BlockSpace:
         entries = [block.entry for block in blocks if block.entry is not None]
         if any(entry.freed for entry in entries):
             raise TensorFreedError(f"{self.kind}: the memory optimizer is closed")
-        if not self.moves:
+        # Without a budget what was read once stays; what lies in a file has still to be read.
+        if not self.moves and not any(entry.missing for entry in entries):
             yield
             return
         assert self.pager is not None

@@ -235,6 +235,8 @@ def _keys_mask(
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """Return a mask as `sdpa_mask` of transformers does; of one that is causal and hides padding, the padding alone."""
+    # A cache of fixed size has places behind the newest token: a mask that is left out would be made for none.
+    allow_is_causal_skip &= int(q_offset) + q_length == kv_offset + kv_length
     if mask_function is not causal_mask_function or not allow_is_causal_skip:
         return sdpa_mask(
             batch_size=batch_size,

@@ -6,6 +6,7 @@ are those of the whole prompt, pictures included; pictures inside the beginning 
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -139,7 +140,8 @@ class PrefixReuse:
             return next((value for value in values if value is not None), None)
 
         several = any((setting(name) or 1) > 1 for name in ("num_beams", "num_return_sequences"))
-        return several or setting("use_cache") is False or any(setting(name) not in (None, False) for name in _FOREIGN)
+        asked = (setting(name) for name in _FOREIGN)  # some of them are tensors
+        return several or setting("use_cache") is False or any(each is not None and each is not False for each in asked)
 
     def _spans(self, tokens: list[int], arguments: Mapping[str, Any]) -> list[Span] | None:
         config = self._model.config
@@ -199,4 +201,6 @@ class PrefixReuse:
             return
         tokens = [*run.tokens, *answer][:n_tokens]
         persist = self._identity.persists(self._model)
-        self._store.rest(run.cache, 0, tokens, run.root, persist=persist, saved_s=seconds_per_token)
+        # A cache that is returned is the caller's to go on in: what rests has a tail of its own.
+        cache = run.cache if isinstance(result, torch.Tensor) else copy.deepcopy(run.cache)
+        self._store.rest(cache, 0, tokens, run.root, persist=persist, saved_s=seconds_per_token)

@@ -176,7 +176,7 @@ class KVStore:
             for tail in self._tails.get(match.parent, []):
                 self._take_longer(match, tail, rest)
             if not match.tail_tokens and rest:
-                stored = self._load_tail(match.parent, cache)
+                stored = self._load_tail(match.parent, cache, rest[0])
                 if stored is not None:
                     self._take_longer(match, stored, rest)
         n_tokens = match.n_tokens(block_tokens)
@@ -387,8 +387,8 @@ class KVStore:
             blocks = self._blocks.get(name) if tail is None else None
             if tail is None and (blocks is None or blocks.in_file):
                 return
-            if tail is not None and not any(each is tail for each in self._tails.get(name, [])):
-                return  # it was gone on in meanwhile
+            if tail is not None and not self._rests(name, tail):
+                return
         key = name if tail is None else _tail_key(name)
         layers = tail.layers if tail is not None else [stored.block for stored in blocks.layers]  # type: ignore[union-attr]
         meta: dict[str, Any] = {}
@@ -404,6 +404,8 @@ class KVStore:
                     parts = [_whole(block) for block in layers]
                     sums = [list(page_checksums(block)) for block in layers] if pager is not None else []
                     encoded = EncodedItem({"tensors": [], "bytes": layers[0].n_bytes, "sums": sums, **meta}, parts)
+                    if tail is not None and not self._rests(name, tail):
+                        return  # the sums may be those of another sequence
                     written = self._files.store_encoded(key, encoded, saved_s=saved_s, kind=KIND)
             finally:
                 if pager is not None:
@@ -414,11 +416,19 @@ class KVStore:
             return
         if not written:
             return
+        if tail is not None and not self._rests(name, tail):
+            self._files.remove(key)  # it is no more what the sums say
+            return
         self.counters.blocks_written += len(layers)
         self.counters.written_bytes += sum(part.nbytes for part in parts)
         (blocks if tail is None else tail).in_file = True  # type: ignore[union-attr]
         if tail is None:
             self._leave_in_file(key, layers)
+
+    def _rests(self, parent: str, tail: RestingTail) -> bool:
+        """Whether a tail still rests: one that a sequence goes on in changes where it lies."""
+        with self._lock:
+            return any(each is tail for each in self._tails.get(parent, []))
 
     def _leave_in_file(self, key: str, layers: Sequence[Block]) -> None:
         """From now on blocks need not be written when they leave memory: the file holds them."""
@@ -453,8 +463,9 @@ class KVStore:
         self.counters.blocks_from_ssd += len(found.layers)
         return found
 
-    def _load_tail(self, parent: str, cache: ManagedKVCache) -> RestingTail | None:
-        loaded = self._load(_tail_key(parent), len(cache.layers), None)
+    def _load_tail(self, parent: str, cache: ManagedKVCache, first: Token) -> RestingTail | None:
+        """Return the tail of a file of the cache; `None`: none can be used or begins with `first`."""
+        loaded = self._load(_tail_key(parent), len(cache.layers), None, first)
         if loaded is None:
             return None
         blocks, meta = loaded
@@ -473,7 +484,9 @@ class KVStore:
         self.counters.blocks_from_ssd += len(blocks)
         return tail
 
-    def _load(self, key: str, n_layers: int, n_bytes: int | None) -> tuple[list[Block], dict[str, Any]] | None:
+    def _load(
+        self, key: str, n_layers: int, n_bytes: int | None, first: Token | None = None
+    ) -> tuple[list[Block], dict[str, Any]] | None:
         files, pager = self._files, self.space.pager
         if files is None or pager is None or files.store_files.size_of(key) is None:
             return None
@@ -484,6 +497,8 @@ class KVStore:
             file, meta, offset = opened
             size = int(meta["bytes"])
             if len(meta["sums"]) != n_layers or (n_bytes is not None and size != n_bytes):
+                return None
+            if first is not None and meta["tokens"][:1] != [first]:
                 return None
             blocks = []
             for sums in meta["sums"]:

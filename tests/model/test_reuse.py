@@ -10,22 +10,22 @@ from qwen3_vl_memory_optimizations.errors import MemoryBudgetExceeded
 from qwen3_vl_memory_optimizations.process import rss_bytes
 
 from . import tiny
+from .test_kv_cache import CACHE
 
+BLOCK = 32
 QUESTIONS = ("what shape is in the image?", "what color is the shape?")
 
 
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
-    """Make models on one cache directory; what the tiny one computes is taken to be slow, so that it is looked up."""
-    monkeypatch.setattr("qwen3_vl_memory_optimizations.model.prompt_blocks.BLOCK_TOKENS", 4)
+    """Make models on one cache directory."""
+    monkeypatch.setattr("qwen3_vl_memory_optimizations.model.kv.cache.BLOCK_TOKENS", BLOCK)
     models = []
 
     def fresh(**settings):
         given = {"codec": "none", "prefix_reuse": "on", "cache_dir": tmp_path / "cache", **settings}
         model = create_optimized_model(tiny.DIRECTORY, given)
         models.append(model)
-        if model.memory_optimizer.cache is not None:
-            monkeypatch.setattr(model.memory_optimizer.cache, "predict_compute_s", lambda kind, units: 1.0 * units)
         model.prefilled, model.encoded = [], []
         model.model.language_model.register_forward_pre_hook(
             lambda module, args, kwargs: model.prefilled.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
@@ -59,8 +59,9 @@ def first_length(model, inputs):
 
 def prompt_of(case, question):
     images = tiny.heldout()[0]
-    if case == "text":
-        text = f"<|im_start|>user\nthe image is a digit. the digit is {question}<|im_end|>\n<|im_start|>assistant\n"
+    if case.endswith("text"):
+        story = "the image is a digit. the digit is " * (20 if case == "long text" else 1)
+        text = f"<|im_start|>user\n{story}{question}<|im_end|>\n<|im_start|>assistant\n"
         return tiny.batch([tiny.ids_of(text)], None)
     if case.endswith("video"):
         groups = 3 if case == "longer video" else 1
@@ -74,14 +75,14 @@ def prompt_of(case, question):
             "pixel_values_videos": tiny.patches(images[5 : 5 + groups]),
             "video_grid_thw": torch.tensor([[groups, 8, 8]]),
         }
-    n = {"image": 1, "several images": 3, "wide image": 1}[case]
+    n = {"image": 1, "several images": 3, "many images": 10, "wide image": 1}[case]
     inputs = tiny.batch([tiny.prompt(question, n_images=n)], images[:n])
     if case == "wide image":  # rows and columns differ: positions in the plane run ahead of those in the text
         inputs["image_grid_thw"] = torch.tensor([[1, 4, 16]])
     return inputs
 
 
-CASES = ("text", "image", "several images", "wide image", "video", "longer video")
+CASES = ("text", "long text", "image", "several images", "many images", "wide image", "video", "longer video")
 
 
 def continued_by_transformers(first, second, past):
@@ -112,32 +113,33 @@ def test_another_question_is_computed_behind_what_is_known(fresh, case):
     sequences, logits = answer(model, first)
     expected_sequences, expected_logits = answer(tiny.reference(), first)
     assert torch.equal(sequences, expected_sequences)
-    assert torch.equal(logits, expected_logits)
+    assert torch.allclose(logits, expected_logits, atol=1e-4), (logits - expected_logits).abs().max()
 
     encoded = list(model.encoded)
     model.prefilled.clear()
     sequences, logits = answer(model, second)
     past = second["input_ids"].shape[1] - model.prefilled[0]
-    assert past >= (8 if case == "text" else int((second["mm_token_type_ids"] != 0).nonzero()[-1, 1]) + 1)
+    assert past >= (8 if case.endswith("text") else int((second["mm_token_type_ids"] != 0).nonzero()[-1, 1]) + 1)
     assert model.encoded == encoded
     expected_sequences, expected_logits = answer(tiny.reference(), second)
     assert torch.equal(sequences, expected_sequences)
     assert torch.allclose(logits, expected_logits, atol=1e-4), (logits - expected_logits).abs().max()
-    assert torch.equal(logits[0], continued_by_transformers(first, second, past))
+    continued = continued_by_transformers(first, second, past)
+    assert torch.allclose(logits[0], continued, atol=1e-4), (logits[0] - continued).abs().max()
 
 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_the_same_prompt_again_computes_what_is_behind_its_last_block(fresh, case):
+def test_the_same_prompt_again_computes_one_token(fresh, case):
     model, inputs = fresh(), prompt_of(case, QUESTIONS[0])
     expected = answer(model, inputs)
-    assert first_length(model, inputs) <= 4
+    assert first_length(model, inputs) == 1
     sequences, logits = answer(model, inputs)
     assert torch.equal(sequences, expected[0])
     assert torch.allclose(logits, expected[1], atol=1e-4), (logits - expected[1]).abs().max()
 
 
-@pytest.mark.parametrize("case", ["text", "several images", "longer video"])
+@pytest.mark.parametrize("case", ["text", "long text", "several images", "many images", "longer video"])
 @torch.no_grad()
 def test_after_a_restart_it_goes_on_from_the_ssd(fresh, case):
     first, second = (prompt_of(case, question) for question in QUESTIONS)
@@ -151,6 +153,7 @@ def test_after_a_restart_it_goes_on_from_the_ssd(fresh, case):
     expected_sequences, expected_logits = answer(tiny.reference(), second)
     assert torch.equal(sequences, expected_sequences)
     assert torch.allclose(logits, expected_logits, atol=1e-4), (logits - expected_logits).abs().max()
+    assert model.memory_optimizer.kv_store.stats()["blocks_from_ssd"] > 0
     assert model.memory_optimizer.cache.stats()["levels"]["ssd"]["hits"] > 0
 
 
@@ -222,6 +225,7 @@ def test_a_second_image_in_the_next_turn_is_encoded_and_placed(fresh):
         {"use_cache": False},
         {"prompt_lookup_num_tokens": 3},
         {"cache_implementation": "static"},
+        {"cache_implementation": "dynamic"},
         {"num_return_sequences": 2, "do_sample": True},
     ],
     ids=str,
@@ -239,6 +243,36 @@ def test_other_ways_to_generate_are_left_as_they_are(fresh, options):
 
 
 @torch.no_grad()
+def test_tensors_that_mark_another_way_to_generate_are_left_as_they_are(fresh):
+    model, inputs = fresh(), prompt_of("text", QUESTIONS[0])
+    embeds = tiny.reference().get_input_embeddings()(inputs["input_ids"])
+    positions = torch.arange(embeds.shape[1])[None, None].expand(4, 1, -1)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    for given in ({"inputs_embeds": embeds}, {"position_ids": positions}):
+        expected = tiny.reference().generate(**inputs, **given, **options)
+        for _ in range(2):
+            assert torch.equal(model.generate(**inputs, **given, **options), expected)
+    assert model.memory_optimizer.kv_store.stats()["lookups"] == 0
+
+
+@torch.no_grad()
+def test_a_cache_that_generate_returns_can_be_gone_on_in(fresh):
+    model, inputs = fresh(), prompt_of("long text", QUESTIONS[0])
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    more = torch.tensor([tiny.ids_of(f"<|im_end|>\n<|im_start|>user\n{QUESTIONS[1]}<|im_end|>\n")])
+    found = []
+    for each in (model, tiny.reference()):
+        first = each.generate(**inputs, **options)
+        ids = torch.cat([first.sequences, more], dim=1)
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE: first[CACHE]}
+        found.append(each.generate(**given, **options, output_logits=True))
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    assert torch.allclose(torch.stack(found[0].logits), torch.stack(found[1].logits), atol=1e-4)
+    assert model.memory_optimizer.kv_store.stats()["resting_tails"] == 1
+    assert first_length(model, inputs) == 1
+
+
+@torch.no_grad()
 def test_a_batch_is_left_as_it_is(fresh):
     model, inputs = fresh(), tiny.cases()["left-padded batch"]
     for _ in range(2):
@@ -246,6 +280,7 @@ def test_a_batch_is_left_as_it_is(fresh):
             model.generate(**inputs, max_new_tokens=6, do_sample=False),
             tiny.reference().generate(**inputs, max_new_tokens=6, do_sample=False),
         )
+    assert model.memory_optimizer.kv_store.stats()["lookups"] == 0
 
 
 @torch.no_grad()
@@ -267,7 +302,7 @@ def test_positional_ids_and_a_call_without_a_mask_work(fresh):
     for _ in range(2):
         model.prefilled.clear()
         assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), expected)
-    assert model.prefilled[0] <= 4
+    assert model.prefilled[0] == 1
 
 
 @torch.no_grad()
@@ -284,7 +319,7 @@ def test_an_interrupted_answer_leaves_the_model_as_it_was(fresh):
     with pytest.raises(KeyboardInterrupt):
         model.generate(**inputs, max_new_tokens=6, streamer=Stop())
     assert torch.equal(answer(model, inputs)[0], expected)
-    assert first_length(model, inputs) <= 4
+    assert first_length(model, inputs) == 1
 
 
 @torch.no_grad()
@@ -292,27 +327,15 @@ def test_without_room_for_what_is_known_all_is_computed(fresh, monkeypatch):
     model, inputs = fresh(), prompt_of("image", QUESTIONS[0])
     expected = answer(model, inputs)[0]
 
-    def refuse(n_bytes):
-        raise MemoryBudgetExceeded("no", requested_bytes=n_bytes, available_bytes=0, budget_bytes=0, owner="x")
+    def refuse(match, cache):
+        raise MemoryBudgetExceeded("no", requested_bytes=1, available_bytes=0, budget_bytes=0, owner="x")
 
     with monkeypatch.context() as patched:
-        patched.setattr(model.memory_optimizer, "reserve_activations", refuse)
+        patched.setattr(model.memory_optimizer.kv_store, "adopt", refuse)
         assert first_length(model, inputs) == inputs["input_ids"].shape[1]
     assert torch.equal(answer(model, inputs)[0], expected)
 
 
-@torch.no_grad()
-def test_what_takes_longer_to_load_than_to_compute_is_computed(fresh, monkeypatch):
-    first = fresh()
-    inputs = prompt_of("image", QUESTIONS[0])
-    answer(first, inputs)
-    first.memory_optimizer.close()
-    model = fresh()
-    monkeypatch.setattr(model.memory_optimizer.cache, "predict_compute_s", lambda kind, units: 1e-9 * units)
-    assert first_length(model, inputs) == inputs["input_ids"].shape[1]
-
-
-@torch.no_grad()
 @torch.no_grad()
 def test_it_works_within_a_budget_of_the_process(fresh):
     model = fresh(ram_budget=rss_bytes() + 1_000_000_000)
@@ -332,12 +355,12 @@ def test_it_is_off_where_results_are_those_of_transformers_and_on_where_weights_
     for settings, expected in (({"codec": "none", "prefix_reuse": "auto"}, False), ({"codec": "int8"}, True)):
         model, inputs = fresh(**settings), prompt_of("image", QUESTIONS[0])
         answer(model, inputs)
-        assert (first_length(model, inputs) <= 4) == expected
+        assert (first_length(model, inputs) == 1) == expected
 
 
 @torch.no_grad()
 def test_private_keeps_beginnings_in_memory(fresh, tmp_path):
     model, inputs = fresh(private=True), prompt_of("image", QUESTIONS[0])
     answer(model, inputs)
-    assert first_length(model, inputs) <= 4
+    assert first_length(model, inputs) == 1
     assert not (tmp_path / "cache" / "reuse").exists()
