@@ -335,7 +335,7 @@ def _finish(source: _Source, draft: _Source | None, optimizer: MemoryOptimizer) 
                 each,
                 turn=turn,
                 session=optimizer.generation if is_main else nullcontext,
-                admit=budget.admit if is_main else (lambda arguments, past: None),
+                budget=budget if is_main else None,
                 pieces=runner,
                 make_cache=make_cache,
                 reuse=reuse,

@@ -8,7 +8,7 @@ import inspect
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..paging import Pager
@@ -85,8 +85,7 @@ class Generation:
         model: of transformers.
         turn: held from the begin to the end of a call: threads take turns.
         session: returns a context for one call.
-        admit: given the arguments of a call and how many of its tokens are known, refuses one that the budget cannot
-            carry to its end.
+        budget: refuses a call that it cannot carry to its end; `None`: none is refused.
         pieces: the forward of the model; `None`: it runs whole.
         make_cache: returns an empty cache of keys and values; `None`: `generate` keeps those of transformers.
         reuse: looks prompts up and keeps what they leave; `None`: nothing is kept.
@@ -98,12 +97,12 @@ class Generation:
         *,
         turn: Turns,
         session: Callable[[], contextlib.AbstractContextManager[Any]],
-        admit: Callable[[Mapping[str, Any], int], None],
+        budget: RunBudget | None,
         pieces: PieceRunner | None,
         make_cache: Callable[[], ManagedKVCache] | None,
         reuse: PrefixReuse | None,
     ) -> None:
-        self._model, self._turn, self._session, self._admit = model, turn, session, admit
+        self._model, self._turn, self._session, self._budget = model, turn, session, budget
         self._pieces, self._make_cache, self._reuse = pieces, make_cache, reuse
         self._local = threading.local()
         self._seconds_per_token = 0.0
@@ -131,7 +130,8 @@ class Generation:
                 arguments.pop("kwargs", None)
                 run = None if self._reuse is None else self._reuse.begin(arguments)
                 with self._active(run):
-                    self._admit(arguments, 0 if run is None else run.past)
+                    if self._budget is not None:
+                        self._budget.admit(arguments, 0 if run is None else run.past)
                     if run is None or not run.past or self._reuse is None:
                         result = plain(*args, **kwargs)
                     else:
@@ -160,6 +160,8 @@ class Generation:
             yield
         finally:
             self._local.active, self._local.run = False, None
+            if self._budget is not None:
+                self._budget.ended()
             if self._pieces is not None:
                 self._pieces.skipped = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ from .kv.cache import ManagedKVCache
 from .kv.sizes import BLOCK_TOKENS, FEW_TOKENS, TAIL_TOKENS
 from .needs import LEAST_PIECE_TOKENS, STREAMED_BYTES, RunNeeds, run_needs
 from .pieces import PIECE_TOKENS
+
+logger = logging.getLogger(__name__)
 
 _PIECES = (PIECE_TOKENS, 768, 512, 384, 256, 192, 128, LEAST_PIECE_TOKENS)
 _PIECE_SHARE = 0.5
@@ -36,7 +39,7 @@ class RunBudget:
 
     def __init__(self, model: Any, optimizer: Any, make_cache: Any, *, lowers: bool = True) -> None:
         self._model, self._optimizer, self._make_cache, self._lowers = model, optimizer, make_cache, lowers
-        self._held_features = 0
+        self._admitted = False
         self._whole = not optimizer.pager.ledger.limited and optimizer.config.weight_codec() == "none"
 
     @property
@@ -59,7 +62,7 @@ class RunBudget:
         Raises:
             MemoryBudgetExceeded: with what it takes, what there is, and the least budget that would do.
         """
-        self._held_features = 0
+        self._admitted = False
         if not self._limited or self._make_cache is None:
             return
         needs = self.needs(arguments)
@@ -82,6 +85,11 @@ class RunBudget:
                 owner="generate",
             )
         self._require_swap(needs, free - needs.memory_bytes)
+        self._admitted = True
+
+    def ended(self) -> None:
+        """Note that the call ended: what comes next was not admitted."""
+        self._admitted = False
 
     def _require_swap(self, needs: RunNeeds, in_memory: int) -> None:
         """Refuse keys and values that fit neither memory nor the SSD."""
@@ -232,7 +240,15 @@ class RunBudget:
         held = self._optimizer.pager.ledger.held_bytes("activations")
         if self._lowers and n_bytes < held - _WORTH_A_TRIM_BYTES:
             trim_heap()  # what the pass before left in the heap goes before weights take its place
-        self._optimizer.reserve_activations(n_bytes if self._lowers else max(n_bytes, held))
+        n_bytes = n_bytes if self._lowers else max(n_bytes, held)
+        try:
+            self._optimizer.reserve_activations(n_bytes)
+        except MemoryBudgetExceeded as error:
+            if not self._admitted:
+                raise
+            # The estimate of a pass, or others in the group, grew since: what was admitted goes on with what there is.
+            logger.warning("a pass takes more than is left, and is tried: %s", str(error))
+            self._optimizer.reserve_activations(max(held, min(n_bytes, self._optimizer.free_for_activations())))
 
     def attach(self) -> None:
         """Register what sets memory aside for the vision tower, and what gives the holes in the heap back."""

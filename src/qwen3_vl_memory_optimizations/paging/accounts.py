@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+
+from ..errors import MemoryBudgetExceeded
 from ..process import (
     GroupMemory,
     drop_cached_libraries,
@@ -13,6 +16,8 @@ from ..process import (
 )
 from .audit import MemoryAudit
 from .pager import Pager
+
+logger = logging.getLogger(__name__)
 
 _SLACK_BYTES = 8 * 2**20
 _KERNEL_SHARE = 64
@@ -80,8 +85,16 @@ class ProcessAccounts:
         if self._pager.schedule.passes == 1:
             release_library_pages()  # what only the prefill of the first prompt ran
             read_again_bytes = self._budget_bytes // _CACHE_SHARE  # in this pass: what is needed, and is read around it
-        self._account("process", self._unmanaged_bytes())
-        self._account("system", self._system_bytes() + read_again_bytes)
+        for owner, n_bytes in (
+            ("process", self._unmanaged_bytes()),
+            ("system", self._system_bytes() + read_again_bytes),
+        ):
+            try:
+                self._account(owner, n_bytes)
+            except MemoryBudgetExceeded as error:
+                # It is there already, and a run that was admitted ends: pages leave as far as they can.
+                logger.warning("more memory is used than the budget has room for: %s", str(error))
+                self._pager.reserve(owner, self._pager.ledger.most_bytes(owner))
 
     def _account(self, owner: str, n_bytes: int) -> None:
         if abs(n_bytes - self._pager.ledger.held_bytes(owner)) > _SLACK_BYTES:
