@@ -58,7 +58,7 @@ def test_kept_results_that_nobody_asks_for_leave_memory_and_answers_stay_the_sam
     assert lower < 0.6 * peak
     stats = with_gc.memory_optimizer.get_memory_efficiency_stats()["gc"]
     assert stats["rounds"] == len(PICTURES)
-    assert stats["swapped"] and stats["success_rate"] > 0.9 and stats["lifetime_accuracy"] > 0.8
+    assert stats["swapped"] and stats["success_rate"] > 0.9 and stats["lifetime_accuracy"] > 0.75
     assert without.memory_optimizer.get_memory_efficiency_stats()["gc"] is None
 
 

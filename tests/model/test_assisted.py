@@ -18,8 +18,8 @@ from qwen3_vl_memory_optimizations.model.activations import FIXED_RESERVE_BYTES
 
 from . import tiny
 
-BUDGET_BYTES = 3_600_000
-"""Less than the text layers of the model and its draft together."""
+BUDGET_BYTES = 3_900_000
+"""Less than the text layers of the model and its draft together; the tails of keys and values count too."""
 
 
 @pytest.fixture
