@@ -71,7 +71,7 @@ class ProcessAccounts:
         unmanaged = self._unmanaged_bytes()
         self._account("process", unmanaged)
         self._account("system", self._system_bytes())
-        if self.audit is not None and self.audit.baseline_bytes is None:
+        if self.audit is not None:
             self.audit.begin(unmanaged)
         return unmanaged
 

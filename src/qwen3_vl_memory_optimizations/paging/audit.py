@@ -70,8 +70,8 @@ class MemoryAudit:
         return bool(os.environ.get(ENVIRONMENT_VARIABLE))
 
     def begin(self, baseline_bytes: int) -> None:
-        """Take what the process uses now, besides what is announced, as explained."""
-        self.baseline_bytes = baseline_bytes
+        """Take what the process uses now, besides what is announced, as explained: between runs it is the caller's."""
+        self.baseline_bytes = max(baseline_bytes, self.baseline_bytes or 0)
         self._remember()
         reset_peak_rss()
 
