@@ -146,8 +146,13 @@ def test_int8_agrees_with_the_original_on_tokens_and_accuracy(int8):
 def test_int8_reads_the_digits_as_the_original_does(int8):
     images, tasks, _, _ = tiny.heldout()
     rows = [index for index, task in enumerate(tasks) if task == "digits"][:10]
-    inputs = tiny.batch([tiny.prompt("read the digits.")] * len(rows), images[rows])
-    expected = tiny.reference().generate(**inputs, max_new_tokens=17, do_sample=False)
-    found = int8.generate(**inputs, max_new_tokens=17, do_sample=False)
-    agreement = (found == expected)[:, inputs["input_ids"].shape[1] :].float().mean().item()
+    same = []
+    for start in range(0, len(rows), 2):  # the tails of more do not fit into the smallest budget
+        part = rows[start : start + 2]
+        inputs = tiny.batch([tiny.prompt("read the digits.")] * len(part), images[part])
+        expected, found = (
+            model.generate(**inputs, max_new_tokens=17, do_sample=False) for model in (tiny.reference(), int8)
+        )
+        same.append((found == expected)[:, inputs["input_ids"].shape[1] :].float())
+    agreement = torch.cat(same).mean().item()
     assert agreement >= 0.99, agreement
