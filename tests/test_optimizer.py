@@ -84,6 +84,7 @@ def test_the_figures_are_there_and_add_up(optimizer):
         "gc",
         "tuning",
         "sessions_open",
+        "kv",
     }
     assert set(stats["budget"]) == {
         "ram_budget_bytes",
