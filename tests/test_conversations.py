@@ -42,7 +42,7 @@ def converse(packed, cache_dir, limit_gb, prompt_tokens, kind, *, avx2, options=
         (0.7, 4096, "text", False),
         (0.7, 4096, "text", True),
         (1.0, 2048, "page", False),
-        (1.1, 2048, "page", True),
+        (1.3, 2048, "page", True),
     ],
 )
 def test_three_turns_stay_in_the_budget(packed, tmp_path, limit_gb, prompt_tokens, kind, avx2):

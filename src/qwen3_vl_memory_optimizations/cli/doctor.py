@@ -189,7 +189,16 @@ def _show_estimates(report: dict[str, Any], screen: Console) -> None:
         )
     screen.print(table, highlight=False)
     screen.print("  An upper bound: reading weights is taken to be all that takes time.", style="dim")
+    _show_least(report, screen)
 
+
+def _show_least(report: dict[str, Any], screen: Console) -> None:
+    from rich.table import Table
+
+    from ..errors import format_bytes
+
+    if not report.get("models"):
+        return
     screen.print(
         f"\n[bold]Least --ram-budget[/bold], computed in {report['compute_dtype']}: with less, a prompt is refused"
     )

@@ -13,8 +13,10 @@ LEAST_PIECE_TOKENS = 64
 """The smallest piece of a prompt."""
 STREAMED_BYTES = 32 << 20
 """Pages of weights, and of keys and values, that are in memory while they are used and the next ones are read."""
-PROCESS_BYTES = 400 << 20
-"""Interpreter, torch, transformers and their code (330 MB measured), vectors of weights, workspaces of products."""
+PROCESS_BYTES = 360 << 20
+"""Interpreter, torch, transformers and their code (330 MB measured), and vectors of weights."""
+WORKSPACE_BYTES = 48 << 20
+"""What products and attention work in (16 to 40 MB measured)."""
 _KERNEL_SHARE = 64
 
 
@@ -27,6 +29,7 @@ class RunNeeds:
         transient_bytes: the most that its passes take at a time, in pieces of the smallest size.
         pinned_bytes: of keys and values that cannot leave: the tails.
         blocks_bytes: of keys and values that may lie on the SSD.
+        streamed_bytes: of weights and blocks, in memory while they are used and the next ones are read.
     """
 
     prompt_tokens: int
@@ -35,11 +38,12 @@ class RunNeeds:
     transient_bytes: int
     pinned_bytes: int
     blocks_bytes: int
+    streamed_bytes: int = STREAMED_BYTES
 
     @property
     def memory_bytes(self) -> int:
-        """What must be free besides the process."""
-        return self.transient_bytes + self.pinned_bytes + STREAMED_BYTES
+        """What must be free besides the process and its workspace."""
+        return self.transient_bytes + self.pinned_bytes + self.streamed_bytes
 
 
 def run_needs(
@@ -100,5 +104,5 @@ def run_needs(
 
 def least_budget_bytes(config: Any, **sizes: Any) -> int:
     """Return the least `ram_budget` with which a run is admitted, to a few per cent; see `run_needs` for `sizes`."""
-    needed = PROCESS_BYTES + run_needs(config, **sizes).memory_bytes
+    needed = PROCESS_BYTES + WORKSPACE_BYTES + run_needs(config, **sizes).memory_bytes
     return needed * _KERNEL_SHARE // (_KERNEL_SHARE - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from ..process import trim_heap
 from .activations import feature_bytes, text_bytes, vision_bytes, whole_prompt_bytes, with_heap
 from .kv.cache import ManagedKVCache
 from .kv.sizes import BLOCK_TOKENS, FEW_TOKENS, TAIL_TOKENS
-from .needs import LEAST_PIECE_TOKENS, STREAMED_BYTES, RunNeeds, run_needs
+from .needs import LEAST_PIECE_TOKENS, STREAMED_BYTES, WORKSPACE_BYTES, RunNeeds, run_needs
 from .pieces import PIECE_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class RunBudget:
     def __init__(self, model: Any, optimizer: Any, make_cache: Any, *, lowers: bool = True) -> None:
         self._model, self._optimizer, self._make_cache, self._lowers = model, optimizer, make_cache, lowers
         self._admitted = False
+        self._features_bytes = 0  # of pictures; `generate` holds them to its end
         self._whole = not optimizer.pager.ledger.limited and optimizer.config.weight_codec() == "none"
 
     @property
@@ -70,7 +72,10 @@ class RunBudget:
             return
         optimizer = self._optimizer
         optimizer.measure_process()
-        free = optimizer.free_for_activations()
+        weights = sum(each.n_bytes for each in list(optimizer.pager.entries.values()) if each.kind == "weights")
+        needs = dataclasses.replace(needs, streamed_bytes=min(STREAMED_BYTES, weights))
+        workspace = min(WORKSPACE_BYTES, weights) - optimizer.pager.ledger.held_bytes("workspace")
+        free = optimizer.free_for_activations() - max(0, workspace)
         budget = optimizer.config.ram_budget
         if needs.memory_bytes > free:
             least = budget + needs.memory_bytes - free
@@ -89,7 +94,7 @@ class RunBudget:
 
     def ended(self) -> None:
         """Note that the call ended: what comes next was not admitted."""
-        self._admitted = False
+        self._admitted, self._features_bytes = False, 0
 
     def _require_swap(self, needs: RunNeeds, in_memory: int) -> None:
         """Refuse keys and values that fit neither memory nor the SSD."""
@@ -165,7 +170,9 @@ class RunBudget:
         masked = isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask.all())
         keep = given.get("logits_to_keep", 0)
         all_logits = not isinstance(keep, int) or keep == 0
-        features = self._features_of(given)
+        features = max(self._features_of(given), self._features_bytes)
+        if self._admitted:
+            self._features_bytes = features
         patches = _patches(given)
         vision = vision_bytes(config, patches=patches, itemsize=self._itemsize)
         foreign = self._is_foreign(given)

@@ -53,8 +53,14 @@ class Ledger:
         return min(of_tensors, of_process)
 
     def most_bytes(self, owner: str) -> int:
-        """Return the most that an owner could hold, if page frames shrank to what they need."""
-        return self.held_bytes(owner) + max(0, self.frames_limit_bytes() - self.frames_floor_bytes)
+        """Return the most that an owner could hold, if page frames shrank to what they need.
+
+        What is no managed tensor is not bounded by the limit of those.
+        """
+        left = self.frames_limit_bytes()
+        if self.ram_budget_bytes is not None and owner not in self._accounts[TENSORS]:
+            left = self.ram_budget_bytes - sum(sum(accounts.values()) for accounts in self._accounts.values())
+        return self.held_bytes(owner) + max(0, left - self.frames_floor_bytes)
 
     def set(self, owner: str, n_bytes: int, scope: str = TENSORS) -> None:
         """Set what an owner holds; to be called before the memory is taken.

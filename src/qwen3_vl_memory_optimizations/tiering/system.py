@@ -150,7 +150,7 @@ class MemoryTieringSystem:
             self._coming = dict.fromkeys(fitting, False)
         brought = pager.runtime.bring(fitting)  # the Pager's lock comes before this one: see docs/locking.md
         with self._lock:
-            used = {each for each in brought if self._coming[each]}
+            used = {each for each in brought if self._coming.get(each)}  # another round may have begun
             self._coming = {}
             self._brought.update(set(brought) - used)
             self.migrations += len(brought)

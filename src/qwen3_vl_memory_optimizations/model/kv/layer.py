@@ -130,7 +130,7 @@ class ManagedKVLayer(CacheLayerMixin):
         n_tokens = key_states.shape[2]
         if self._index == 0:
             self._cache.require_room(n_tokens)
-        if self._keeps_all or n_tokens <= FEW_TOKENS:
+        if self._keeps_all or n_tokens <= FEW_TOKENS or self._stays_in_tail(n_tokens):
             self.append(key_states, value_states)
         else:
             self._fresh = (key_states, value_states)
@@ -140,6 +140,11 @@ class ManagedKVLayer(CacheLayerMixin):
         decoded = self.decoded()
         self.settle()
         return decoded
+
+    def _stays_in_tail(self, n_tokens: int) -> bool:
+        """Whether all tokens still fit the tail, which then is attended to as transformers does, bit by bit."""
+        short = self.tail_length + n_tokens < self._cache.block_tokens + TAIL_TOKENS
+        return short and not self.n_blocks and self.tail_length > 0 and self.tail_dtype == self.dtype
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many tokens there will be after `query_length` more, and the first of them."""
