@@ -179,7 +179,10 @@ class Generation:
                 run = getattr(self._local, "run", None)
                 for name in _CACHE_NAMES:
                     if type(model_kwargs.get(name)) is DynamicCache:
-                        model_kwargs[name] = make_cache() if run is None else run.cache
+                        fresh = run is None or run.handed_out
+                        model_kwargs[name] = make_cache() if fresh or run is None else run.cache
+                if run is not None:
+                    run.handed_out = True
             return result
 
         return prepare

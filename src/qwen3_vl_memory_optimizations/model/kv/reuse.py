@@ -61,6 +61,8 @@ class Run:
         root: of the names of its blocks.
         cache: empty, or with the beginning that is known.
         past: how many tokens that is.
+        skipped: tokens of pictures that the beginning cuts, by modality.
+        handed_out: `generate` has the cache.
     """
 
     ids: list[int]
@@ -70,6 +72,7 @@ class Run:
     cache: ManagedKVCache
     past: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+    handed_out: bool = False
 
 
 class PrefixReuse:
