@@ -128,10 +128,10 @@ class Generation:
                 bound = signature.bind_partial(*args, **kwargs).arguments
                 arguments = {**bound, **bound.get("kwargs", {})}
                 arguments.pop("kwargs", None)
-                run = None if self._reuse is None else self._reuse.begin(arguments)
-                with self._active(run):
+                with self._active():
                     if self._budget is not None:
-                        self._budget.admit(arguments, 0 if run is None else run.past)
+                        self._budget.admit(arguments)  # before a sequence that rests is gone on with
+                    run = self._local.run = None if self._reuse is None else self._reuse.begin(arguments)
                     if run is None or not run.past or self._reuse is None:
                         result = plain(*args, **kwargs)
                     else:
@@ -154,8 +154,8 @@ class Generation:
             logger.warning("keys and values are not kept: %s: %s", type(error).__name__, str(error))
 
     @contextlib.contextmanager
-    def _active(self, run: Run | None) -> Iterator[None]:
-        self._local.active, self._local.run = True, run
+    def _active(self) -> Iterator[None]:
+        self._local.active, self._local.run = True, None
         try:
             yield
         finally:

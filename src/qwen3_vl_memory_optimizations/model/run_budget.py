@@ -54,12 +54,11 @@ class RunBudget:
 
     # --- before a run -------------------------------------------------------------------------------------------------
 
-    def admit(self, arguments: Mapping[str, Any], past: int) -> None:
+    def admit(self, arguments: Mapping[str, Any]) -> None:
         """Refuse a call of `generate` that would not finish.
 
         Args:
             arguments: of the call.
-            past: tokens of the prompt whose keys and values are known.
 
         Raises:
             MemoryBudgetExceeded: with what it takes, what there is, and the least budget that would do.
