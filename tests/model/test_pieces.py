@@ -32,7 +32,7 @@ def make_model(directory, **settings):
 def model(tmp_path_factory):
     """A model that reads prompts in pieces of 96 tokens, into blocks of 32."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunBudget, "choose", lambda self, given, length, batch, past: PIECE)
+        patch.setattr(RunBudget, "choose", lambda self, given, length, batch, past, whole=False: PIECE)
         model = make_model(tmp_path_factory.mktemp("cache"), tensor_budget=10**9)
     yield model
     model.memory_optimizer.close()
@@ -232,3 +232,18 @@ def test_an_error_in_a_piece_leaves_the_model_as_it_was(model, monkeypatch):
     finally:
         hook.remove()
     assert_close(model(**inputs).logits, expected)
+
+
+@torch.no_grad()
+def test_what_cannot_be_cut_runs_whole(model):
+    inputs = cases()["two images"]
+    without = {name: value for name, value in inputs.items() if name != "mm_token_type_ids"}
+    with pytest.raises(ValueError, match="mm_token_type_ids"):
+        model(**without)
+    text = cases()["text"]
+    model.config.output_hidden_states = True
+    try:
+        states = model(**text).hidden_states
+    finally:
+        model.config.output_hidden_states = False
+    assert states is None or states[-1].shape[1] == text["input_ids"].shape[1]

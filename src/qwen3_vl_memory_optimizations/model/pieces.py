@@ -19,6 +19,7 @@ PIECE_TOKENS = 1024
 """The largest piece. Products of 1,024 rows are as fast as those of more, and take longer than reading all weights."""
 _NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
 _PICTURES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+_PIXELS = tuple(pixels for pixels, _ in _PICTURES.values())
 _WHOLE = ("labels", "output_attentions", "output_hidden_states", "token_type_ids")
 """What asks for something of all tokens at once."""
 
@@ -38,8 +39,8 @@ class PieceRunner:
     Args:
         model: of transformers.
         make_cache: returns an empty cache, for a call without one; `None`: the prompt runs whole.
-        choose: given the arguments of a forward, its tokens per sequence, how many sequences, and the tokens in the
-            cache of each, sets memory aside for a piece and returns how many tokens it has.
+        choose: given the arguments of a forward, its tokens per sequence, how many sequences, the tokens in the cache
+            of each, and whether it has to run whole, sets memory aside and returns how many tokens a piece has.
         turn: held meanwhile.
 
     Attributes:
@@ -51,7 +52,7 @@ class PieceRunner:
         self,
         model: Any,
         make_cache: Callable[[], Any] | None,
-        choose: Callable[[Mapping[str, Any], int, int, int], int],
+        choose: Callable[..., int],
         turn: AbstractContextManager[Any],
     ) -> None:
         self._model = model
@@ -79,16 +80,22 @@ class PieceRunner:
         given = {**bound, **bound.get("kwargs", {})}
         given.pop("kwargs", None)
         batch, length, past = forward_size((), given)
-        piece = self._choose(given, length, batch, past)
+        whole = not self._can_cut(given)
+        piece = self._choose(given, length, batch, past, whole=whole)
         skipped, self.skipped = self.skipped, {}
-        if (length <= piece and not skipped) or not self._can_cut(given):
+        if whole or (length <= piece and not skipped):
             return self._plain(*args, **kwargs)
         return self._in_pieces(given, length, min(piece, length), past, skipped)
 
     def _can_cut(self, given: Mapping[str, Any]) -> bool:
         mask = given.get("attention_mask")
+        pictures = bool(given.get("mm_encoder_outputs")) or any(given.get(name) is not None for name in _PIXELS)
+        config = self._model.config
+        asked = (getattr(config, "output_attentions", False), getattr(config, "output_hidden_states", False))
         return (
             self._make_cache is not None
+            and not any(asked)
+            and not (pictures and given.get("mm_token_type_ids") is None)  # transformers says what is missing
             and all(given.get(name) is None or given[name] is False for name in _WHOLE)
             and isinstance(given.get("logits_to_keep", 0), int)
             and (mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2))

@@ -154,13 +154,20 @@ class RunBudget:
 
     # --- before each pass ---------------------------------------------------------------------------------------------
 
-    def choose(self, given: Mapping[str, Any], length: int, batch: int, past: int) -> int:
+    def choose(self, given: Mapping[str, Any], length: int, batch: int, past: int, *, whole: bool = False) -> int:
         """Set memory aside for a pass, and return how many of its tokens to take at a time.
+
+        Args:
+            given: arguments of the forward.
+            length: tokens of each sequence.
+            batch: how many sequences.
+            past: tokens of each in the cache.
+            whole: it cannot be cut.
 
         Raises:
             MemoryBudgetExceeded: even the smallest piece does not fit.
         """
-        if self._whole:
+        if self._whole or (whole and not self._limited):
             return length
         if not self._limited:
             return PIECE_TOKENS
@@ -175,6 +182,7 @@ class RunBudget:
         patches = _patches(given)
         vision = vision_bytes(config, patches=patches, itemsize=self._itemsize)
         foreign = self._is_foreign(given)
+        cached = self._cache_of(given) is not None
 
         def peak(piece: int) -> int:
             n = min(piece, length)
@@ -182,7 +190,7 @@ class RunBudget:
             rows = batch * kept + (batch * length if all_logits and n < length else 0)
             sizes = {"tokens": batch * n, "itemsize": self._itemsize}
             found = text_bytes(config, logit_rows=rows, cached_tokens=past + length, masked=masked, **sizes)
-            if foreign:
+            if foreign or (not cached and n == length):  # transformers keeps its keys and values
                 found += whole_prompt_bytes(config, cached_tokens=batch * past, **sizes)
             return max(found, vision) + features
 
@@ -192,8 +200,8 @@ class RunBudget:
         free = optimizer.free_for_activations() - STREAMED_BYTES
         if not foreign:
             free -= self._tail_growth(given, batch, past + length)
-        sizes = [length] if foreign and length <= LEAST_PIECE_TOKENS else [size for size in _PIECES if size < length]
-        if length <= PIECE_TOKENS:
+        sizes = [] if whole else [size for size in _PIECES if size < length]
+        if whole or length <= PIECE_TOKENS:
             sizes = [length, *sizes]
         fitting = next((size for size in sizes if with_heap(peak(size)) <= _PIECE_SHARE * free), None)
         chosen = fitting or sizes[-1]
@@ -201,9 +209,13 @@ class RunBudget:
         return chosen
 
     def _is_foreign(self, given: Mapping[str, Any]) -> bool:
-        cache = given.get("cache")
-        cache = given.get("past_key_values") if cache is None else cache
+        cache = self._cache_of(given)
         return cache is not None and not isinstance(cache, ManagedKVCache)
+
+    @staticmethod
+    def _cache_of(given: Mapping[str, Any]) -> Any:
+        cache = given.get("cache")  # since transformers 5.24
+        return given.get("past_key_values") if cache is None else cache
 
     def _features_of(self, given: Mapping[str, Any]) -> int:
         """Return the bytes of the features of pictures that are there, or will be."""
@@ -223,11 +235,11 @@ class RunBudget:
         text = self._model.config.get_text_config()
         heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
         head_dim = getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
-        cache = given.get("cache")
-        cache = given.get("past_key_values") if cache is None else cache
-        block_tokens = cache.block_tokens if isinstance(cache, ManagedKVCache) else BLOCK_TOKENS
-        tokens = min(total, block_tokens + TAIL_TOKENS + FEW_TOKENS)
-        return int(batch * tokens * 2 * text.num_hidden_layers * heads * head_dim * self._itemsize)
+        cache = self._cache_of(given)
+        ours = isinstance(cache, ManagedKVCache)
+        tokens = min(total, (cache.block_tokens if ours else BLOCK_TOKENS) + TAIL_TOKENS + FEW_TOKENS)
+        itemsize = min(2, self._itemsize) if ours and not cache.codec.lossless else self._itemsize
+        return int(batch * tokens * 2 * text.num_hidden_layers * heads * head_dim * itemsize)
 
     def before_vision(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Set memory aside for the vision tower: a pre-hook of it. `generate` runs it ahead of the forward."""
