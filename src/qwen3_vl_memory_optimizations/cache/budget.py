@@ -31,7 +31,7 @@ class CacheBudget(Protocol):
         """Hold memory for the length of a block, whatever leaves for it.
 
         Raises:
-            MemoryBudgetExceeded: there is no room.
+            MemoryBudgetExceeded: it does not fit beside what is pinned.
         """
 
 

@@ -212,7 +212,7 @@ class TensorLifecycleTracker:
             life.uses += 1
 
     def own(self, keys: Iterable[Hashable], owned: bool) -> None:
-        """Note whether things belong to somebody from now on, or are kept in case they are asked for again."""
+        """Record whether callers hold these tensors from now on; the collector may free the others."""
         with self._locked():
             for key in keys:
                 life = self.lives.get(key)

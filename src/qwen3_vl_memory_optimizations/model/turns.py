@@ -59,7 +59,7 @@ class Turns:
 
     def _pass_on(self) -> None:
         if self._waiting:
-            self._owner = -1  # nobody's, until the next one wakes
+            self._owner = -1  # reserved for the next waiter until it wakes
             self._waiting.popleft().set()
         else:
             self._owner = None

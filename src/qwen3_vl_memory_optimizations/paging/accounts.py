@@ -92,7 +92,7 @@ class ProcessAccounts:
             try:
                 self._account(owner, n_bytes)
             except MemoryBudgetExceeded as error:
-                # It is there already, and a run that was admitted ends: pages leave as far as they can.
+                # The memory is in use already, and an admitted run finishes: evict as much as can leave.
                 logger.warning("more memory is used than the budget has room for: %s", str(error))
                 self._pager.reserve(owner, self._pager.ledger.most_bytes(owner))
 

@@ -50,7 +50,7 @@ class MemoryAudit:
         phase: returns what is being computed.
 
     Attributes:
-        found: growth that nobody announced, the latest last.
+        found: undeclared growth, the latest last.
         baseline_bytes: of the process besides what is announced; set by `begin`.
     """
 
@@ -93,7 +93,7 @@ class MemoryAudit:
         if over > self._over_bytes + _LEAST_BYTES:
             found = Undeclared(self._pager.schedule.passes, self._phase_before, over - max(0, self._over_bytes), now)
             self.found.append(found)
-            text = "%d bytes were used that nobody announced, before pass %d (%s)"
+            text = "%d undeclared bytes in use before pass %d (%s)"
             logger.warning(text, found.n_bytes, found.passes, found.phase)
             self._over_bytes = over
         self._phase_before = self._phase()

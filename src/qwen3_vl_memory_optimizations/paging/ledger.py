@@ -55,7 +55,7 @@ class Ledger:
     def most_bytes(self, owner: str) -> int:
         """Return the most that an owner could hold, if page frames shrank to what they need.
 
-        What is no managed tensor is not bounded by the limit of those.
+        `tensor_budget` does not bound owners of scope `PROCESS`.
         """
         left = self.frames_limit_bytes()
         if self.ram_budget_bytes is not None and owner not in self._accounts[TENSORS]:

@@ -23,7 +23,7 @@ class RuntimeTensors:
         frames: the memory of the pages.
         mover: moves them.
         residency: says who leaves first, and whether there is room.
-        access: is told of uses.
+        access: records uses.
         finalizers: what they left is done first.
     """
 

@@ -138,7 +138,7 @@ class DirectFile:
         return file
 
     def _close_later(self) -> None:
-        """Close the file, at the latest, when nobody refers to it."""
+        """Close the file when it is collected, unless `close` did."""
         self._closes = weakref.finalize(self, os.close, self._fd)
         self._closes.atexit = False
 

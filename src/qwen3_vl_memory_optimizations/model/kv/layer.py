@@ -82,7 +82,7 @@ class ManagedKVLayer(CacheLayerMixin):
         self.is_initialized = False
         self.rows: list[list[StoredBlock]] = []
         self.tail_length = 0
-        # Without a cycle of references, the memory of a cache is back as soon as nobody holds it.
+        # A weak reference: without a reference cycle the memory returns as soon as the last caller drops the cache.
         proxy: Any = weakref.proxy(cache)
         self._cache: ManagedKVCache = proxy
         self._index = index
@@ -155,7 +155,7 @@ class ManagedKVLayer(CacheLayerMixin):
         return self.n_blocks * self._cache.block_tokens + self.tail_length + self.fresh_length
 
     def get_max_length(self) -> int:
-        """There is no largest length."""
+        """Return -1: the length is unbounded."""
         return -1
 
     get_max_cache_shape = get_max_length  # until transformers 5.23

@@ -196,7 +196,7 @@ class KVStore:
         """Have an empty cache begin with what was found; return how many tokens it then holds.
 
         Raises:
-            MemoryBudgetExceeded: there is no room for its tail; the cache is of no further use.
+            MemoryBudgetExceeded: its tail does not fit; discard the cache.
         """
         blocks = [stored.block for each in match.blocks for stored in each.layers]
         self._count_resident([*blocks, *(match.tail.layers if match.tail is not None else ())])
@@ -417,7 +417,7 @@ class KVStore:
         if not written:
             return
         if tail is not None and not self._rests(name, tail):
-            self._files.remove(key)  # it is no more what the sums say
+            self._files.remove(key)  # its contents no longer match the checksums
             return
         self.counters.blocks_written += len(layers)
         self.counters.written_bytes += sum(part.nbytes for part in parts)
