@@ -114,7 +114,12 @@ def make_text_draft(directory: Path, n_layers: int = 4) -> Path:
 def count_forwards(model: Any) -> list[int]:
     """Return a list that grows at each forward of a model, by the number of rows of its logits."""
     lengths: list[int] = []
-    model.register_forward_hook(lambda module, args, out: lengths.append(out[0].shape[1]))
+
+    def note(module: Any, args: Any, out: Any) -> None:
+        logits = out[0] if isinstance(out, tuple) else out.logits
+        lengths.append(logits.shape[1])
+
+    model.register_forward_hook(note)
     return lengths
 
 
