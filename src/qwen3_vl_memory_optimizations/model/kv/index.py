@@ -72,7 +72,7 @@ class Match:
     Attributes:
         parent: name of the last of `blocks`, or the root.
         blocks: those it begins with.
-        tail: goes on behind them, for `tail_tokens`.
+        tail: continues behind them, for `tail_tokens`.
     """
 
     parent: str

@@ -3,7 +3,7 @@
 A block lies where it was encoded: in memory of the Pager, from where it may leave for the SSD, and, where it may
 outlive the process, in a file of the cache as it was in memory (`files.py`). A sequence that begins as one before takes
 references to its blocks; nothing is decoded, encoded again or copied. The end of a sequence, its tail, rests as it is:
-the next turn of a conversation goes on in it, and a prompt that differs within it copies what is equal.
+the next turn of a conversation continues in it, and a prompt that differs within it copies its equal part.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class KVStoreStats:
         prompt_tokens: of those prompts; `reused_tokens`: of these, taken from sequences before.
         blocks_shared: references taken to encoded blocks, one per layer; `shared_bytes`: their size.
         blocks_from_ssd: blocks that came from files of the cache.
-        tails_continued: tails that were gone on in where they lie; `tails_copied`: copied up to where they differ.
+        tails_continued: tails continued in place; `tails_copied`: copied up to where they differ.
         blocks_written: blocks written to files of the cache; `written_bytes`: their size.
-        wanted_bytes: of blocks and tails that were gone on with; `resident_bytes`: of them, what was in memory.
+        wanted_bytes: of blocks and tails that sequences continued with; `resident_bytes`: the part in memory then.
         dropped: blocks and tails forgotten to keep within the size.
     """
 
@@ -91,7 +91,7 @@ class KVStore:
         Args:
             tokens: of the prompt.
             root: digest of what all of it depends on.
-            cache: an empty one, of one sequence, that could go on with what is found; its layers have begun.
+            cache: an empty one, of one sequence, for what is found; its layers have begun.
         """
         counters, block_tokens = self.counters, cache.block_tokens
         counters.lookups += 1
