@@ -12,8 +12,9 @@ import torch
 from qwen3_vl_memory_optimizations.cache import SSDCache
 from qwen3_vl_memory_optimizations.model.kv.attention import ATTENTION
 from qwen3_vl_memory_optimizations.model.kv.cache import ManagedKVCache
+from qwen3_vl_memory_optimizations.model.kv.files import tail_key
 from qwen3_vl_memory_optimizations.model.kv.layer import ManagedKVLayer
-from qwen3_vl_memory_optimizations.model.kv.store import KVStore, _tail_key
+from qwen3_vl_memory_optimizations.model.kv.store import KVStore
 from qwen3_vl_memory_optimizations.paging import BlockSpace
 from tests.paging.weights import settle
 
@@ -130,11 +131,11 @@ def test_what_is_known_is_taken_as_it_lies_and_nothing_is_decoded_encoded_or_cop
 def test_a_whole_tail_is_gone_on_in_where_it_lies(start):
     machine, tokens = start(None), tokens_of(100)
     machine.run(tokens)
-    (rested,) = (tail for kept in machine.store._tails.values() for tail in kept)
+    (rested,) = (tail for kept in machine.store.index._tails.values() for tail in kept)
     addresses = [block.data.data_ptr() for block in rested.layers]
     more = [*tokens, *tokens_of(10, seed=1)]
     assert machine.run(more)[0] == 100
-    (rested,) = (tail for kept in machine.store._tails.values() for tail in kept)
+    (rested,) = (tail for kept in machine.store.index._tails.values() for tail in kept)
     assert [block.data.data_ptr() for block in rested.layers] == addresses
     assert machine.store.stats()["tails_continued"] == 1 and machine.store.stats()["tails_copied"] == 0
 
@@ -269,7 +270,7 @@ def test_a_damaged_tail_is_a_miss_and_its_file_is_removed(start, caplog):
     first.store.close()
     machine, names = start(), names_of(tokens)
     n_blocks = (300 - 64) // BLOCK
-    damage(machine, _tail_key(names[n_blocks - 1]))
+    damage(machine, tail_key(names[n_blocks - 1]))
     with caplog.at_level(logging.WARNING):
         assert machine.run(tokens)[0] == n_blocks * BLOCK
     assert "are removed" in caplog.text
@@ -339,7 +340,7 @@ def test_a_tail_that_is_gone_on_in_while_it_is_written_leaves_no_file(start, mon
     plain = machine.files.store_encoded
 
     def slow(key, *args, **kwargs):
-        if key == _tail_key(ROOT) and not writes.is_set():
+        if key == tail_key(ROOT) and not writes.is_set():
             writes.set()
             assert goes_on.wait(20)
         return plain(key, *args, **kwargs)
@@ -351,7 +352,7 @@ def test_a_tail_that_is_gone_on_in_while_it_is_written_leaves_no_file(start, mon
     assert machine.run(more, persist=False)[0] == 90
     goes_on.set()
     machine.store.close()
-    assert machine.files.store_files.size_of(_tail_key(ROOT)) is None
+    assert machine.files.store_files.size_of(tail_key(ROOT)) is None
     assert machine.store._writer.failures == 0
 
 
@@ -389,7 +390,7 @@ def test_the_longest_unused_is_forgotten_to_keep_within_the_size(start):
         for seed in (1, 2, 3, 4)
     ]
     assert known[0] == 0 and known[3] == 300 and known == sorted(known)
-    machine.store.clear()
+    machine.store.index.clear()
     stats = machine.store.stats()
     assert stats["resting_bytes"] == stats["resting_blocks"] == stats["resting_tails"] == 0
 

@@ -130,7 +130,7 @@ class Generation:
                 arguments.pop("kwargs", None)
                 with self._active():
                     if self._budget is not None:
-                        self._budget.admit(arguments)  # before a sequence that rests is gone on with
+                        self._budget.admit(arguments)  # before it continues in a tail that rests
                     run = self._local.run = None if self._reuse is None else self._reuse.begin(arguments)
                     if run is None or not run.past or self._reuse is None:
                         result = plain(*args, **kwargs)

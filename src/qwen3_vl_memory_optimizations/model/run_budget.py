@@ -243,8 +243,6 @@ class RunBudget:
 
     def before_vision(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Set memory aside for the vision tower: a pre-hook of it. `generate` runs it ahead of the forward."""
-        if not self._limited:
-            return
         config = self._model.config
         patches = int((args[0] if args else kwargs["hidden_states"]).shape[0])
         shown = patches // config.vision_config.spatial_merge_size**2
@@ -264,13 +262,13 @@ class RunBudget:
         except MemoryBudgetExceeded as error:
             if not self._admitted:
                 raise
-            # The estimate of a pass, or others in the group, grew since: what was admitted goes on with what there is.
+            # The estimate of a pass, or others in the group, grew since: an admitted run continues with what there is.
             logger.warning("a pass takes more than is left, and is tried: %s", str(error))
             self._optimizer.reserve_activations(max(held, min(n_bytes, self._optimizer.free_for_activations())))
 
     def attach(self) -> None:
-        """Register what sets memory aside for the vision tower, and what gives the holes in the heap back."""
-        if not self._limited:
+        """Register hooks that set memory aside for the vision tower, and that return free heap to the system."""
+        if self._whole:
             return
 
         def after_layer(module: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -282,7 +280,7 @@ class RunBudget:
         for layer in list(getattr(self._model.get_decoder(), "layers", ()))[::_LAYERS_PER_TRIM]:
             layer.register_forward_hook(after_layer)
         vision = getattr(getattr(self._model, "model", None), "visual", None)
-        if vision is not None:
+        if vision is not None and self._limited:
             vision.register_forward_pre_hook(self.before_vision, with_kwargs=True)
 
 

@@ -103,7 +103,7 @@ class BlockSpace:
         """Return a block whose contents are the caller's to write (`held`, `written`); freed when it is collected.
 
         Raises:
-            MemoryBudgetExceeded: there is no room, whatever else leaves.
+            MemoryBudgetExceeded: it does not fit beside what is pinned.
         """
         if self.pager is None:
             return Block(torch.empty(n_bytes, dtype=torch.uint8))
@@ -169,7 +169,7 @@ class BlockSpace:
         """Note that blocks are not used in a cycle any more: from now on the victim order of runtime tensors counts.
 
         Args:
-            blocks: of a sequence that rests, or is about to go on.
+            blocks: of a sequence that rests, or is about to continue.
             used: this is a use.
         """
         if self.pager is not None:

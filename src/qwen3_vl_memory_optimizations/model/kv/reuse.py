@@ -1,4 +1,4 @@
-"""A prompt that begins as an earlier one goes on where that left off: its keys and values are known.
+"""A prompt that begins as an earlier one continues where that left off: its keys and values are known.
 
 `generate` gets a cache that begins with the blocks of earlier sequences (`KVStore`), and computes the rest. Positions
 are those of the whole prompt, pictures included; pictures inside the beginning are not encoded.
@@ -204,6 +204,6 @@ class PrefixReuse:
             return
         tokens = [*run.tokens, *answer][:n_tokens]
         persist = self._identity.persists(self._model)
-        # A cache that is returned is the caller's to go on in: what rests has a tail of its own.
+        # The caller may continue in a cache that is returned, so the tail that rests is a copy.
         cache = run.cache if isinstance(result, torch.Tensor) else copy.deepcopy(run.cache)
         self._store.rest(cache, 0, tokens, run.root, persist=persist, saved_s=seconds_per_token)
