@@ -143,7 +143,8 @@ CHANGES = [
 
 
 def make(directory, **settings):
-    return create_optimized_model(tiny.DIRECTORY, {"cache_dir": directory, "codec": "int8", **settings})
+    given = {"cache_dir": directory, "codec": "int8", **settings}
+    return create_optimized_model(tiny.DIRECTORY, given, dtype=torch.float32)
 
 
 def answer(model, **more):

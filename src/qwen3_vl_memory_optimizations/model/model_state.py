@@ -24,14 +24,16 @@ from ..paging import ManagedTensor, Pager
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _METHODS = (property, staticmethod, classmethod)
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
+_BOOKKEEPING = frozenset(nn.Module().__dict__)
+"""What each module has for torch: its hooks, parameters, buffers and children are looked at by name."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _OF_CALLS = frozenset({"rope_deltas", "generation_config", "memory_optimizer", "training"})
 """What calls leave behind, what says how to decode, and who is asked: none of it goes into keys and values."""
 _OF_FILES = frozenset({"_name_or_path", "_commit_hash", "transformers_version", "memory_optimization_config"})
 """What a configuration knows of where it came from."""
 _MOST_COPIED_BYTES = 16 << 20
-_TRUSTED = ("torch", "transformers", __name__.split(".")[0])
+_TRUSTED = ("torch", "transformers", "huggingface_hub", "safetensors", "accelerate", __name__.split(".")[0])
+"""Packages whose code is what their version says. The three in the middle give functions to files of transformers."""
 
 
 class ModelState:
@@ -78,10 +80,10 @@ class ModelState:
         attributes = module.__dict__
         self.code.append(type(module))
         for name in _HOOKS:
-            self.code += attributes[name].values()
+            self.code += (hook for hook in attributes[name].values() if not getattr(hook, "changes_nothing", False))
         self.code.append(None)
         for name, value in attributes.items():
-            if name in _REGISTRIES or name in _HOOKS or name in _OF_CALLS:
+            if name in _BOOKKEEPING or name in _OF_CALLS:
                 continue
             if isinstance(value, _PLAIN):
                 self.values += (name, value if isinstance(value, bool | int | float | str) else str(value))
@@ -199,7 +201,8 @@ def _is_trusted(code: Any) -> bool:
 @lru_cache(maxsize=1024)
 def _is_trusted_file(name: str) -> bool:
     path = Path(name)
-    if any(path.is_relative_to(Path(sys.modules[each].__file__ or "").parent) for each in _TRUSTED):
+    imported = (sys.modules[each] for each in _TRUSTED if each in sys.modules)
+    if name.startswith("<frozen ") or any(path.is_relative_to(Path(each.__file__ or "").parent) for each in imported):
         return True
     installed = {"site-packages", "dist-packages"}.intersection(path.parts)
     return path.is_relative_to(Path(inspect.__file__).parent) and not installed
