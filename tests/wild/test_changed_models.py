@@ -143,7 +143,7 @@ CHANGES = [
 
 
 def make(directory, **settings):
-    given = {"cache_dir": directory, "codec": "int8", **settings}
+    given = {"cache_dir": directory, "codec": "none", "prefix_reuse": "on", **settings}
     return create_optimized_model(tiny.DIRECTORY, given, dtype=torch.float32)
 
 
@@ -216,7 +216,7 @@ def test_a_derived_class_is_kept_in_its_process_only(tmp_path):
         pass
 
     for _ in range(2):
-        model = create_optimized_model(tiny.DIRECTORY, {"cache_dir": tmp_path, "codec": "int8"}, model_class=Mine)
+        model = create_optimized_model(tiny.DIRECTORY, {"cache_dir": tmp_path, "codec": "none", "prefix_reuse": "on"}, model_class=Mine)
         answer(model)
         answer(model)
         assert model.memory_optimizer.get_memory_efficiency_stats()["kv"]["hits"] == 1

@@ -88,7 +88,7 @@ class ModelIdentity:
             return None
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in part.parameters()):
             return None
-        now = ModelState(part, self._pager)
+        now = ModelState(part, self._pager, first)
         if not now.known or not now.same_code(first):
             return None
         persists = self._trusted and now.values == first.values

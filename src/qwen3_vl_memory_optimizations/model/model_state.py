@@ -7,11 +7,13 @@ numbers and names in modules and in the configuration), it computes the same fro
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -24,11 +26,11 @@ from ..paging import ManagedTensor, Pager
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _METHODS = (property, staticmethod, classmethod)
-_BOOKKEEPING = frozenset(nn.Module().__dict__)
-"""What each module has for torch: its hooks, parameters, buffers and children are looked at by name."""
+_NUMBERS = frozenset({bool, int, float, str, type(None)})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_OF_CALLS = frozenset({"rope_deltas", "generation_config", "memory_optimizer", "training"})
-"""What calls leave behind, what says how to decode, and who is asked: none of it goes into keys and values."""
+_BOOKKEEPING = frozenset(nn.Module().__dict__) | {"rope_deltas", "generation_config", "memory_optimizer"}
+"""What each module has for torch (hooks, parameters, buffers and children are looked at by name), what calls leave
+behind, what says how to decode, and who is asked: none of it goes into keys and values."""
 _OF_FILES = frozenset({"_name_or_path", "_commit_hash", "transformers_version", "memory_optimization_config"})
 """What a configuration knows of where it came from."""
 _MOST_COPIED_BYTES = 16 << 20
@@ -42,28 +44,44 @@ class ModelState:
     Args:
         part: the module.
         pager: owns the large weights.
-        skipped: attributes of `part` itself that do not count.
+        first: an earlier look. Names that modules, classes and files did not have then do not count, unless they stand
+            before others: code that is the same does not ask for them. (transformers adds methods as it goes.)
 
     Attributes:
         code: objects whose identity says what is computed; kept, so that no other gets the address of one.
         values: what it is computed from, as text and numbers.
+        names: those that count, of each module, class and file.
         known: whether `values` say everything. Not where views of weights are in somebody's hands, tensors are of a kind
             or in a place that cannot be read, or torch has every operation pass through something else.
     """
 
-    def __init__(self, part: nn.Module, pager: Pager) -> None:
+    def __init__(self, part: nn.Module, pager: Pager, first: ModelState | None = None) -> None:
         self.code: list[Any] = []
         self.values: list[Any] = []
         self.known = not _is_redirected()
+        self.names: dict[str | type, Collection[str]] = {}
         self._pager = pager
         self._digests: dict[int, str] = {}
         classes: dict[type, None] = {}
         for name, module in part.named_modules():
             self.values.append(name)
-            self._look_at(module)
+            kind = type(module)
+            self._look_at(module, self._names(name, module.__dict__, first, lambda each: hasattr(kind, each)))
             classes.update(dict.fromkeys(type(module).__mro__))
-        self._look_at_classes(list(classes))
+        self._look_at_classes(list(classes), first)
         self._look_at_settings(part)
+
+    def _names(
+        self, owner: str | type, found: Mapping[str, Any], first: ModelState | None, shadows: Callable[[str], bool]
+    ) -> Collection[str]:
+        """Return the names that count of what somebody has; `shadows`: whether one stands before another."""
+        names = None if first is None else first.names.get(owner)
+        if names is None:
+            names = frozenset(found)
+        elif found.keys() != names:
+            names = frozenset(each for each in found if each in names or shadows(each))
+        self.names[owner] = names
+        return names
 
     def same_code(self, other: ModelState) -> bool:
         """Whether two looks saw the same code."""
@@ -76,17 +94,19 @@ class ModelState:
 
     # --- one module ---------------------------------------------------------------------------------------------------
 
-    def _look_at(self, module: nn.Module) -> None:
+    def _look_at(self, module: nn.Module, names: Collection[str]) -> None:
         attributes = module.__dict__
         self.code.append(type(module))
         for name in _HOOKS:
             self.code += (hook for hook in attributes[name].values() if not getattr(hook, "changes_nothing", False))
         self.code.append(None)
         for name, value in attributes.items():
-            if name in _BOOKKEEPING or name in _OF_CALLS:
+            if name in _BOOKKEEPING or name not in names:
                 continue
-            if isinstance(value, _PLAIN):
-                self.values += (name, value if isinstance(value, bool | int | float | str) else str(value))
+            if type(value) in _NUMBERS:
+                self.values += (name, value)
+            elif isinstance(value, _PLAIN):
+                self.values += (name, str(value))
             elif isinstance(value, list | tuple | set | frozenset | dict):
                 self.values += (name, text_of(value))
             elif isinstance(value, torch.Tensor):
@@ -126,15 +146,20 @@ class ModelState:
 
     # --- what modules share -------------------------------------------------------------------------------------------
 
-    def _look_at_classes(self, classes: list[type]) -> None:
-        files: dict[str, None] = {}
+    def _look_at_classes(self, classes: list[type], first: ModelState | None) -> None:
+        files = {"torch.nn.functional": None}
         for each in classes:
-            if each is not object:
-                files[each.__module__] = None
-                self.code += (value for value in vars(each).values() if callable(value) or isinstance(value, _METHODS))
-        for name in files:
-            self.code += _functions(sys.modules.get(name))
-        self.code += _functions(torch.nn.functional)
+            if each is object:
+                continue
+            files[each.__module__] = None
+            bases, found = each.__mro__[1:], vars(each)
+            names = self._names(each, found, first, lambda name, bases=bases: any(name in vars(b) for b in bases))  # type: ignore[misc]
+            methods = (value for name, value in found.items() if name in names)
+            self.code += (value for value in methods if callable(value) or isinstance(value, _METHODS))
+        for file in files:
+            found = vars(sys.modules[file]) if file in sys.modules else {}
+            names = self._names(f"file {file}", found, first, lambda name: hasattr(builtins, name))
+            self.code += (value for name, value in found.items() if type(value) is FunctionType and name in names)
 
     def _look_at_settings(self, part: nn.Module) -> None:
         config = getattr(part, "config", None)
@@ -149,10 +174,6 @@ def _is_redirected() -> bool:
     hooks = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
     modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
     return any(hooks) or modes > 0 or torch.is_autocast_enabled("cpu")
-
-
-def _functions(module: Any) -> Iterator[Callable[..., Any]]:
-    return (value for value in vars(module).values() if inspect.isfunction(value)) if module is not None else iter(())
 
 
 def _attention_functions(config: Any) -> Iterator[Any]:
