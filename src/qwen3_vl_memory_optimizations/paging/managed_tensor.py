@@ -65,6 +65,7 @@ class ManagedTensor(torch.Tensor):
         )
         self.pager, self.entry = pager, entry
         self._owner = pager.owner()
+        self._is_param = entry.kind == "weights"  # `isinstance(weight, nn.Parameter)` asks for it
         return self
 
     @property
