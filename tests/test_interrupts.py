@@ -70,6 +70,7 @@ def interrupt_often(call, n: int, seed: int) -> int:
     ],
 )
 @pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # those between two calls
 def test_random_interrupts_leave_a_model_that_answers_right(settings, tmp_path):
     prompts = [torch.randint(7, 60, (1, n), generator=torch.Generator().manual_seed(n)) for n in (20, 90, 400)]
     model = create_optimized_model(tiny.DIRECTORY, {**settings, "cache_dir": tmp_path})

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from types import FrameType, TracebackType
@@ -22,6 +23,8 @@ from typing import Any
 _POLL_S = 0.1
 _SIGNALS = tuple(sorted(signum for signum in signal.valid_signals() if signum < 32))
 """Those above are for real-time programs; each one more takes time in each pass."""
+
+_FINALIZE = weakref.finalize.__call__.__code__
 
 _main = threading.main_thread().ident
 
@@ -95,9 +98,18 @@ class _Deferrable:
         self.handler = handler
 
     def __call__(self, signum: int, frame: FrameType | None) -> Any:
-        if shield.up:
+        if shield.up or _in_finalizer(frame):
             return shield.hold_back(self.handler, signum)
         return self.handler(signum, frame)
+
+
+def _in_finalizer(frame: FrameType | None) -> bool:
+    """Whether a finalizer runs, which Python lets raise nothing: what it was to do would be lost, and the signal too."""
+    while frame is not None:
+        if frame.f_code is _FINALIZE or frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 class deferrable:  # noqa: N801  (used as a block)

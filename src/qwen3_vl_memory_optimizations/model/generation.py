@@ -8,6 +8,7 @@ import inspect
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -134,6 +135,10 @@ class Generation:
                         arguments.pop("kwargs", None)
                         self._local.active, self._local.run = True, None
                         return self._run(plain, args, kwargs, arguments)
+                except KeyboardInterrupt as error:
+                    with shield:  # the caches of what was under way go now, not when somebody lets go of the error
+                        traceback.clear_frames(error.__traceback__)
+                    raise
                 finally:
                     with shield:
                         self._ended()
