@@ -78,7 +78,8 @@ def test_random_interrupts_leave_a_model_that_answers_right(settings, tmp_path):
     expected = [model.generate(input_ids=ids, **OPTIONS) for ids in prompts]
     turn = iter(range(1 << 30))
     interrupt_often(lambda: model.generate(input_ids=prompts[next(turn) % 3], **OPTIONS), INTERRUPTS, seed=0)
-    assert [torch.equal(model.generate(input_ids=ids, **OPTIONS), was) for ids, was in zip(prompts, expected)] == [True] * 3
+    for ids, was in zip(prompts, expected, strict=True):
+        assert torch.equal(model.generate(input_ids=ids, **OPTIONS), was)
     done = []
     other = threading.Thread(target=lambda: done.append(model.generate(input_ids=prompts[0], **OPTIONS)), daemon=True)
     other.start()
@@ -140,7 +141,9 @@ def test_a_lock_that_several_hold_is_given_back():
 
 def test_other_threads_hold_nothing_back():
     inside = []
-    thread = threading.Thread(target=lambda: [shield.__enter__(), inside.append(shield.up), shield.__exit__(None, None, None)])
+    thread = threading.Thread(
+        target=lambda: [shield.__enter__(), inside.append(shield.up), shield.__exit__(None, None, None)]
+    )
     thread.start()
     thread.join()
     assert inside == [False]

@@ -52,7 +52,7 @@ class Shield:
                 self.let_through()
 
     def leave_quietly(self) -> None:
-        """End a block of a finalizer, which Python lets raise nothing: what waits is run by the next block that ends."""
+        """End a block of a finalizer, which may raise nothing: what waits is run by the next block that ends."""
         if threading.get_ident() == _main:
             self._depth -= 1
 
@@ -104,7 +104,7 @@ class _Deferrable:
 
 
 def _in_finalizer(frame: FrameType | None) -> bool:
-    """Whether a finalizer runs, which Python lets raise nothing: what it was to do would be lost, and the signal too."""
+    """Whether a finalizer runs. It may raise nothing: what it was to do would be lost, and the signal too."""
     while frame is not None:
         if frame.f_code is _FINALIZE or frame.f_code.co_name == "__del__":
             return True
@@ -154,7 +154,7 @@ class ShieldedLock:
 
     @property
     def _acquire_restore(self) -> Callable[[Any], None]:
-        return self._lock._acquire_restore  # type: ignore[attr-defined,no-any-return]
+        return self._lock._acquire_restore  # type: ignore[attr-defined]
 
     def __enter__(self) -> bool:
         shield.__enter__()

@@ -176,7 +176,9 @@ class MemoryOptimizer(FigureMethods):
         self.kv_store: Any = None
         self._ids = itertools.count()
         self._parts = _Parts(
-            [self.tuner, self.pressure, self.tiering, self.collector, self._compactor, self.cache], self.pager, self.pool
+            [self.tuner, self.pressure, self.tiering, self.collector, self._compactor, self.cache],
+            self.pager,
+            self.pool,
         )
         self.pager.owner = weakref.ref(self)
         weakref.finalize(self, _close_in_thread, self._parts).atexit = False

@@ -216,7 +216,9 @@ def test_a_derived_class_is_kept_in_its_process_only(tmp_path):
         pass
 
     for _ in range(2):
-        model = create_optimized_model(tiny.DIRECTORY, {"cache_dir": tmp_path, "codec": "none", "prefix_reuse": "on"}, model_class=Mine)
+        model = create_optimized_model(
+            tiny.DIRECTORY, {"cache_dir": tmp_path, "codec": "none", "prefix_reuse": "on"}, model_class=Mine
+        )
         answer(model)
         answer(model)
         assert model.memory_optimizer.get_memory_efficiency_stats()["kv"]["hits"] == 1

@@ -52,7 +52,9 @@ def test_tied_or_not_the_files_decide(which, codec, tmp_path):
         head = tensors.get(HEAD, tensors[EMBEDDING]).clone()
         tensors[HEAD] = head
         if which == "other head":
-            tensors[HEAD] = head + torch.randn(head.shape, generator=torch.Generator().manual_seed(0)).to(head.dtype) / 8
+            tensors[HEAD] = (
+                head + torch.randn(head.shape, generator=torch.Generator().manual_seed(0)).to(head.dtype) / 8
+            )
         if which == "same head":
             tensors[HEAD] = tensors[EMBEDDING].clone()
         if which == "head alone":

@@ -53,7 +53,9 @@ FORMS = {
     "data without a kind": lambda path: f"data:;base64,{DATA}",
     "data with parameters": lambda path: f"data:image/png;name=a.png;base64,{DATA}",
     "data unpadded": lambda path: f"data:image/png;base64,{DATA.rstrip('=')}",
-    "data in lines": lambda path: "data:image/png;base64," + "\n".join(DATA[i : i + 60] for i in range(0, len(DATA), 60)),
+    "data in lines": lambda path: (
+        "data:image/png;base64," + "\n".join(DATA[i : i + 60] for i in range(0, len(DATA), 60))
+    ),
     "data for addresses": lambda path: f"data:image/png;base64,{DATA.replace('+', '-').replace('/', '_')}",
     "bytes": lambda path: path.read_bytes(),
     "bytearray": lambda path: bytearray(path.read_bytes()),

@@ -175,8 +175,8 @@ def _decoded(
         picture = each.decode(fitting[0])
         if picture.width * picture.height < each.width * each.height:
             notes.append(
-                f"{each.name}: {each.width} x {each.height} is decoded as {picture.width} x {picture.height}: the memory "
-                "budget has no room for all of it"
+                f"{each.name}: {each.width} x {each.height} is decoded as {picture.width} x {picture.height}: the "
+                "memory budget has no room for all of it"
             )
         pictures.append(picture.resize((width, height), Image.Resampling.BICUBIC))
         del picture
@@ -213,9 +213,9 @@ def _room_for_video(optimizer: Any, video: VideoSource, free: int | None) -> int
     n_bytes = video_bytes(video)
     if free is not None and n_bytes > _USABLE * free:
         raise MemoryBudgetExceeded(
-            f"{str(video)[:200]}: decoding its frames takes {format_bytes(n_bytes)}; {format_bytes(int(_USABLE * free))} "
-            f"of the budget of {format_bytes(optimizer.config.ram_budget)} are free for it; scale it down, or raise the "
-            "budget",
+            f"{str(video)[:200]}: decoding its frames takes {format_bytes(n_bytes)}; "
+            f"{format_bytes(int(_USABLE * free))} of the budget of {format_bytes(optimizer.config.ram_budget)} are free "
+            "for it; scale it down, or raise the budget",
             requested_bytes=n_bytes,
             available_bytes=int(_USABLE * free),
             budget_bytes=optimizer.config.ram_budget,

@@ -89,7 +89,9 @@ class OpenImage:
             return 1
         longer = max(at_least) if self.turned else 0  # width and height may be changed over
         width, height = (max(side, longer) for side in at_least)
-        return max(scale for scale in _SCALES if scale == 1 or (self.width >= scale * width and self.height >= scale * height))
+        return max(
+            scale for scale in _SCALES if scale == 1 or (self.width >= scale * width and self.height >= scale * height)
+        )
 
     def decode(self, at_least: tuple[int, int] | None = None) -> Image.Image:
         """Return the image as RGB, turned as its orientation says; transparency is laid on white.
@@ -146,9 +148,7 @@ def open_image(source: ImageSource, position: int | None = None, *, fetch: bool 
         if orientation in _TURNED:
             width, height = height, width
         progressive = bool(image.info.get("progressive"))
-        return OpenImage(
-            name, width, height, image.mode, image.format, orientation not in (0, 1), progressive, opener
-        )
+        return OpenImage(name, width, height, image.mode, image.format, orientation not in (0, 1), progressive, opener)
 
 
 def load_image(source: ImageSource) -> Image.Image:
@@ -272,7 +272,9 @@ def _of_array(source: np.ndarray | torch.Tensor, name: str) -> Image.Image:
     elif source.dtype.kind == "f":
         low, high = float(source.min()), float(source.max())
         if not (low >= 0 and high <= 1):  # also where one is no number
-            raise InputError(f"{name} is an array, {shape}, with values from {low:g} to {high:g}; floats go from 0 to 1")
+            raise InputError(
+                f"{name} is an array, {shape}, with values from {low:g} to {high:g}; floats go from 0 to 1"
+            )
         source = np.round(source * np.float32(255))
     elif source.dtype != np.uint8:
         raise InputError(f"{name} is an array, {shape}, whose values have no range; give uint8, or floats from 0 to 1")
@@ -315,7 +317,9 @@ def _require_range(image: Image.Image, name: str) -> None:
     """Refuse values of which the format does not say how far they go."""
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         kind = "floats" if image.mode == "F" else "whole numbers of 32 bits"
-        raise InputError(f"{name} holds {kind} (mode {image.mode}), whose range nobody says; convert it to 8 or 16 bits")
+        raise InputError(
+            f"{name} holds {kind} (mode {image.mode}), whose range nobody says; convert it to 8 or 16 bits"
+        )
 
 
 def _as_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -84,7 +84,9 @@ def load_video(
         images, name = source, "the video"
     else:
         shown = repr(source)[:200]
-        raise InputError(f"the video is a {type(source).__name__} ({shown}); give a file, a directory or a list of images")
+        raise InputError(
+            f"the video is a {type(source).__name__} ({shown}); give a file, a directory or a list of images"
+        )
     if not images:
         raise InputError(f"{name} holds no images; a video needs at least one frame")
     # What transformers assumes of frames that come without a rate.

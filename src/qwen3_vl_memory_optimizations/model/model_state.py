@@ -10,8 +10,8 @@ from __future__ import annotations
 import builtins
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -65,8 +65,7 @@ class ModelState:
         classes: dict[type, None] = {}
         for name, module in part.named_modules():
             self.values.append(name)
-            kind = type(module)
-            self._look_at(module, self._names(name, module.__dict__, first, lambda each: hasattr(kind, each)))
+            self._look_at(module, self._names(name, module.__dict__, first, partial(hasattr, type(module))))
             classes.update(dict.fromkeys(type(module).__mro__))
         self._look_at_classes(list(classes), first)
         self._look_at_settings(part)
@@ -152,14 +151,14 @@ class ModelState:
             if each is object:
                 continue
             files[each.__module__] = None
-            bases, found = each.__mro__[1:], vars(each)
-            names = self._names(each, found, first, lambda name, bases=bases: any(name in vars(b) for b in bases))  # type: ignore[misc]
+            found = vars(each)
+            names = self._names(each, found, first, partial(_has, each.__mro__[1:]))
             methods = (value for name, value in found.items() if name in names)
             self.code += (value for value in methods if callable(value) or isinstance(value, _METHODS))
         for file in files:
-            found = vars(sys.modules[file]) if file in sys.modules else {}
-            names = self._names(f"file {file}", found, first, lambda name: hasattr(builtins, name))
-            self.code += (value for name, value in found.items() if type(value) is FunctionType and name in names)
+            inside: Mapping[str, Any] = vars(sys.modules[file]) if file in sys.modules else {}
+            names = self._names(f"file {file}", inside, first, partial(hasattr, builtins))
+            self.code += (value for name, value in inside.items() if type(value) is FunctionType and name in names)
 
     def _look_at_settings(self, part: nn.Module) -> None:
         config = getattr(part, "config", None)
@@ -167,6 +166,10 @@ class ModelState:
             self.values.append(text_of(config))
             self.code += _attention_functions(config)
         self.values += (str(torch.get_default_dtype()), torch.get_float32_matmul_precision())
+
+
+def _has(classes: Sequence[type], name: str) -> bool:
+    return any(name in vars(each) for each in classes)
 
 
 def _is_redirected() -> bool:

@@ -213,7 +213,8 @@ def find_extent(source: Checkpoint, site: WeightSite) -> TensorExtent:
         )
     if tuple(extent.shape) != site.shape and not source.packed:
         raise CheckpointError(
-            f"{extent.path}: {extent.name!r} has shape {list(extent.shape)}, but config.json asks for {list(site.shape)}",
+            f"{extent.path}: {extent.name!r} has shape {list(extent.shape)}, but config.json asks for "
+            f"{list(site.shape)}",
             path=extent.path,
         )
     return extent

@@ -55,6 +55,7 @@ class ManagedTensor(torch.Tensor):
 
     pager: Pager
     entry: TensorEntry
+    _owner: object
 
     @staticmethod
     def __new__(cls, pager: Pager, entry: TensorEntry) -> ManagedTensor:
