@@ -214,8 +214,8 @@ def _room_for_video(optimizer: Any, video: VideoSource, free: int | None) -> int
     if free is not None and n_bytes > _USABLE * free:
         raise MemoryBudgetExceeded(
             f"{str(video)[:200]}: decoding its frames takes {format_bytes(n_bytes)}; "
-            f"{format_bytes(int(_USABLE * free))} of the budget of {format_bytes(optimizer.config.ram_budget)} are free "
-            "for it; scale it down, or raise the budget",
+            f"{format_bytes(int(_USABLE * free))} of the budget of {format_bytes(optimizer.config.ram_budget)} are "
+            "free for it; scale it down, or raise the budget",
             requested_bytes=n_bytes,
             available_bytes=int(_USABLE * free),
             budget_bytes=optimizer.config.ram_budget,

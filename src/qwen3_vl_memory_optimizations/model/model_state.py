@@ -51,8 +51,8 @@ class ModelState:
         code: objects whose identity says what is computed; kept, so that no other gets the address of one.
         values: what it is computed from, as text and numbers.
         names: those that count, of each module, class and file.
-        known: whether `values` say everything. Not where views of weights are in somebody's hands, tensors are of a kind
-            or in a place that cannot be read, or torch has every operation pass through something else.
+        known: whether `values` say everything. Not where views of weights are in somebody's hands, tensors are of a
+            kind or in a place that cannot be read, or torch has every operation pass through something else.
     """
 
     def __init__(self, part: nn.Module, pager: Pager, first: ModelState | None = None) -> None:
