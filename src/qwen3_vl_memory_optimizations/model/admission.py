@@ -178,7 +178,9 @@ def _decoded(
                 f"{each.name}: {each.width} x {each.height} is decoded as {picture.width} x {picture.height}: the "
                 "memory budget has no room for all of it"
             )
-        pictures.append(picture.resize((width, height), Image.Resampling.BICUBIC))
+        if (picture.width > picture.height) == (each.width > each.height):  # else it was turned, and nobody had said so
+            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        pictures.append(picture)
         del picture
     return pictures
 

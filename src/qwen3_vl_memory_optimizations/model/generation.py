@@ -137,7 +137,7 @@ class Generation:
                         return self._run(plain, args, kwargs, arguments)
                 except KeyboardInterrupt as error:
                     with shield:  # the caches of what was under way go now, not when somebody lets go of the error
-                        traceback.clear_frames(error.__traceback__)
+                        _forget_frames(error)
                     raise
                 finally:
                     with shield:
@@ -213,3 +213,10 @@ class Generation:
             return result
 
         return prefill
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what the frames of an error, and of those that it came after, hold."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__

@@ -143,7 +143,9 @@ def open_image(source: ImageSource, position: int | None = None, *, fetch: bool 
         if image.format in _VECTOR_FORMATS:
             raise InputError(f"{name} is a drawing ({image.format}), not an image of pixels; convert it to PNG")
         _require_range(image, name)
-        orientation = image.getexif().get(_ORIENTATION, 1)
+        # Of a PNG that does not say so at its beginning Pillow would decode all of it to find out.
+        is_told = image.format != "PNG" or "exif" in image.info
+        orientation = image.getexif().get(_ORIENTATION, 1) if is_told else 1
         width, height = image.size
         if orientation in _TURNED:
             width, height = height, width
@@ -296,9 +298,8 @@ def _explained(name: str) -> Iterator[None]:
     except IsADirectoryError:
         raise InputError(f"{name} is a directory; name an image in it") from None
     except UnidentifiedImageError:
-        with contextlib.suppress(OSError, ValueError):
-            if os.path.getsize(name) == 0:
-                raise InputError(f"{name} is empty; copy or export it again") from None
+        if os.path.isfile(name) and os.path.getsize(name) == 0:
+            raise InputError(f"{name} is empty; copy or export it again") from None
         raise InputError(f"{name} is not an image that can be read; convert it to PNG or JPEG") from None
     except Image.DecompressionBombError as error:
         raise InputError(f"{name} is too large to be decoded safely ({error}); scale it down first") from error
