@@ -176,12 +176,14 @@ class ComputedTokens:
 
     def __init__(self, model: Any) -> None:
         self.tokens = 0
-        model.register_forward_pre_hook(self._count, with_kwargs=True)
 
-    def _count(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        ids = kwargs.get("inputs_embeds") if ids is None else ids
-        self.tokens += 0 if ids is None else int(ids.shape[1])
+        def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            ids = kwargs.get("inputs_embeds") if ids is None else ids
+            self.tokens += 0 if ids is None else int(ids.shape[1])
+
+        count.changes_nothing = True  # type: ignore[attr-defined]
+        model.register_forward_pre_hook(count, with_kwargs=True)
 
 
 def first_prompt(config: Any, images: Mapping[str, torch.Tensor], prompt_tokens: int) -> list[int]:

@@ -205,8 +205,13 @@ class MemoryConfig:
 
     @property
     def base_dir(self) -> Path:
-        """Where all that is kept on the disk lies."""
-        return self.cache_dir or Path(os.environ.get("QWEN3VL_MEM_CACHE") or Path.home() / ".cache" / "qwen3vl-mem")
+        """Where all that is kept on the disk lies.
+
+        Raises:
+            ConfigurationError: none is named, and the user has no home directory.
+        """
+        given = os.environ.get("QWEN3VL_MEM_CACHE")
+        return self.cache_dir or _expanded("QWEN3VL_MEM_CACHE", given or Path("~", ".cache", "qwen3vl-mem"))
 
     @property
     def packed_dir(self) -> Path:
@@ -299,5 +304,18 @@ def _checked(key: str, value: Any) -> Any:
     if key in _PATHS:
         if not isinstance(value, str | os.PathLike):
             raise ConfigurationError(f"{key}: expected a path, got {type(value).__name__}")
-        return Path(value).expanduser()
+        if not os.fspath(value):
+            raise ConfigurationError(f"{key}: is empty; name a directory, or leave it out")
+        return _expanded(key, value)
     raise AssertionError(f"no rule for the setting {key}")
+
+
+def _expanded(key: str, path: str | os.PathLike[str]) -> Path:
+    """Return a path with `~` replaced by the home directory."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigurationError(
+            f"{key}: {os.fspath(path)!r} cannot be resolved, since this user has no home directory; set "
+            "QWEN3VL_MEM_CACHE, or cache_dir, to a directory on a disk"
+        ) from None

@@ -163,7 +163,10 @@ def _carried_settings(given: Any) -> Any:
 
 def local_directory(name: str | os.PathLike[str]) -> Path:
     """Return the directory of a checkpoint, fetching it from the hub where `name` is an id and not a path."""
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # `~` of a user without a home directory
+        path = Path(name)
     text = os.fspath(name)
     if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
         return path
@@ -226,8 +229,7 @@ class _Source:
     def build(self) -> None:
         """Build the model of a checkpoint, without its weights."""
         if self.checkpoint is not None:
-            directory, config = self.checkpoint.directory, self.checkpoint.config
-            self.model = build_skeleton(directory, config, self.dtype, self.model_class)
+            self.model = build_skeleton(self.checkpoint, self.dtype, self.model_class)
 
     def pack(self, config: MemoryConfig, progress: Progress | None) -> None:
         """Encode a checkpoint, where its weights are to be and are not."""
@@ -286,7 +288,15 @@ def _attach_generation_config(model: Any, directory: Path) -> None:
     if (directory / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+        path = directory / "generation_config.json"
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+        except Exception as error:  # whatever its classes make of what stands there
+            raise CheckpointError(
+                f"{path}: cannot be used ({type(error).__name__}: {str(error)[:200]}); correct it, or take it away for "
+                "the defaults",
+                path=path,
+            ) from error
 
 
 def _finish(source: _Source, draft: _Source | None, optimizer: MemoryOptimizer) -> Any:
@@ -354,6 +364,8 @@ def _finish(source: _Source, draft: _Source | None, optimizer: MemoryOptimizer) 
         attach_draft(model, draft.model)
     attach_phases(model, optimizer.lifecycle.enter_phase)
     attach_response_times(model, optimizer.figures.responses)  # last: around all that the others do
+    if identity is not None:
+        identity.begin()
     return model
 
 

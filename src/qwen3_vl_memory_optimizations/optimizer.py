@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,7 @@ from .config import MemoryConfig
 from .errors import ConfigurationError, MemoryBudgetExceeded, format_bytes
 from .figures import FigureMethods, MemoryFigures
 from .hardware import HardwareProfile
+from .interrupts import shield
 from .paging import (
     PAGE_BYTES,
     TENSORS,
@@ -50,6 +52,7 @@ TENSOR_KINDS = ("kv_cache", "vision_features", "text_embeddings", "general")
 
 _LEAST_FRAMES_BYTES = 2 * PAGE_BYTES
 _LEARNT_WAITS = "learnt-waits.npz"
+_CLOSING_S = 10.0
 
 
 class MemoryOptimizer(FigureMethods):
@@ -145,7 +148,8 @@ class MemoryOptimizer(FigureMethods):
         self._runtime_store: RuntimeStore | None = None
         self.audit: MemoryAudit | None = None
         if self._accounts is not None and MemoryAudit.is_on():
-            self.audit = self._accounts.audit = MemoryAudit(self.pager, lambda: self.lifecycle.phase)
+            lifecycle = self.lifecycle
+            self.audit = self._accounts.audit = MemoryAudit(self.pager, lambda: lifecycle.phase)
         self.pager.lives = self.lifecycle
         self.collector: PredictiveGarbageCollector | None = None
         if self.config.enable_predictive_gc:
@@ -171,6 +175,13 @@ class MemoryOptimizer(FigureMethods):
             self.tuner.start()
         self.kv_store: Any = None
         self._ids = itertools.count()
+        self._parts = _Parts(
+            [self.tuner, self.pressure, self.tiering, self.collector, self._compactor, self.cache],
+            self.pager,
+            self.pool,
+        )
+        self.pager.owner = weakref.ref(self)
+        weakref.finalize(self, _close_in_thread, self._parts).atexit = False
         _open.add(self)
 
     def _start_collector(self, undo: ExitStack) -> PredictiveGarbageCollector:
@@ -226,6 +237,12 @@ class MemoryOptimizer(FigureMethods):
         if any(extent < 0 for extent in extents):
             raise ConfigurationError(f"shape: {list(extents)} has a negative extent")
         codec = RawCodec()
+        with shield:
+            return self._allocate(extents, dtype, tensor_type, codec)
+
+    def _allocate(
+        self, extents: tuple[int, ...], dtype: torch.dtype, tensor_type: str, codec: RawCodec
+    ) -> ManagedTensor:
         segment = codec.segments(extents, dtype)[0]
         pool = self.pool.pools[tensor_type]
         if self.cache is not None:
@@ -305,17 +322,21 @@ class MemoryOptimizer(FigureMethods):
     @contextmanager
     def generation(self) -> Iterator[None]:
         """Open a session for one `generate`; free page frames stay for the next."""
-        self.lifecycle.begin_session()
+        began = None
         try:
+            with shield:
+                began = self.lifecycle.begin_session()
             yield
         finally:
-            self.lifecycle.end_session()
-            if self.collector is not None:
-                self.collector.end_round()
+            with shield:
+                if began is not None:
+                    self.lifecycle.end_session()
+                    if self.collector is not None:
+                        self.collector.end_round()
 
     def keep_sequences(self, store: Any) -> None:
         """Have the systems decide about the keys and values of sequences that rest (`model.kv.store.KVStore`)."""
-        self.kv_store = store
+        self.kv_store = self._parts.kv_store = store
         store.own = self.lifecycle.own
         if self.swapping is not None:
             store.on_rest = partial(self.swapping.look, self.pager)
@@ -407,19 +428,11 @@ class MemoryOptimizer(FigureMethods):
     def close(self) -> None:
         """Stop the I/O threads, remove the swap file, return the memory. Managed tensors are unusable afterwards.
 
-        What is still open when the interpreter ends is closed then.
+        What nobody refers to any more (the model, its tensors, this) is closed soon after, and what is still open when
+        the interpreter ends then.
         """
         _open.discard(self)
-        if self.kv_store is not None:
-            self.kv_store.close()
-        for system in (self.tuner, self.pressure, self.tiering, self.collector, self._compactor):
-            if system is not None:
-                system.close()
-        if self.cache is not None:
-            self.cache.close()
-        self.pager.close()
-        with self.pager.exclusive():
-            self.pool.close()
+        self._parts.close()
 
     def __enter__(self) -> MemoryOptimizer:
         return self
@@ -430,11 +443,54 @@ class MemoryOptimizer(FigureMethods):
         self.close()
 
 
+class _Parts:
+    """What an optimizer has to close; refers to no optimizer.
+
+    Attributes:
+        kv_store: keys and values of sequences that rest; `None`: none are kept.
+        closed: all is.
+    """
+
+    def __init__(self, systems: list[Any], pager: Pager, pool: AdvancedMemoryPool) -> None:
+        self.kv_store: Any = None
+        self.closed = False
+        self._systems = [system for system in systems if system is not None]
+        self._pager, self._pool = pager, pool
+
+    def close(self) -> None:
+        """Close all, in the order in which they use each other."""
+        for system in ([] if self.kv_store is None else [self.kv_store]) + self._systems:
+            system.close()
+        self._pager.close()
+        with self._pager.exclusive():
+            self._pool.close()
+        self.closed = True
+
+
 _open: weakref.WeakSet[MemoryOptimizer] = weakref.WeakSet()
+_closing: set[threading.Thread] = set()
+
+
+def _close_in_thread(parts: _Parts) -> None:
+    """Close what was dropped; the collector may run this in one of the threads that are to end, or with a lock held."""
+
+    def close() -> None:
+        try:
+            parts.close()
+        finally:
+            _closing.discard(threading.current_thread())
+
+    if parts.closed:
+        return
+    thread = threading.Thread(target=close, name="close-dropped", daemon=True)
+    _closing.add(thread)
+    thread.start()
 
 
 def _close_open() -> None:
     """Close what nobody closed: a thread that the end of the interpreter meets inside torch would abort the process."""
+    for thread in list(_closing):
+        thread.join(_CLOSING_S)
     for optimizer in list(_open):
         try:
             optimizer.close()
@@ -442,8 +498,13 @@ def _close_open() -> None:
             logger.warning("could not be closed: %s: %s", type(error).__name__, str(error))
 
 
+def _forget_open() -> None:
+    _open.clear()
+    _closing.clear()
+
+
 atexit.register(_close_open)
-os.register_at_fork(after_in_child=_open.clear)  # its threads and its swap file are the parent's
+os.register_at_fork(after_in_child=_forget_open)  # its threads and its swap file are the parent's
 
 
 def _caller() -> str:

@@ -107,7 +107,7 @@ def make_plan(
     dtype = compute_dtype_of(source.config, None)
     inputs, calibrated_on = _inputs(source, config, dtype, calibration, progress)
     speeds = codec_speeds(config) if source.total_bytes >= _WORTH_MEASURING_BYTES else None
-    sites = [site for site in weight_sites(build_skeleton(source.directory, source.config, dtype)) if site.managed]
+    sites = [site for site in weight_sites(build_skeleton(source, dtype)) if site.managed]
     weights = {}
     for number, site in enumerate(sites):
         report("choosing codecs", number, len(sites))
@@ -138,7 +138,7 @@ def _inputs(
     uncompressed = dataclasses.replace(config, codec="none", enable_cache_hierarchy=False)
     try:
         with MemoryOptimizer(memory_config=uncompressed) as optimizer:
-            model = build_skeleton(source.directory, source.config, dtype)
+            model = build_skeleton(source, dtype)
             WeightLoader(optimizer.pager, dtype, progress).from_checkpoint(model, source)
             optimizer.pager.reserve("calibration inputs", most_input_bytes(model, dtype))
             if config.ram_budget is not None:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwen3_vl_memory_optimizations import MemoryBudgetExceeded, create_optimized_model
-from qwen3_vl_memory_optimizations.model import admission
 from qwen3_vl_memory_optimizations.model.admission import picture_cost, prepare_within_budget
+from qwen3_vl_memory_optimizations.model.images import OpenImage
 from qwen3_vl_memory_optimizations.model.processing import load_processor
 from qwen3_vl_memory_optimizations.process import rss_bytes
 
@@ -69,7 +69,7 @@ def test_a_photo_that_does_not_fit_is_scaled_down_and_answered(processor):
         inputs, notes = prepare_within_budget(processor, model, QUESTION, [photo])
         rows, columns = inputs["image_grid_thw"][0, 1:].tolist()
         assert notes == [
-            f"an image: 4000 x 3000 is scaled to {columns * 8} x {rows * 8}: the memory budget has no room for more"
+            f"image 1: 4000 x 3000 is scaled to {columns * 8} x {rows * 8}: the memory budget has no room for more"
         ]
         assert 0.7 < rows / columns / 0.75 < 1.3
         free = model.memory_optimizer.free_for_activations()
@@ -85,7 +85,7 @@ def test_memory_is_set_aside_before_a_photo_is_decoded_and_before_it_is_cut_into
     Image.new("RGB", (2000, 1500), (200, 30, 30)).save(tmp_path / "photo.jpg")
     model = load(ram_budget=rss_bytes() + 400_000_000)
     ledger, held = model.memory_optimizer.pager.ledger, []
-    for owner, name in ((admission, "load_image"), (type(processor), "prepare")):
+    for owner, name in ((OpenImage, "decode"), (type(processor), "prepare")):
         real = getattr(owner, name)
 
         def note(*args, real=real, **kwargs):
@@ -95,7 +95,7 @@ def test_memory_is_set_aside_before_a_photo_is_decoded_and_before_it_is_cut_into
         monkeypatch.setattr(owner, name, note)
     try:
         inputs, _ = prepare_within_budget(processor, model, QUESTION, [tmp_path / "photo.jpg"])
-        decoding, *_, preparing = held  # and between them the text alone
+        _, decoding, preparing, *_ = held  # the text alone was first
         cost = picture_cost(model.config, inputs["image_grid_thw"].tolist(), text_tokens=30, itemsize=4)
         assert decoding >= 2000 * 1500 * 12
         assert preparing >= cost.n_bytes

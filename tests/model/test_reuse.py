@@ -28,10 +28,11 @@ def fresh(tmp_path, monkeypatch):
         models.append(model)
         model.prefilled, model.encoded = [], []
         model.model.language_model.register_forward_pre_hook(
-            lambda module, args, kwargs: model.prefilled.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+            tiny.observing(lambda module, args, kwargs: model.prefilled.append(kwargs["inputs_embeds"].shape[1])),
+            with_kwargs=True,
         )
         model.model.visual.register_forward_pre_hook(
-            lambda module, args, kwargs: model.encoded.append(len(args[0])), with_kwargs=True
+            tiny.observing(lambda module, args, kwargs: model.encoded.append(len(args[0]))), with_kwargs=True
         )
         return model
 

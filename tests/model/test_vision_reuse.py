@@ -26,8 +26,10 @@ def fresh(tmp_path):
         models.append(model)
         model.encoded_patches = []
         model.model.visual.register_forward_pre_hook(
-            lambda module, args, kwargs: model.encoded_patches.append(
-                int((args[0] if args else kwargs["hidden_states"]).shape[0])
+            tiny.observing(
+                lambda module, args, kwargs: model.encoded_patches.append(
+                    int((args[0] if args else kwargs["hidden_states"]).shape[0])
+                )
             ),
             with_kwargs=True,
         )

@@ -61,6 +61,8 @@ class LockGraph:
                 return lock
             event = event or isinstance(maker, threading.Event)
             frame = frame.f_back  # a condition or an event makes its own
+        while frame is not None and type(frame.f_locals.get("self")).__name__ == "ShieldedLock":
+            frame = frame.f_back  # it is the lock of who makes it
         if frame is None or not frame.f_code.co_filename.startswith(SOURCE):
             return lock
         return self.noted(lock, type(frame.f_locals["self"]).__name__, event=event)

@@ -10,10 +10,11 @@ from typing import Any
 
 from ..config import MemoryConfig
 from ..errors import MemoryBudgetExceeded
+from ..interrupts import shield
 from ..prediction import UseCounts
 from .budget import STAGE_BYTES, CacheBudget, Unlimited
 from .collecting import CacheStore
-from .flights import Flights
+from .flights import Flight, Flights
 from .item import CacheItem, EncodedItem
 from .memory import CPUCache, GPUCache
 from .ssd import SSDCache
@@ -188,15 +189,19 @@ class HierarchicalCacheSystem:
         for index, key in enumerate(keys):
             position.setdefault(key, index)
         while len(found) < len(position):
-            mine, others = self._flights.claim(key for key in position if key not in found)
+            mine: dict[str, Flight] = {}
+            others: dict[str, Flight] = {}
             try:
+                with shield:
+                    mine, others = self._flights.claim(key for key in position if key not in found)
                 missing = []
                 for key, flight in list(mine.items()):
                     index = position[key]
                     item = self.get(key, compute_s=self.predict_compute_s(kind, units[index]))
                     if item is not None and accepts(index, item):
                         found[key] = item
-                        self._flights.land(key, mine.pop(key), item)
+                        with shield:
+                            self._flights.land(key, mine.pop(key), item)
                         del flight
                     else:
                         missing.append(index)
@@ -204,12 +209,14 @@ class HierarchicalCacheSystem:
                     for index, item in zip(missing, self._computed(compute, missing, kind, units), strict=True):
                         key = keys[index]
                         found[key] = item
-                        self._flights.land(key, mine.pop(key), item)
+                        with shield:
+                            self._flights.land(key, mine.pop(key), item)
                         saved_s = self.predict_compute_s(kind, units[index]) or 0.0
                         self.put(key, item, saved_s=saved_s, kind=kind, persist=persist)
             finally:
-                for key, flight in mine.items():
-                    self._flights.land(key, flight, None)
+                with shield:
+                    for key, flight in mine.items():
+                        self._flights.land(key, flight, None)
             for key, flight in others.items():
                 shared = flight.wait()
                 if shared is not None:

@@ -19,6 +19,7 @@ from ..errors import MemoryOptimizationError
 if TYPE_CHECKING:
     from rich.console import Console
 
+_UsageError: Any = typer.BadParameter.__base__  # typer brings its own click since 0.26
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -96,6 +97,10 @@ class CommandGroup(TyperGroup):
         except KeyboardInterrupt:
             error_console().print("stopped", style="yellow")
             raise typer.Exit(EXIT_INTERRUPTED) from None
+        except _UsageError as error:
+            if "--json" in sys.argv:
+                print_json({"error": {"type": "UsageError", "message": error.format_message()}})
+            raise
         except BrokenPipeError:
             raise
         except (MemoryOptimizationError, OSError) as error:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import ConfigurationError, format_bytes
+from ..interrupts import shield
 from ..prediction import Situation
 
 logger = logging.getLogger(__name__)
@@ -225,7 +226,7 @@ class TensorLifecycleTracker:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        with self._lock:
+        with shield, self._lock:
             while self._dead:
                 life = self.lives.pop(self._dead.popleft(), None)
                 if life is not None:

@@ -104,7 +104,6 @@ def attach_decode_threads(model: Any, processors: FreeProcessors) -> None:
             local.most = None
             torch.set_num_threads(most)
 
-    after.changes_nothing = True  # type: ignore[attr-defined]
     model.register_forward_pre_hook(before, with_kwargs=True)
     model.register_forward_hook(after, always_call=True)
 

@@ -8,9 +8,11 @@ import inspect
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable
 from typing import Any
 
+from ..interrupts import deferrable, shield
 from ..paging import Pager
 from .kv.attention import ATTENTION, register_attention
 from .kv.cache import ManagedKVCache
@@ -122,28 +124,43 @@ class Generation:
 
         @functools.wraps(plain)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            with self._turn, self._session():
-                if getattr(self._local, "active", False):
-                    return plain(*args, **kwargs)
-                bound = signature.bind_partial(*args, **kwargs).arguments
-                arguments = {**bound, **bound.get("kwargs", {})}
-                arguments.pop("kwargs", None)
-                with self._active():
-                    if self._budget is not None:
-                        self._budget.admit(arguments)  # before it continues in a tail that rests
-                    run = self._local.run = None if self._reuse is None else self._reuse.begin(arguments)
-                    if run is None or not run.past or self._reuse is None:
-                        result = plain(*args, **kwargs)
-                    else:
-                        changed = self._reuse.behind(run, arguments)
-                        if self._pieces is not None:
-                            self._pieces.skipped = run.skipped
-                        result = plain(**changed)
-                    if run is not None:
-                        self._keep(run, result)
-                return result
+            if getattr(self._local, "active", False):
+                return plain(*args, **kwargs)
+            with deferrable():
+                depth = self._turn.depth
+                try:
+                    with self._turn, self._session():
+                        bound = signature.bind_partial(*args, **kwargs).arguments
+                        arguments = {**bound, **bound.get("kwargs", {})}
+                        arguments.pop("kwargs", None)
+                        self._local.active, self._local.run = True, None
+                        return self._run(plain, args, kwargs, arguments)
+                except KeyboardInterrupt as error:
+                    with shield:  # the caches of what was under way go now, not when somebody lets go of the error
+                        _forget_frames(error)
+                    raise
+                finally:
+                    with shield:
+                        self._ended()
+                        self._turn.give_back(depth)
 
         return generate
+
+    def _run(self, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]) -> Any:
+        with shield:
+            if self._budget is not None:
+                self._budget.admit(arguments)  # before it continues in a tail that rests
+            run = self._local.run = None if self._reuse is None else self._reuse.begin(arguments)
+            behind = self._reuse if run is not None and run.past else None
+            if run is not None and behind is not None:
+                arguments = behind.behind(run, arguments)
+                if self._pieces is not None:
+                    self._pieces.skipped = run.skipped
+        result = plain(*args, **kwargs) if behind is None else plain(**arguments)
+        if run is not None:
+            with shield:
+                self._keep(run, result)
+        return result
 
     def _keep(self, run: Run, result: Any) -> None:
         """Let the sequence rest. An answer that is finished is never lost to what is done for the next one."""
@@ -153,17 +170,12 @@ class Generation:
         except Exception as error:
             logger.warning("keys and values are not kept: %s: %s", type(error).__name__, str(error))
 
-    @contextlib.contextmanager
-    def _active(self) -> Iterator[None]:
-        self._local.active, self._local.run = True, None
-        try:
-            yield
-        finally:
-            self._local.active, self._local.run = False, None
-            if self._budget is not None:
-                self._budget.ended()
-            if self._pieces is not None:
-                self._pieces.skipped = {}
+    def _ended(self) -> None:
+        self._local.active, self._local.run = False, None
+        if self._budget is not None:
+            self._budget.ended()
+        if self._pieces is not None:
+            self._pieces.skipped = {}
 
     def _with_our_cache(self, plain: Any) -> Any:
         from transformers import DynamicCache
@@ -201,3 +213,10 @@ class Generation:
             return result
 
         return prefill
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what the frames of an error, and of those that it came after, hold."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__

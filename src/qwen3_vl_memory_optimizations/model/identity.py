@@ -4,21 +4,40 @@ from __future__ import annotations
 
 import importlib.metadata
 import uuid
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .._version import __version__
 from ..cache import digest
 from ..config import MemoryConfig
-from ..paging import ManagedTensor, Pager, TensorEntry
+from ..paging import Pager
 from ..storage import Checkpoint
+from .model_state import ModelState, text_of
 from .packing import CODECS_KEY
 
 _SOURCE_KEY = "qwen3vl_mem.source"
 
 
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What the results of a model, or of a part of it, belong to.
+
+    Attributes:
+        digest: of all that they depend on besides inputs.
+        persists: another process can come to the same digest, and to the same results.
+    """
+
+    digest: str
+    persists: bool
+
+
 class ModelIdentity:
-    """Tells one model from another, and from itself after its weights were changed.
+    """Tells one model from another, and from itself after it was changed.
+
+    A model is compared with itself as it was when it was made. With other code nothing is known of its results; with
+    other values they are its own, in this process; where all is the same they are those of its checkpoint.
 
     Args:
         model: with its weights loaded.
@@ -38,52 +57,40 @@ class ModelIdentity:
             config.weight_codec(),
             config.fuses_modules(),
             str(model.dtype),
+            text_of(model.config),
+            __version__,
             *(importlib.metadata.version(name) for name in ("torch", "transformers")),
             torch.backends.cpu.get_cpu_capability(),
         )
-        self._pager = pager
-        parts = (model, getattr(getattr(model, "model", None), "visual", None))
-        self._first_writes = {id(part): self._writes(part) for part in parts if part is not None}
+        self._model, self._pager = model, pager
+        self._first: dict[int, ModelState] = {}
+        self._trusted = False
 
-    def of(self, part: torch.nn.Module, *settings: Any) -> str | None:
-        """Return the digest of a part of the model.
+    def begin(self) -> None:
+        """Note the model as it is: all that this package attaches to it is there, and nobody else had it yet."""
+        parts = (self._model, getattr(getattr(self._model, "model", None), "visual", None))
+        self._first = {id(part): ModelState(part, self._pager) for part in parts if part is not None}
+        self._trusted = self._source is not None and self._first[id(self._model)].is_trusted()
+
+    def of(self, part: torch.nn.Module, *settings: Any) -> Identity | None:
+        """Return the identity of a part of the model.
 
         Args:
             part: the model or its vision tower, whose results are kept.
             settings: what else they depend on, as JSON.
 
         Returns:
-            `None` where results cannot be told apart, and must not be kept: somebody holds views of weights and may
-            write to them, hooks change what modules return, or gradients are asked for.
+            `None` where results cannot be told apart, and must not be kept: the code of the part is not what it was,
+            hooks were added, somebody holds views of weights and may write to them, or gradients are asked for.
         """
-        if part.training or any(map(_may_change, part.modules())):
+        first = self._first.get(id(part))
+        if first is None or any(module.training for module in part.modules()):
             return None
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in part.parameters()):
             return None
-        if any(entry is not None and entry.aliased for entry in map(self._entry, part.parameters())):
+        now = ModelState(part, self._pager, first)
+        if not now.known or not now.same_code(first):
             return None
-        writes = self._writes(part) - self._first_writes[id(part)]
-        source = self._source if self.persists(part) else [self._process, writes]
-        return digest(source, *self._settings, *settings)
-
-    def persists(self, part: torch.nn.Module) -> bool:
-        """Return whether another process can come to the same digest: the weights are those of a checkpoint."""
-        return self._source is not None and self._writes(part) == self._first_writes[id(part)]
-
-    def _writes(self, part: torch.nn.Module) -> int:
-        """Return how often the weights of a part were written to, those before this model was loaded included."""
-        return sum(
-            entry.writes if entry is not None else 0 if parameter.is_inference() else parameter._version
-            for parameter in part.parameters()
-            for entry in [self._entry(parameter)]
-        )
-
-    def _entry(self, parameter: torch.Tensor) -> TensorEntry | None:
-        if not isinstance(parameter, ManagedTensor):
-            return None
-        return self._pager.entries.get(parameter.tensor_id)
-
-
-def _may_change(module: torch.nn.Module) -> bool:
-    """Whether a module has a hook that may return something else; those of this library say that they do not."""
-    return any(not getattr(hook, "changes_nothing", False) for hook in module._forward_hooks.values())
+        persists = self._trusted and now.values == first.values
+        source = self._source if persists else [self._process, now.values]
+        return Identity(digest(source, *self._settings, *settings), persists)

@@ -141,8 +141,8 @@ class WeightLoader:
             )
         }
         self._forget_unused()
-        tied = [name for name in unused if name == _HEAD]
-        if len(unused) > len(tied):
+        unused -= {name for site in sites for name in site.aliases}  # tied, and the same
+        if unused:
             logger.warning("the checkpoint has %d tensors the model does not use: %s", len(unused), sorted(unused)[:5])
 
     def _forget_unused(self) -> None:

@@ -1,8 +1,9 @@
-"""Files to frames: images and videos as RGB pictures. Knows nothing of patches, tokens or the model."""
+"""Videos to frames, as RGB pictures. Knows nothing of patches, tokens or the model."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -10,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from ..errors import InputError
+from .images import ImageSource, open_image
 
-ImageSource = str | os.PathLike[str] | Image.Image
 VideoSource = str | os.PathLike[str] | Sequence[ImageSource]
+_THREADS = 2
+_FRAMES_HELD = 12
+"""By a decoder: those that later ones refer to, and one a thread."""
 # (frames, height, width) -> (height, width) to which each frame is resized as soon as it is decoded.
 FrameSize = Callable[[int, int, int], tuple[int, int]]
 
@@ -53,48 +57,6 @@ class VideoFrames:
     seconds: list[float]
 
 
-def load_image(source: ImageSource) -> Image.Image:
-    """Return an image as RGB, turned as its EXIF orientation says; transparency is laid on white.
-
-    Raises:
-        InputError: missing, empty, damaged, of no known format, or without pixels.
-    """
-    if isinstance(source, Image.Image):
-        return _as_rgb(source, "the image")
-    path = Path(source)
-    try:
-        with Image.open(path) as image:
-            return _as_rgb(image, str(path))
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such image") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a directory; name an image in it") from None
-    except UnidentifiedImageError:
-        if path.stat().st_size == 0:
-            raise InputError(f"{path} is empty; copy or export it again") from None
-        raise InputError(f"{path} is not an image that can be read; convert it to PNG or JPEG") from None
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{path} is too large to be decoded safely ({error}); scale it down first") from error
-    # The decoders raise nearly anything (struct.error, EOFError, SyntaxError, ...) on a damaged file.
-    except Exception as error:
-        raise InputError(f"{path} is damaged or truncated ({error}); copy or export it again") from error
-
-
-def decoded_bytes(source: ImageSource) -> int:
-    """Return about how many bytes decoding an image takes, told from its header; 0 where it cannot be read."""
-    try:
-        if isinstance(source, Image.Image):
-            width, height = source.size
-        else:
-            with Image.open(Path(source)) as image:
-                width, height = image.size
-    except Exception:  # `load_image` says what is wrong
-        return 0
-    return width * height * 4 * 3  # four bytes a pixel; turned and converted, it is there three times
-
-
 def load_video(
     source: VideoSource, sampling: FrameSampling, frame_size: FrameSize, *, fps: float | None = None
 ) -> VideoFrames:
@@ -109,6 +71,7 @@ def load_video(
     Raises:
         InputError: missing, damaged, not a video, or `av` is not installed.
     """
+    _require_rate(fps)
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         if not path.exists():
@@ -117,34 +80,51 @@ def load_video(
             return _decode_file(path, sampling, frame_size)
         images: Sequence[ImageSource] = _images_in(path)
         name = str(path)
-    else:
+    elif isinstance(source, Sequence) and not isinstance(source, bytes | bytearray | memoryview):
         images, name = source, "the video"
+    else:
+        shown = repr(source)[:200]
+        raise InputError(
+            f"the video is a {type(source).__name__} ({shown}); give a file, a directory or a list of images"
+        )
     if not images:
         raise InputError(f"{name} holds no images; a video needs at least one frame")
     # What transformers assumes of frames that come without a rate.
     fps = 24.0 if fps is None else fps
     indices = sampling.spread(len(images), len(images))
-    frames = _resized((load_image(images[index]) for index in indices), len(indices), frame_size)
+    frames = _resized((open_image(images[index], index + 1).decode() for index in indices), len(indices), frame_size)
     return VideoFrames(images=frames, seconds=[index / fps for index in indices])
 
 
-def _as_rgb(image: Image.Image, name: str) -> Image.Image:
-    if not (image.width and image.height):
-        raise InputError(f"{name} has no pixels ({image.width} x {image.height})")
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        # 16-bit grey: Pillow's own conversion clips it to white.
-        levels = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((levels // (256 if levels.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+def video_bytes(source: VideoSource) -> int:
+    """Return about how many bytes reading a video takes beside the frames that are kept; 0 where that is not told.
+
+    That is what a decoder holds (one frame for each of its threads, and those that others refer to), and the frame that
+    is being resized.
+    """
+    try:
+        if isinstance(source, str | os.PathLike) and not Path(source).is_dir():
+            import av
+
+            with av.open(str(source)) as container:
+                context = container.streams.video[0].codec_context
+                return int(context.width * context.height * (_FRAMES_HELD * 1.5 + 2 * 4))
+        images = _images_in(Path(source)) if isinstance(source, str | os.PathLike) else source
+        return max((open_image(image).decode_bytes() for image in images), default=0)
+    except Exception:  # `load_video` says what is wrong
+        return 0
+
+
+def _require_rate(fps: float | None) -> None:
+    if fps is not None and not (isinstance(fps, int | float) and math.isfinite(fps) and fps > 0):
+        raise InputError(f"video_fps: {fps!r} is no number of frames a second above 0")
 
 
 def _images_in(directory: Path) -> list[Path]:
     suffixes = Image.registered_extensions()
-    paths = [path for path in directory.iterdir() if path.suffix.lower() in suffixes]
+    # macOS lays a `._frame.png` beside each `frame.png` on disks of others.
+    shown = (path for path in directory.iterdir() if not path.name.startswith("."))
+    paths = [path for path in shown if path.suffix.lower() in suffixes]
     # frame_10 comes after frame_9.
     return sorted(paths, key=lambda path: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", path.name)])
 
@@ -183,14 +163,15 @@ def _decode_file(path: Path, sampling: FrameSampling, frame_size: FrameSize) -> 
         if not total:
             raise InputError(f"{path} holds no video frames")
         indices = sampling.indices(total, fps)
+        seconds: list[float] = []
         with av.open(str(path)) as container:
-            images = _resized(_decoded(container, indices), len(indices), frame_size)
+            images = _resized(_decoded(container, indices, fps, seconds), len(indices), frame_size)
     except av.FFmpegError as error:
         raise InputError(f"{path} is not a video that can be read, or is damaged ({error})") from error
     if not images:
         raise InputError(f"{path}: none of its frames could be decoded; it is damaged")
     # A container may promise more frames than it holds.
-    return VideoFrames(images=images, seconds=[index / fps for index in indices[: len(images)]])
+    return VideoFrames(images=images, seconds=seconds)
 
 
 def _count_frames(av: Any, path: Path) -> int:
@@ -198,16 +179,32 @@ def _count_frames(av: Any, path: Path) -> int:
         return sum(packet.size > 0 for packet in container.demux(container.streams.video[0]))
 
 
-def _decoded(container: Any, indices: list[int]) -> Iterator[Image.Image]:
+def _decoded(container: Any, indices: list[int], fps: float, seconds: list[float]) -> Iterator[Image.Image]:
+    """Yield the frames with these indices, as they are shown; note in `seconds` when each is."""
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
+    stream.codec_context.thread_count = _THREADS
     wanted = iter(indices)
     target = next(wanted)
+    first_s: float | None = None
     for index, frame in enumerate(container.decode(stream)):
+        shown_s = index / fps if frame.time is None else float(frame.time)
+        first_s = shown_s if first_s is None else first_s
         if index < target:
             continue
-        yield frame.to_image()
+        # Frames may follow each other at any pace; the first is shown at 0.
+        seconds.append(max(0.0, shown_s - first_s))
+        yield _upright(frame)
         following = next(wanted, None)
         if following is None:
             return
         target = following
+
+
+def _upright(frame: Any) -> Image.Image:
+    """Return a frame as its display matrix turns it: phones film upright lying on their side."""
+    image = frame.to_image()
+    quarters = round(getattr(frame, "rotation", 0) / 90) % 4
+    turns = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
+    turn = turns[quarters]
+    return image if turn is None else image.transpose(turn)

@@ -13,7 +13,7 @@ import torch
 
 from ..compression import ROW_MULTIPLE, Codec, columns_of, create_codec
 from ..config import MemoryConfig
-from ..errors import CheckpointError, ConfigurationError
+from ..errors import CheckpointError, CodecError, ConfigurationError
 from ..storage import (
     AlignedBuffer,
     Checkpoint,
@@ -124,7 +124,7 @@ def pack_checkpoint(
     if _is_packed(final_dir, plan):
         _keep(plan, plan_path(source, config))
         return final_dir
-    skeleton = build_skeleton(source.directory, source.config, torch.float32)
+    skeleton = build_skeleton(source, torch.float32)
     sites = weight_sites(skeleton)
     codecs: dict[str, str] = {}
     if plan is not None:
@@ -204,7 +204,7 @@ def find_extent(source: Checkpoint, site: WeightSite) -> TensorExtent:
     Raises:
         CheckpointError: it is missing, or has another shape.
     """
-    extent = source.tensors.get(site.name)
+    extent = next((source.tensors[name] for name in (site.name, *site.aliases) if name in source.tensors), None)
     if extent is None:
         raise CheckpointError(
             f"{source.directory}: the tensor {site.name!r} is missing; the checkpoint is incomplete or of another "
@@ -213,7 +213,8 @@ def find_extent(source: Checkpoint, site: WeightSite) -> TensorExtent:
         )
     if tuple(extent.shape) != site.shape and not source.packed:
         raise CheckpointError(
-            f"{extent.path}: {site.name!r} has shape {list(extent.shape)}, but config.json asks for {list(site.shape)}",
+            f"{extent.path}: {extent.name!r} has shape {list(extent.shape)}, but config.json asks for "
+            f"{list(site.shape)}",
             path=extent.path,
         )
     return extent
@@ -289,7 +290,12 @@ def _encoded_chunks(
     shape = tuple(extent.shape)
     with DirectFile(extent.path) as file:
         for rows in read_row_chunks(file, extent, dtype, shape, _CHUNK_BYTES, codec.row_block(shape)):
-            encoded = encodings.encode(name, codec, rows)
+            try:
+                encoded = encodings.encode(name, codec, rows)
+            except CodecError as error:
+                raise CheckpointError(
+                    f"{extent.path}: {name}: {error}; the checkpoint is damaged: download it again", path=extent.path
+                ) from error
             yield _bytes(encoded.pop(first))
             for segment, values in encoded.items():
                 small.setdefault(segment, []).append(values)

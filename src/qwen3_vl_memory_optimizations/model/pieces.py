@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ..interrupts import deferrable
+
 PIECE_TOKENS = 1024
 """The largest piece. Products of 1,024 rows are as fast as those of more, and take longer than reading all weights."""
 _NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
@@ -70,7 +72,7 @@ class PieceRunner:
 
         @functools.wraps(plain)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with self._turn:
+            with deferrable(), self._turn:
                 return self._run(args, kwargs)
 
         self._model.forward = forward

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ import torch
 from transformers.generation.streamers import TextStreamer
 
 from ..errors import CheckpointError, InputError
-from .media import ImageSource, VideoSource, load_image, load_video
+from .images import ImageSource, OpenImage, listed, open_image
+from .media import VideoSource, load_video
 from .video import MAX_ASPECT_RATIO, VideoSettings, group_seconds, video_tensors
 
+_PROMPT_PLACE, _SYSTEM_PLACE = "\uf8f1\uf8f0", "\uf8f1\uf8f2"  # for private use, and in no text
 _PLAIN_SYSTEM = "<|im_start|>system\n{}<|im_end|>\n"
 _PLAIN_QUESTION = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -128,17 +130,19 @@ class Processor:
         *,
         max_pixels: int | None = None,
         video_fps: float | None = None,
+        fetch: bool = False,
     ) -> dict[str, torch.Tensor]:
         """Return the keyword arguments of the model's `generate` for one question.
 
         Args:
-            prompt: the question.
-            images: files or pictures, shown before the question in this order.
+            prompt: the question. Text stays text: what is spelled like a control token is none.
+            images: one or several in any form (`model.images.ImageSource`), shown before the question in this order.
             video: a video file, a directory of frames, or frames; shown after the images.
             system: what the model is told to be.
             max_pixels: the most pixels of an image, and of a frame; larger ones are scaled down. One token
                 stands for `(patch_size * merge_size) ** 2` pixels.
             video_fps: the rate at which frames that are given as images were taken.
+            fetch: `http(s):` addresses of images are fetched.
 
         Returns:
             `input_ids`, `attention_mask` and `mm_token_type_ids` of shape (1, tokens); with images
@@ -148,12 +152,13 @@ class Processor:
         Raises:
             InputError: nothing to ask, or an image or video that cannot be used.
         """
+        images = listed(images)
         self._check(prompt, images, video, system, max_pixels)
         tensors: dict[str, torch.Tensor] = {}
         image_texts: list[str] = []
         video_text = ""
         if images:
-            tensors |= self._image_tensors(images, max_pixels)
+            tensors |= self._image_tensors(images, max_pixels, fetch)
             merged = self.image_processor.merge_size**2
             grids = tensors["image_grid_thw"].tolist()
             image_texts = [self.tokens.image * (math.prod(grid) // merged) for grid in grids]
@@ -165,8 +170,11 @@ class Processor:
             pads = self.tokens.video * (rows * columns // settings.merge_size**2)
             shown = f"{self.tokens.start}{pads}{self.tokens.end}"
             video_text = "".join(f"<{second:.1f} seconds>{shown}" for second in group_seconds(frames, settings))
+        texts = {} if self._is_plain(prompt, system or "") else {_PROMPT_PLACE: prompt, _SYSTEM_PLACE: system or ""}
+        if texts:
+            prompt, system = _PROMPT_PLACE, system and _SYSTEM_PLACE
         chat = self._chat_text(prompt, len(images), video is not None, system)
-        return self._text_tensors(self._with_placeholders(chat, image_texts, video_text)) | tensors
+        return self._text_tensors(self._with_placeholders(chat, image_texts, video_text), texts) | tensors
 
     def check(
         self,
@@ -176,15 +184,19 @@ class Processor:
         system: str | None = None,
         *,
         max_pixels: int | None = None,
+        fetch: bool = False,
     ) -> None:
         """Raise what `prepare` would, before a model is loaded; of a video only whether it is there.
+
+        Images are not decoded at their size: there may be no memory for that.
 
         Raises:
             InputError: see `prepare`.
         """
+        images = listed(images)
         self._check(prompt, images, video, system, max_pixels)
-        for source in images:
-            self._load(source)
+        for opened in self.open_images(images, fetch=fetch):
+            opened.check()
         if isinstance(video, str | os.PathLike) and not Path(video).exists():
             load_video(video, self.video.sampling, self.video.frame_size)  # it says what is wrong
 
@@ -198,17 +210,23 @@ class Processor:
     ) -> None:
         if not (prompt.strip() or images or video is not None):
             raise InputError("there is nothing to ask: the prompt is empty and there is no image")
-        self._check_text(prompt)
-        self._check_text(system or "")
+        for name, text in (("prompt", prompt), ("system", system or "")):
+            if not text.isprintable() and any(0xD800 <= ord(letter) < 0xE000 for letter in text):
+                raise InputError(f"{name}: it is not valid text (bytes that are not UTF-8?)")
         self._check_max_pixels(max_pixels)
 
-    def _load(self, source: ImageSource) -> Any:
-        image = load_image(source)
-        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-            name = "the image" if not isinstance(source, str | Path) else source
-            size = f"{image.width} x {image.height}"
-            raise InputError(f"{name}: {size} is more than {MAX_ASPECT_RATIO} times as long as wide; cut it")
-        return image
+    def open_images(self, images: Sequence[ImageSource], *, fetch: bool = False) -> list[OpenImage]:
+        """Read the headers of images.
+
+        Raises:
+            InputError: one cannot be used.
+        """
+        opened = [open_image(source, number, fetch=fetch) for number, source in enumerate(images, 1)]
+        for each in opened:
+            if max(each.width, each.height) > MAX_ASPECT_RATIO * min(each.width, each.height):
+                size = f"{each.width} x {each.height}"
+                raise InputError(f"{each.name}: {size} is more than {MAX_ASPECT_RATIO} times as long as wide; cut it")
+        return opened
 
     def decode(self, token_ids: Any) -> str:
         """Return the text of token ids (a list, or a tensor of one dimension), without special tokens."""
@@ -219,10 +237,11 @@ class Processor:
         """Return a streamer for `generate` that hands over the answer as it comes."""
         return AnswerStreamer(self.tokenizer, on_text)
 
-    def _check_text(self, text: str) -> None:
-        for token in dataclasses.astuple(self.tokens)[:4]:
-            if token in text:
-                raise InputError(f"the text contains {token}, which stands for a picture; take it out")
+    def _is_plain(self, *texts: str) -> bool:
+        """Whether no text spells a control token."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        control = {token.content for token in added if token.special}.union(dataclasses.astuple(self.tokens)[:4])
+        return not any(token in text for token in control for text in texts)
 
     @property
     def least_pixels(self) -> int:
@@ -258,8 +277,10 @@ class Processor:
         if max_pixels is not None and max_pixels < self.least_pixels:
             raise InputError(f"max_pixels={max_pixels} is less than the {self.least_pixels} pixels of one token")
 
-    def _image_tensors(self, images: Sequence[ImageSource], max_pixels: int | None) -> dict[str, torch.Tensor]:
-        loaded = [self._load(source) for source in images]
+    def _image_tensors(
+        self, images: Sequence[ImageSource], max_pixels: int | None, fetch: bool
+    ) -> dict[str, torch.Tensor]:
+        loaded = [opened.decode() for opened in self.open_images(images, fetch=fetch)]
         options = {} if max_pixels is None else {"size": self._limits(max_pixels)}
         return dict(self.image_processor(loaded, return_tensors="pt", **options))
 
@@ -290,8 +311,14 @@ class Processor:
         pattern = "|".join(map(re.escape, (whole_video, tokens.video, tokens.image)))
         return re.sub(pattern, lambda match: next(images) if match[0] == tokens.image else video_text, chat)
 
-    def _text_tensors(self, text: str) -> dict[str, torch.Tensor]:
-        ids = torch.tensor([self.tokenizer(text, add_special_tokens=False)["input_ids"]])
+    def _text_tensors(self, text: str, texts: Mapping[str, str]) -> dict[str, torch.Tensor]:
+        """Return the tensors of a chat; `texts`: what stands in places of it, and is text whatever it spells."""
+        found: list[int] = []
+        for part in re.split(f"({'|'.join(texts)})", text) if texts else [text]:
+            is_text = part in texts
+            options = {"split_special_tokens": True} if is_text else {}
+            found += self.tokenizer(texts[part] if is_text else part, add_special_tokens=False, **options)["input_ids"]
+        ids = torch.tensor([found])
         kinds = (ids == self.tokens.image_id).long() + 2 * (ids == self.tokens.video_id).long()
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds}
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..interrupts import shield
+
 _REMEMBERED = 64
 
 
@@ -94,14 +96,16 @@ class ResponseTimes:
 
     # --- noted by the hooks -------------------------------------------------------------------------------------------
 
-    def begin(self) -> bool:
-        """Note that a `generate` begins in this thread; return whether it is not part of another."""
-        if getattr(self._local, "run", None) is not None:
-            return False
+    @property
+    def in_generate(self) -> bool:
+        """Whether a `generate` runs in this thread."""
+        return getattr(self._local, "run", None) is not None
+
+    def begin(self) -> None:
+        """Note that a `generate` begins in this thread. Precondition: it is not part of another."""
         self._local.run = _Run(self.timer(), self._cpu_timer())
         with self._lock:
             self._running[threading.get_ident()] = self._local.run.start_s
-        return True
 
     def end(self, new_tokens: int = 0, length: int = 0) -> None:
         """Note that the `generate` of this thread ended.
@@ -110,7 +114,9 @@ class ResponseTimes:
             new_tokens: of all sequences.
             length: of the longest, in new tokens.
         """
-        run, self._local.run = self._local.run, None
+        run, self._local.run = getattr(self._local, "run", None), None
+        if run is None:  # interrupted before it began
+            return
         now_s = self.timer()
         decoded = run.first_s is not None and length > 1
         self._keep(
@@ -169,7 +175,6 @@ def attach_response_times(model: Any, times: ResponseTimes) -> None:
     def after(module: Any, args: Any, output: Any) -> None:
         times.forward_ended(failed=output is None)
 
-    after.changes_nothing = True  # type: ignore[attr-defined]
     model.register_forward_pre_hook(before)
     model.register_forward_hook(after, always_call=True)
     if not hasattr(model, "generate"):
@@ -178,10 +183,11 @@ def attach_response_times(model: Any, times: ResponseTimes) -> None:
 
     @functools.wraps(plain)
     def generate(*args: Any, **kwargs: Any) -> Any:
-        if not times.begin():
+        if times.in_generate:
             return plain(*args, **kwargs)
         new_tokens = length = 0
         try:
+            times.begin()
             result = plain(*args, **kwargs)
             ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
             sequences = getattr(result, "sequences", result)
@@ -190,6 +196,7 @@ def attach_response_times(model: Any, times: ResponseTimes) -> None:
             new_tokens = length * int(sequences.shape[0])
             return result
         finally:
-            times.end(new_tokens, length)
+            with shield:
+                times.end(new_tokens, length)
 
     model.generate = generate

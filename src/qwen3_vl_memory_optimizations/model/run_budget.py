@@ -276,7 +276,6 @@ class RunBudget:
             if args and args[0].shape[:-1].numel() >= _MANY_TOKENS:
                 trim_heap()
 
-        after_layer.changes_nothing = True  # type: ignore[attr-defined]
         for layer in list(getattr(self._model.get_decoder(), "layers", ()))[::_LAYERS_PER_TRIM]:
             layer.register_forward_hook(after_layer)
         vision = getattr(getattr(self._model, "model", None), "visual", None)

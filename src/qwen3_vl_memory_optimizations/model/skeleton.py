@@ -17,6 +17,8 @@ from ..compression.kernels import fastest_dtype
 from ..errors import CheckpointError, CodecError
 from ..paging import PAGE_BYTES
 from ..pools import FRAME_BYTES, UNIT_BYTES
+from ..storage import Checkpoint
+from .tied import untie_by_files
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ class WeightSite:
     Attributes:
         name: its first name in the state dict, under which checkpoints store it.
         holders: (module, attribute) pairs.
+        aliases: its other names; a checkpoint may have it under one of them.
         managed: a large matrix of a linear or embedding layer; the others stay ordinary tensors.
         vocabulary: an embedding, which is looked up row by row, or the head.
     """
@@ -39,6 +42,7 @@ class WeightSite:
     shape: tuple[int, ...]
     managed: bool
     vocabulary: bool = False
+    aliases: tuple[str, ...] = ()
 
 
 def compute_dtype(stored: str, dtype: torch.dtype | None) -> torch.dtype:
@@ -53,14 +57,11 @@ def compute_dtype_of(config: dict[str, Any], dtype: torch.dtype | None) -> torch
     return compute_dtype(str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"), dtype)
 
 
-def build_skeleton(
-    directory: Path, config_dict: dict[str, Any], compute_dtype: torch.dtype, model_class: Any = None
-) -> nn.Module:
+def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, model_class: Any = None) -> nn.Module:
     """Build the transformers model of a checkpoint on the meta device; buffers that are computed are real.
 
     Args:
-        directory: the checkpoint, read for `config.json`.
-        config_dict: the parsed `config.json`.
+        checkpoint: read for `config.json`, and for whether weights that this ties are one.
         compute_dtype: dtype of parameters and activations.
         model_class: derived from the class that the checkpoint is of, to build instead of it.
 
@@ -70,14 +71,17 @@ def build_skeleton(
     """
     from transformers import AutoConfig
 
+    directory = checkpoint.directory
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(
-            f"{directory}: transformers does not know the model type {config_dict.get('model_type')!r}: {error}",
+            f"{directory}: transformers does not know the model type {checkpoint.config.get('model_type')!r}: {error}",
             path=directory,
         ) from error
-    return skeleton_of(config, compute_dtype, directory, model_class)
+    model = skeleton_of(config, compute_dtype, directory, model_class)
+    untie_by_files(model, checkpoint)
+    return model
 
 
 def skeleton_of(
@@ -132,26 +136,26 @@ def materialize_buffers(model: nn.Module) -> None:
 def weight_sites(model: nn.Module, stored_itemsize: int = 2) -> list[WeightSite]:
     """Return the parameters in the order of the modules, which is the order of the first forward."""
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
-    names: dict[int, str] = {}
+    names: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
             if parameter is None:
                 continue
             key = id(parameter)
-            names.setdefault(key, f"{prefix}.{attribute}" if prefix else attribute)
+            names.setdefault(key, []).append(f"{prefix}.{attribute}" if prefix else attribute)
             parameters[key] = parameter
             holders.setdefault(key, []).append((module, attribute))
     sites = []
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    for key, name in names.items():
+    for key, (name, *aliases) in names.items():
         shape = tuple(parameters[key].shape)
         large = math.prod(shape) * stored_itemsize >= MANAGED_LEAST_BYTES
         managed = large and all(
             attribute == "weight" and isinstance(module, nn.Linear | nn.Embedding) for module, attribute in holders[key]
         )
         vocabulary = any(module is head or isinstance(module, nn.Embedding) for module, _ in holders[key])
-        sites.append(WeightSite(name, tuple(holders[key]), shape, managed, vocabulary))
+        sites.append(WeightSite(name, tuple(holders[key]), shape, managed, vocabulary, tuple(aliases)))
     return sites
 
 

@@ -6,6 +6,8 @@ import threading
 from collections import deque
 from types import TracebackType
 
+from ..interrupts import shield, wait_for
+
 
 class Turns:
     """A lock that is fair and may be taken again by the thread that has it.
@@ -25,19 +27,42 @@ class Turns:
         """How many threads wait."""
         return len(self._waiting)
 
+    @property
+    def depth(self) -> int:
+        """How often the calling thread has it."""
+        return self._depth if self._owner == threading.get_ident() else 0
+
+    def give_back(self, depth: int) -> None:
+        """Have it only so often as before: blocks that an interrupt tore apart have not ended."""
+        with shield, self._lock:
+            if self._owner == threading.get_ident() and self._depth > depth:
+                self._depth = depth
+                if not depth:
+                    self._pass_on()
+
     def __enter__(self) -> Turns:
+        depth = self.depth
+        try:
+            with shield:
+                self._take()
+        except BaseException:
+            self.give_back(depth)
+            raise
+        return self
+
+    def _take(self) -> None:
         me = threading.get_ident()
         with self._lock:
             if self._owner == me:
                 self._depth += 1
-                return self
+                return
             if self._owner is None and not self._waiting:
                 self._owner, self._depth = me, 1
-                return self
+                return
             turn = threading.Event()
             self._waiting.append(turn)
         try:
-            turn.wait()
+            wait_for(turn)
         except BaseException:  # Ctrl-C
             with self._lock:
                 if turn in self._waiting:
@@ -47,12 +72,11 @@ class Turns:
             raise
         with self._lock:
             self._owner, self._depth = me, 1
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._lock:
+        with shield, self._lock:
             self._depth -= 1
             if not self._depth:
                 self._pass_on()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..cache import CacheItem, HierarchicalCacheSystem, digest, digest_of_tensor
-from .identity import ModelIdentity
+from .identity import Identity, ModelIdentity
 
 _KIND = "vision"
 _HARMLESS = ("return_dict", "use_cache")
@@ -75,23 +75,29 @@ class VisionReuse:
             pixels: patches of all images `[patches, values]`, in the dtype of the tower or another that is cast to it.
             grids: int64 `[images, 3]`: groups of frames, rows and columns of patches.
         """
+        identity = self._tower()
+        return None if identity is None else self._keys(identity, pixels, grids)
+
+    def _tower(self) -> Identity | None:
         visual = self._base.visual
-        model = self._identity.of(visual, getattr(visual.config, "_attn_implementation", None))
-        if model is None:
-            return None
+        return self._identity.of(visual, getattr(visual.config, "_attn_implementation", None))
+
+    def _keys(self, identity: Identity, pixels: torch.Tensor, grids: torch.Tensor) -> list[str] | None:
+        visual = self._base.visual
         patches = grids.prod(-1).tolist()
         if sum(patches) != pixels.shape[0]:
             return None  # the model says what is wrong
         parts = pixels.split(patches)
         return [
-            digest(_KIND, model, grid, digest_of_tensor(part, visual.dtype))
+            digest(_KIND, identity.digest, grid, digest_of_tensor(part, visual.dtype))
             for grid, part in zip(grids.tolist(), parts, strict=True)
         ]
 
     def features(self, plain: Any, pixels: torch.Tensor, grids: torch.Tensor, options: dict[str, Any]) -> Any:
         """Return what `plain` returns for these images, as far as it can from the cache."""
-        keys = self.keys(pixels, grids)
-        if not keys:
+        identity = self._tower()
+        keys = None if identity is None else self._keys(identity, pixels, grids)
+        if identity is None or not keys:
             return plain(pixels, grids, **options)
         patches = grids.prod(-1).tolist()
         parts = pixels.split(patches)
@@ -112,10 +118,10 @@ class VisionReuse:
         items = self._cache.resolve(
             keys,
             encode,
-            kind=f"{_KIND} {digest(self._identity.of(self._base.visual))[:8]}",
+            kind=f"{_KIND} {identity.digest[:8]}",
             units=patches,
             accepts=lambda index, item: self._fits(item, patches[index]),
-            persist=self._identity.persists(self._base.visual),
+            persist=identity.persists,
         )
         if len(encoded) == 1 and len(encoded[0][0]) == len(keys):
             return encoded[0][1]

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from ..errors import TensorFreedError
+from ..interrupts import wait
 from ..storage import DEMAND
 from .entry import IN_MEMORY, Page, PageState, TensorEntry
 from .moves import PageMover
@@ -344,7 +345,7 @@ class Access:
         page.awaited += 1
         self._room.awaiting += 1
         try:
-            self._changed.wait()
+            wait(self._changed)
         finally:
             page.awaited -= 1
             self._room.awaiting -= 1

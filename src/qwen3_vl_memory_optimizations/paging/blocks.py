@@ -16,6 +16,7 @@ import xxhash
 
 from ..compression import EncodingLog, RawCodec, Scratch
 from ..errors import MemoryBudgetExceeded, TensorFreedError
+from ..interrupts import shield
 from ..pools import FRAME_BYTES, reserve, unreserve
 from ..storage import DirectFile
 from .entry import PAGE_BYTES, FileSource, TensorEntry
@@ -52,10 +53,11 @@ class Pinned:
         self.block = block
         self._unpin = None
         if pager is not None and block.entry is not None:
-            pager.pin(block.entry)
-            pager.mark_dirty(block.entry)  # it is about to be written to
-            self._unpin = weakref.finalize(self, pager.unpin_later, block.entry)
-            self._unpin.atexit = False
+            with shield:
+                pager.pin(block.entry)
+                pager.mark_dirty(block.entry)  # it is about to be written to
+                self._unpin = weakref.finalize(self, pager.unpin_later, block.entry)
+                self._unpin.atexit = False
 
     def release(self) -> Block:
         """Let the block leave memory from now on; return it."""
@@ -107,7 +109,8 @@ class BlockSpace:
         """
         if self.pager is None:
             return Block(torch.empty(n_bytes, dtype=torch.uint8))
-        return self._add(self.pager, n_bytes, None)
+        with shield:
+            return self._add(self.pager, n_bytes, None)
 
     def stored(self, n_bytes: int, file: DirectFile, offset_bytes: int, checksums: tuple[int, ...]) -> Block:
         """Return a block whose bytes lie in a file, and are read when they are needed.
@@ -119,7 +122,8 @@ class BlockSpace:
             checksums: of its pages, see `page_checksums`.
         """
         assert self.pager is not None
-        return self._add(self.pager, n_bytes, FileSource(file, offset_bytes, checksums))
+        with shield:
+            return self._add(self.pager, n_bytes, FileSource(file, offset_bytes, checksums))
 
     def _add(self, pager: Pager, n_bytes: int, source: FileSource | None) -> Block:
         size = stored_bytes(n_bytes)
@@ -212,11 +216,12 @@ class BlockSpace:
         ahead = [block.entry for block in upcoming if block.entry is not None]
         # More would displace what is needed before it.
         ahead_bytes = min(_READ_AHEAD_BYTES, self.held_bytes)
-        self.pager.hold(entries, ahead, ahead_bytes)
-        try:
-            yield
-        finally:
-            self.pager.let_go(entries, ahead, ahead_bytes)
+        with shield:
+            self.pager.hold(entries, ahead, ahead_bytes)
+            try:
+                yield
+            finally:
+                self.pager.let_go(entries, ahead, ahead_bytes)
 
     def written(self, block: Block) -> None:
         """Note that a held block was written to: what the swap file has of it is stale."""

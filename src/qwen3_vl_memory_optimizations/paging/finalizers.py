@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable
+
+from ..interrupts import ShieldedLock
 
 
 class FinalizerQueue:
@@ -18,14 +19,14 @@ class FinalizerQueue:
         lock: the Pager's.
     """
 
-    def __init__(self, lock: threading.RLock) -> None:
+    def __init__(self, lock: ShieldedLock) -> None:
         self._lock = lock
         self._actions: deque[Callable[[], None]] = deque()
 
     def add(self, action: Callable[[], None]) -> None:
         """Do something at once if the lock is free, else later. Never waits."""
         self._actions.append(action)
-        if not self._lock._is_owned() and self._lock.acquire(blocking=False):  # type: ignore[attr-defined]
+        if not self._lock.is_owned() and self._lock.acquire(blocking=False):
             try:
                 self.run()
             finally:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils import _pytree
 
 from ..compression import RawCodec, columns_of
+from ..interrupts import shield
 from .entry import PageState, TensorEntry
 from .pager import Pager
 
@@ -54,6 +55,7 @@ class ManagedTensor(torch.Tensor):
 
     pager: Pager
     entry: TensorEntry
+    _owner: object
 
     @staticmethod
     def __new__(cls, pager: Pager, entry: TensorEntry) -> ManagedTensor:
@@ -63,6 +65,8 @@ class ManagedTensor(torch.Tensor):
             dtype=entry.dtype,
         )
         self.pager, self.entry = pager, entry
+        self._owner = pager.owner()
+        self._is_param = entry.kind == "weights"  # `isinstance(weight, nn.Parameter)` asks for it
         return self
 
     @property
@@ -178,7 +182,7 @@ def whole_linears(linears: Sequence[nn.Linear]) -> Iterator[list[Product] | None
         return
     pager = managed[0].pager
     with pager.products.whole([weight.entry for weight in managed]) as there:
-        yield [_product(linear, pager) for linear in linears] if there else None
+        yield [_product(linear, pager) for linear in linears] if there else None  # the shield is up
 
 
 def _product(linear: nn.Linear, pager: Pager) -> Product:
@@ -218,17 +222,18 @@ def _embedding(
 def _plain(managed: ManagedTensor) -> torch.Tensor:
     """Decode; where the codec keeps the values as they are, alias the bytes and pin them for the alias's life."""
     pager, entry = managed.pager, managed.entry
-    pager.pin(entry)
-    data = next(iter(entry.encoded(0, entry.rows).values()))
-    if isinstance(entry.codec, RawCodec) and data.dtype == entry.dtype:
-        raw, buffer = entry.lease()
-        weakref.finalize(buffer, pager.unpin_later, entry)
-        return raw.view(entry.dtype).view(entry.shape)
-    try:
-        decoded = torch.empty((entry.rows, columns_of(entry.shape)), dtype=entry.dtype)
-        return entry.codec.decode(entry.encoded(0, entry.rows), decoded).view(entry.shape)
-    finally:
-        pager.unpin(entry)
+    with shield:
+        pager.pin(entry)
+        data = next(iter(entry.encoded(0, entry.rows).values()))
+        if isinstance(entry.codec, RawCodec) and data.dtype == entry.dtype:
+            raw, buffer = entry.lease()
+            weakref.finalize(buffer, pager.unpin_later, entry)
+            return raw.view(entry.dtype).view(entry.shape)
+        try:
+            decoded = torch.empty((entry.rows, columns_of(entry.shape)), dtype=entry.dtype)
+            return entry.codec.decode(entry.encoded(0, entry.rows), decoded).view(entry.shape)
+        finally:
+            pager.unpin(entry)
 
 
 def _run_decoded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -245,20 +250,102 @@ def _run_decoded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     plain_args, plain_kwargs = _pytree.tree_map(unwrap, (args, kwargs))
     result = func(*plain_args, **plain_kwargs)
     outputs = [leaf for leaf in _pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor | np.ndarray)]
-    name = getattr(func, "__name__", "").split(".")[0]  # below the Python interface: `add_.Tensor`
-    writes = name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
-    writes = writes or (name.startswith("__i") and name not in ("__int__", "__index__", "__invert__"))
     for managed, decoded in plain.values():
-        written = (writes and args and args[0] is managed) or kwargs.get("out") is managed
-        if written:
+        if _is_written(func, args, kwargs, managed):
             _write_back(managed, decoded)
         if any(output is not decoded and managed.entry.holds(_address(output)) for output in outputs):
             managed.entry.mark_aliased()
 
     def rewrap(value: Any) -> Any:
-        return next((managed for managed, decoded in plain.values() if decoded is value), value)
+        for managed, decoded in plain.values():
+            if decoded is value:
+                return managed
+            if isinstance(value, torch.Tensor | np.ndarray) and not managed.entry.holds(_address(decoded)):
+                value = _Copy(managed, decoded).wrap(value)
+        return value
 
     return _pytree.tree_map(rewrap, result)
+
+
+def _is_written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Any) -> bool:
+    """Whether an operation writes to one of its operands."""
+    name = getattr(func, "__name__", "").split(".")[0]  # below the Python interface: `add_.Tensor`
+    writes = name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
+    writes = writes or (name.startswith("__i") and name not in ("__int__", "__index__", "__invert__"))
+    return bool(writes and args and args[0] is tensor) or kwargs.get("out") is tensor
+
+
+class _Copy:
+    """The decoded values of a managed tensor, of which views are in somebody's hands."""
+
+    def __init__(self, managed: ManagedTensor, decoded: torch.Tensor) -> None:
+        self.managed, self.decoded, self.writes = managed, decoded, managed.entry.writes
+
+    def refresh(self) -> None:
+        """Decode anew what was written to through the tensor itself, or through views of another copy."""
+        if self.writes != self.managed.entry.writes:
+            self.decoded.copy_(_plain(self.managed))
+            self.writes = self.managed.entry.writes
+
+    def write_back(self) -> None:
+        """Encode what was written to a view."""
+        _write_back(self.managed, self.decoded)
+        self.writes = self.managed.entry.writes
+
+    def wrap(self, value: torch.Tensor | np.ndarray) -> Any:
+        """Return a result so that what is written to it is not lost, if it is a view of the copy."""
+        start, stop = _address(self.decoded), _address(self.decoded) + self.decoded.untyped_storage().nbytes()
+        if not start <= _address(value) < stop or not start:
+            return value
+        if isinstance(value, np.ndarray):
+            value.flags.writeable = False  # torch does not see what numpy writes
+            return value
+        view = value.as_subclass(ManagedView)
+        view.of = self
+        return view
+
+
+class ManagedView(torch.Tensor):
+    """A view of a managed tensor whose codec loses something: what is written to it is encoded again.
+
+    Attributes:
+        of: the decoded copy that it is a view of.
+    """
+
+    of: _Copy
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run an operation on the values as they are now, and keep what it writes."""
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _METADATA:
+                return func(*args, **kwargs)
+            views = [leaf for leaf in _pytree.tree_leaves((args, kwargs)) if type(leaf) is ManagedView]
+            for view in views:
+                view.of.refresh()
+            plain = {id(view): view.as_subclass(torch.Tensor) for view in views}
+        plain_args, plain_kwargs = _pytree.tree_map(lambda each: plain.get(id(each), each), (args, kwargs))
+        result = func(*plain_args, **plain_kwargs)
+        for view in views:
+            if _is_written(func, args, kwargs, view):
+                view.of.write_back()
+
+        def rewrap(value: Any) -> Any:
+            for view in views:
+                if plain[id(view)] is value:
+                    return view
+                if isinstance(value, torch.Tensor | np.ndarray):
+                    value = view.of.wrap(value)
+            return value
+
+        return _pytree.tree_map(rewrap, result)
 
 
 def _address(tensor: torch.Tensor | np.ndarray) -> int:

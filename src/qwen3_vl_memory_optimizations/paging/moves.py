@@ -158,7 +158,13 @@ class PageMover:
             self._stats.prefetches += 1
         if not page.kept:
             self.ahead_bytes += page.n_bytes
-        page.ticket = self._queue.submit(lambda: self._read(page), priority)
+        try:
+            page.ticket = self._queue.submit(lambda: self._read(page), priority)
+        except BaseException as error:
+            self.moving -= 1
+            self._end_read(page, 0, error)
+            page.error = None
+            raise
 
     def hurry(self, page: Page, priority: int = DEMAND) -> None:
         """Let a read that waits in the queue pass those that are less urgent."""
@@ -188,7 +194,7 @@ class PageMover:
             finally:
                 self._changed.notify_all()
 
-    def _end_read(self, page: Page, n_read: int, error: Exception | None) -> None:
+    def _end_read(self, page: Page, n_read: int, error: BaseException | None) -> None:
         self._reading -= 1
         self.untouched_bytes -= page.untouched_bytes
         if not self._reading:
@@ -206,7 +212,7 @@ class PageMover:
             page.unused = False
             if not page.kept:
                 self.ahead_bytes -= page.n_bytes
-            page.error = error
+            page.error = error  # type: ignore[assignment]
 
     def _note_failure(self, action: str, page: Page, error: Exception) -> None:
         self.failures += 1
@@ -262,7 +268,13 @@ class PageMover:
         self._set_state(page, PageState.WRITING)
         self.moving += 1
         self.leaving_bytes += page.n_bytes
-        self._queue.submit(lambda: self._write(page), DEMAND)
+        try:
+            self._queue.submit(lambda: self._write(page), DEMAND)
+        except BaseException:
+            self.moving -= 1
+            self.leaving_bytes -= page.n_bytes
+            self._set_state(page, PageState.RESIDENT)
+            raise
 
     def _write(self, page: Page) -> None:
         assert page.swap_offset is not None

@@ -27,6 +27,7 @@ import torch
 
 from ..compression import EncodingLog, Scratch
 from ..errors import ConfigurationError, MemoryOptimizationError, UnknownTensorError
+from ..interrupts import ShieldedLock, shield
 from ..pools import FramePool, TensorPool
 from ..prediction import PassSchedule
 from ..storage import BACKGROUND, PREFETCH, SwapFile
@@ -62,6 +63,7 @@ class Pager:
         products: computes with weights.
         encodings: what was encoded for its tensors; those who encode note it.
         runtime: the tensors that are no weights.
+        owner: returns what has to stay alive as long as tensors do: with it the Pager is closed.
         pools: kind -> address ranges for blocks of this kind; changed under `exclusive`. A kind without one, or whose
             pool is full, gets ranges of its own from the system.
     """
@@ -82,8 +84,9 @@ class Pager:
         self.encodings = EncodingLog()
         self.entries: dict[str, TensorEntry] = {}
         self.pools: Mapping[str, TensorPool] = {}
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
+        self.owner: Callable[[], object] = lambda: None
+        self._lock = ShieldedLock()
+        self._changed = threading.Condition(self._lock)  # type: ignore[arg-type]
         self._finalizers = FinalizerQueue(self._lock)
         self._swap = SwapFile(swap_dir, swap_bytes)
 
@@ -471,12 +474,13 @@ class Pager:
         Raises:
             MemoryBudgetExceeded: it does not fit beside what is pinned.
         """
-        self.pin(entry)
-        try:
-            yield
-        finally:
-            self.mark_dirty(entry)  # also what was written halfway
-            self.unpin(entry)
+        with shield:
+            self.pin(entry)
+            try:
+                yield
+            finally:
+                self.mark_dirty(entry)  # also what was written halfway
+                self.unpin(entry)
 
     # --- end --------------------------------------------------------------------------------------------------------
 

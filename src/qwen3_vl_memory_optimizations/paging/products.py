@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from ..compression import LinearInput, Scratch
+from ..interrupts import shield
 from ..pools import FramePool
 from .access import Access
 from .entry import TensorEntry
@@ -35,19 +36,20 @@ class Products:
     def linear(self, entry: TensorEntry, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return `x @ W.T + bias`, computed on the encoded form, rows of W as they become resident."""
         left, held = self._left_operand(x), (entry,)
-        if self._access.hold(held):
-            try:
-                out = entry.codec.linear(left, entry.encoded(0, entry.rows), bias, self._scratch())
-            finally:
-                self._access.let_go(held)
-        elif len(entry.pages) > 1 and entry.codec.wants_whole(left) and self._fits_whole(entry):
-            self._access.pin(entry)
-            try:
-                out = entry.codec.linear(left, entry.encoded(0, entry.rows), bias, self._scratch())
-            finally:
-                self._access.unpin(entry)
-        else:
-            out = self._linear_in_ranges(entry, left, bias)
+        with shield:
+            if self._access.hold(held):
+                try:
+                    out = entry.codec.linear(left, entry.encoded(0, entry.rows), bias, self._scratch())
+                finally:
+                    self._access.let_go(held)
+            elif len(entry.pages) > 1 and entry.codec.wants_whole(left) and self._fits_whole(entry):
+                self._access.pin(entry)
+                try:
+                    out = entry.codec.linear(left, entry.encoded(0, entry.rows), bias, self._scratch())
+                finally:
+                    self._access.unpin(entry)
+            else:
+                out = self._linear_in_ranges(entry, left, bias)
         return out if x.dim() == 2 else out.view(*x.shape[:-1], entry.rows)
 
     def linear_joined(self, entries: Sequence[TensorEntry], x: torch.Tensor) -> torch.Tensor:
@@ -56,12 +58,14 @@ class Products:
         (See `join`.) Where one of them is not in memory, each is computed by itself as its rows come.
         """
         joined = entries[0].joined
-        if joined is not None and joined.entries == tuple(entries) and self._access.hold(joined.entries):
-            try:
-                out = entries[0].codec.linear(self._left_operand(x), joined.encoded, None, self._scratch())
-            finally:
-                self._access.let_go(joined.entries)
-            return out if x.dim() == 2 else out.view(*x.shape[:-1], joined.rows)
+        if joined is not None and joined.entries == tuple(entries):
+            with shield:
+                if self._access.hold(joined.entries):
+                    try:
+                        out = entries[0].codec.linear(self._left_operand(x), joined.encoded, None, self._scratch())
+                    finally:
+                        self._access.let_go(joined.entries)
+                    return out if x.dim() == 2 else out.view(*x.shape[:-1], joined.rows)
         return torch.cat([self.linear(entry, x, None) for entry in entries], dim=-1)
 
     @contextmanager
@@ -75,7 +79,7 @@ class Products:
         if missing_bytes > self._frames.limit_bytes // _WHOLE_SHARE:
             yield False
             return
-        with ExitStack() as pins:
+        with shield, ExitStack() as pins:
             for entry in entries:
                 self._access.pin(entry)
                 pins.callback(self._access.unpin, entry)

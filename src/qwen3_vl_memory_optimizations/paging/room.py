@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping
 
 from ..errors import MemoryBudgetExceeded, format_bytes
+from ..interrupts import wait
 from ..pools import FRAME_BYTES, FramePool
 from .entry import PageState, TensorEntry
 from .finalizers import FinalizerQueue
@@ -86,7 +87,7 @@ class Room:
             if n_bytes <= frames.available_bytes:
                 break
             if mover.write_error is None and (mover.moving or (others_compute and not victims)):
-                self._changed.wait()
+                wait(self._changed)
                 waited = True
             if mover.write_error is not None:
                 error, mover.write_error = mover.write_error, None

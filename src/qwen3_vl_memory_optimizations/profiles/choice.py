@@ -79,7 +79,12 @@ def user_directory() -> Path:
     """Return where the user's profiles lie: `profiles` in `$XDG_CONFIG_HOME/qwen3vl-mem`, or `~/.config` of that."""
     # By the XDG rules an empty or relative value counts as none.
     given = Path(os.environ.get("XDG_CONFIG_HOME", ""))
-    return (given if given.is_absolute() else Path.home() / ".config") / "qwen3vl-mem" / "profiles"
+    if not given.is_absolute():
+        try:
+            given = Path.home() / ".config"
+        except RuntimeError:  # a user without a home directory has none there
+            given = Path(os.devnull)
+    return given / "qwen3vl-mem" / "profiles"
 
 
 def choose(profile: str, hardware: HardwareProfile | None = None, *, path: str | os.PathLike[str] = ".") -> Choice:

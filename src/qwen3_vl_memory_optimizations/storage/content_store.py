@@ -31,6 +31,7 @@ from typing import Any
 import xxhash
 
 from ..errors import CorruptDataError, StorageError
+from ..interrupts import shield
 from .direct_io import BLOCK_BYTES, AlignedBuffer, DirectFile, round_up
 
 logger = logging.getLogger(__name__)
@@ -332,7 +333,7 @@ class ContentStore:
         Raises:
             StorageError: the directory cannot be made or used.
         """
-        with self._thread_lock:
+        with shield, self._thread_lock:
             fd = self._open_lock()
             try:
                 if not self._acquire(fd):

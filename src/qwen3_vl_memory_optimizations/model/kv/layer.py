@@ -15,6 +15,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ...compression import KVBlock, KVCodec, Segment
+from ...interrupts import shield
 from ...paging import Block, BlockSpace, Pinned
 from .attention import CachedStates
 from .sizes import FEW_TOKENS, TAIL_TOKENS
@@ -124,6 +125,10 @@ class ManagedKVLayer(CacheLayerMixin):
         Raises:
             MemoryBudgetExceeded: no room for them; nothing was appended.
         """
+        with shield:
+            return self._update(key_states, value_states)
+
+    def _update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[Any, Any]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.settle()  # what an attention that failed left
@@ -308,6 +313,10 @@ class ManagedKVLayer(CacheLayerMixin):
         """
         if self._keeps_all:
             return
+        with shield:
+            self._settle()
+
+    def _settle(self) -> None:
         tokens, start = self._cache.block_tokens, 0
         length = self.tail_length + self.fresh_length
         try:

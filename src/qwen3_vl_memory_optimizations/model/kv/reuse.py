@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ...errors import MemoryBudgetExceeded
-from ..identity import ModelIdentity
+from ..identity import Identity, ModelIdentity
 from ..vision_reuse import VisionReuse
 from .cache import ManagedKVCache
 from .naming import Span, Token, find_spans, named_tokens
@@ -26,6 +26,24 @@ logger = logging.getLogger(__name__)
 _KIND = "keys and values"
 _PICTURES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 _CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
+_KNOWN = frozenset(
+    {
+        "input_ids",
+        "inputs",
+        "attention_mask",
+        "mm_token_type_ids",
+        "generation_config",
+        "logits_processor",
+        "stopping_criteria",
+        "prefix_allowed_tokens_fn",
+        "streamer",
+        "synced_gpus",
+        "tokenizer",
+        "use_model_defaults",
+        *(name for names in _PICTURES.values() for name in names),
+    }
+)
+"""Arguments of `generate` of which it is known what they do to keys and values, beside the settings of decoding."""
 _FOREIGN = (
     "inputs_embeds",
     "position_ids",
@@ -58,7 +76,7 @@ class Run:
     Attributes:
         ids: the prompt; `tokens`: what each token is.
         spans: its pictures.
-        root: of the names of its blocks.
+        identity: of the model as it was when the run began.
         cache: empty, or with the beginning that is known.
         past: how many tokens that is.
         skipped: tokens of pictures that the beginning cuts, by modality.
@@ -68,7 +86,7 @@ class Run:
     ids: list[int]
     tokens: list[Token]
     spans: list[Span]
-    root: str
+    identity: Identity
     cache: ManagedKVCache
     past: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
@@ -111,10 +129,10 @@ class PrefixReuse:
             return None
         cache = self._make_cache()
         text = self._model.config.get_text_config()
-        root = self._identity.of(
-            self._model, _KIND, text._attn_implementation, cache.codec.name, cache.block_tokens, cache.keeps_all
-        )
-        if root is None or cache.keeps_all:
+        if cache.keeps_all:
+            return None
+        identity = self._identity.of(self._model, _KIND, cache.codec.name, cache.block_tokens)
+        if identity is None:
             return None
         listed = ids[0].tolist()
         spans = self._spans(listed, arguments)
@@ -124,8 +142,8 @@ class PrefixReuse:
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         for layer in cache.layers:
             layer.begin(1, heads, head_dim, self._model.dtype)
-        run = Run(listed, named_tokens(listed, spans), spans, root, cache)
-        match = self._store.find(run.tokens, root, cache)
+        run = Run(listed, named_tokens(listed, spans), spans, identity, cache)
+        match = self._store.find(run.tokens, identity.digest, cache)
         if match.n_tokens(cache.block_tokens):
             try:
                 run.past = self._store.adopt(match, cache)
@@ -142,6 +160,10 @@ class PrefixReuse:
             values = (arguments.get(name), *(getattr(source, name, None) for source in sources))
             return next((value for value in values if value is not None), None)
 
+        settings = vars(type(self._model.generation_config)())
+        unknown = (name for name in arguments if name not in _KNOWN and name not in settings)
+        if any(arguments[name] is not None for name in unknown):
+            return True
         several = any((setting(name) or 1) > 1 for name in ("num_beams", "num_return_sequences"))
         asked = (setting(name) for name in _FOREIGN)  # some of them are tensors
         return several or setting("use_cache") is False or any(each is not None and each is not False for each in asked)
@@ -203,7 +225,9 @@ class PrefixReuse:
         if not n_tokens or n_tokens < run.cache.get_seq_length() or pictures.intersection(answer):
             return
         tokens = [*run.tokens, *answer][:n_tokens]
-        persist = self._identity.persists(self._model)
+        now = self._identity.of(self._model, _KIND, run.cache.codec.name, run.cache.block_tokens)
+        if now != run.identity:  # changed meanwhile
+            return
         # The caller may continue in a cache that is returned, so the tail that rests is a copy.
         cache = run.cache if isinstance(result, torch.Tensor) else copy.deepcopy(run.cache)
-        self._store.rest(cache, 0, tokens, run.root, persist=persist, saved_s=seconds_per_token)
+        self._store.rest(cache, 0, tokens, run.identity.digest, persist=now.persists, saved_s=seconds_per_token)
