@@ -127,22 +127,28 @@ class Generation:
             if getattr(self._local, "active", False):
                 return plain(*args, **kwargs)
             with deferrable():
-                depth = self._turn.depth
+                depth, session, has_session = self._turn.depth, self._session(), False
                 try:
-                    with self._turn, self._session():
-                        bound = signature.bind_partial(*args, **kwargs).arguments
-                        arguments = {**bound, **bound.get("kwargs", {})}
-                        arguments.pop("kwargs", None)
-                        self._local.active, self._local.run = True, None
-                        return self._run(plain, args, kwargs, arguments)
+                    self._turn.__enter__()  # given back below, once all that belongs to the call has ended
+                    with shield:
+                        session.__enter__()
+                        has_session = True
+                    bound = signature.bind_partial(*args, **kwargs).arguments
+                    arguments = {**bound, **bound.get("kwargs", {})}
+                    arguments.pop("kwargs", None)
+                    self._local.active, self._local.run = True, None
+                    return self._run(plain, args, kwargs, arguments)
                 except KeyboardInterrupt as error:
                     with shield:  # the caches of what was under way go now, not when somebody lets go of the error
                         _forget_frames(error)
                     raise
                 finally:
                     with shield:
-                        self._ended()
-                        self._turn.give_back(depth)
+                        if has_session:
+                            session.__exit__(None, None, None)
+                        if self._turn.depth > depth:
+                            self._ended()
+                            self._turn.give_back(depth)
 
         return generate
 
