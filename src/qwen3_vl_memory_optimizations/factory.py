@@ -20,6 +20,7 @@ from .config import MemoryConfig, jsonable
 from .errors import CheckpointError, ConfigurationError, MemoryBudgetExceeded, format_bytes
 from .model.activations import FIXED_RESERVE_BYTES, with_heap
 from .model.assisted import ASSISTANT, attach_draft, require_draft
+from .model.conversions import attach_conversions, is_offloaded
 from .model.decode_threads import FreeProcessors, attach_decode_threads
 from .model.fused import fuse_layers
 from .model.identity import ModelIdentity
@@ -27,6 +28,7 @@ from .model.import_files import ImportFiles
 from .model.loading import WeightLoader
 from .model.packing import Progress, find_packed
 from .model.response_times import attach_response_times
+from .model.saving import attach_saving
 from .model.sessions import attach_phases
 from .model.skeleton import build_skeleton, compute_dtype, compute_dtype_of, skeleton_of
 from .model.turns import Turns
@@ -256,7 +258,7 @@ def _source_of(
         dtype = compute_dtype_of(given.config, dtype)
         return _Source(dtype, checkpoint=_packed_already(given, config), model_class=model_class)
     if isinstance(given, nn.Module):
-        if hasattr(given, "_hf_hook") or any(hasattr(module, "_hf_hook") for module in given.modules()):
+        if any(is_offloaded(module) for module in given.modules()):
             raise ConfigurationError(
                 "the model is already offloaded by accelerate (it has _hf_hook); load it without device_map"
             )
@@ -360,8 +362,13 @@ def _finish(source: _Source, draft: _Source | None, optimizer: MemoryOptimizer) 
     optimizer.pager.read_ahead(source.order)
     for generation in generations:
         generation.attach()
+    if vision is not None:
+        vision.wanted = generations[0].is_running
     if draft is not None:
         attach_draft(model, draft.model)
+    for each in (model,) if draft is None else (model, draft.model):
+        attach_conversions(each, optimizer)
+        attach_saving(each)
     attach_phases(model, optimizer.lifecycle.enter_phase)
     attach_response_times(model, optimizer.figures.responses)  # last: around all that the others do
     if identity is not None:

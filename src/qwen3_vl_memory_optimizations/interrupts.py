@@ -20,6 +20,8 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+from .errors import TensorFreedError
+
 _POLL_S = 0.1
 _SIGNALS = tuple(sorted(signum for signum in signal.valid_signals() if signum < 32))
 """Those above are for real-time programs; each one more takes time in each pass."""
@@ -141,24 +143,61 @@ class deferrable:  # noqa: N801  (used as a block)
             shield.let_through()  # what a finalizer left
 
 
+class OtherProcess:
+    """Takes the place of a lock in a forked process, where whoever had it, and the threads that serve it, are not."""
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        """Refuse; a finalizer, which does not block, is told that somebody else has it."""
+        if not blocking:
+            return False
+        raise TensorFreedError(
+            "this process was forked from the one that loaded the model, which has the threads and files that its "
+            "weights need; load the model in this process, or start it with the method 'spawn'"
+        )
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing was taken."""
+
+
+locks_of_this_process: weakref.WeakSet[Any] = weakref.WeakSet()
+"""What has an attribute `_lock` that is of no use in a forked process."""
+
+
+def _refuse_in_child() -> None:
+    for each in list(locks_of_this_process):
+        each._lock = OtherProcess()
+    locks_of_this_process.clear()
+
+
+os.register_at_fork(after_in_child=_refuse_in_child)
+
+
 class ShieldedLock:
     """A re-entrant lock whose blocks are blocks of the shield, so that what it guards is never half changed."""
 
-    __slots__ = ("_is_owned", "_lock", "_release_save")
+    __slots__ = ("__weakref__", "_is_owned", "_lock", "_release_save")
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._lock: Any = threading.RLock()
+        locks_of_this_process.add(self)
         # what `threading.Condition` asks of a lock that may be held several times
         self._is_owned: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined]
         self._release_save: Callable[[], Any] = self._lock._release_save  # type: ignore[attr-defined]
 
     @property
     def _acquire_restore(self) -> Callable[[Any], None]:
-        return self._lock._acquire_restore  # type: ignore[attr-defined]
+        return self._lock._acquire_restore
 
     def __enter__(self) -> bool:
         shield.__enter__()
-        return self._lock.acquire()
+        try:
+            return self._lock.acquire()
+        except BaseException:  # `OtherProcess`
+            shield.leave_quietly()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

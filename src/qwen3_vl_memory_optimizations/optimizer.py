@@ -499,6 +499,8 @@ def _close_open() -> None:
 
 
 def _forget_open() -> None:
+    for optimizer in list(_open):
+        optimizer._parts.closed = True
     _open.clear()
     _closing.clear()
 

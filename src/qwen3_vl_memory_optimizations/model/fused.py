@@ -3,8 +3,8 @@
 A token of a small model spends a third of its time between the products of weights. Here q, k and v are one product, so
 are gate and up (see `paging.joined`), their heads are normalised and rotated together, and results are written in place
 where nobody else sees them. The modules, their parameters and their hooks stay those of transformers; a layer of which
-a part was replaced or carries hooks (`output_attentions`, a user's own) runs as transformers wrote it. Results differ
-from it by rounding.
+a part was replaced or carries hooks (`output_attentions`, a user's own), or through which gradients go, runs as
+transformers wrote it. Results differ from it by rounding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..paging import linear_joined
+from ..paging import linear_joined, runs_as_written
 
 _PARTS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
 
@@ -103,7 +103,7 @@ def _forward(
     **kwargs: Any,
 ) -> torch.Tensor:
     fused: _FusedLayer = layer._fused
-    if fused.changed():
+    if fused.changed() or runs_as_written(layer, hidden_states):
         return type(layer).forward(
             layer,
             hidden_states,

@@ -119,12 +119,16 @@ class Generation:
         if hasattr(self._model, "_prefill"):
             self._model._prefill = self._timed(self._model._prefill)
 
+    def is_running(self) -> bool:
+        """Whether the calling thread is in a `generate` of the model."""
+        return getattr(self._local, "active", False)
+
     def _around(self, plain: Any) -> Any:
         signature = inspect.signature(plain)
 
         @functools.wraps(plain)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            if getattr(self._local, "active", False):
+            if self.is_running():
                 return plain(*args, **kwargs)
             with deferrable():
                 depth, session, has_session = self._turn.depth, self._session(), False

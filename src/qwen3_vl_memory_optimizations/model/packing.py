@@ -51,7 +51,7 @@ TORCH_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def segment_name(tensor_name: str, segment: str, is_first: bool) -> str:
@@ -229,7 +229,7 @@ def _write(source: Checkpoint, stored: Stored, plan: CompressionPlan | None, fin
             if paged:
                 rows = rows_per_page(segment.shape, segment.dtype.itemsize, codec.row_block(tuple(extent.shape)))
                 page_bytes = rows * columns_of(segment.shape) * segment.dtype.itemsize
-            dtype = _SAFETENSORS_DTYPES[segment.dtype]
+            dtype = SAFETENSORS_DTYPES[segment.dtype]
             shape = segment.shape if codec.name != "none" else tuple(extent.shape)
             entries.append(
                 PackedEntry(segment_name(name, segment.name, index == 0), dtype, shape, segment.n_bytes, page_bytes)

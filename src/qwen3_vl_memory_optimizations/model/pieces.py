@@ -42,7 +42,8 @@ class PieceRunner:
         model: of transformers.
         make_cache: returns an empty cache, for a call without one; `None`: the prompt runs whole.
         choose: given the arguments of a forward, its tokens per sequence, how many sequences, the tokens in the cache
-            of each, and whether it has to run whole, sets memory aside and returns how many tokens a piece has.
+            of each, whether it has to run whole, and whether gradients are to be computed, sets memory aside and
+            returns how many tokens a piece has.
         turn: held meanwhile.
 
     Attributes:
@@ -82,12 +83,20 @@ class PieceRunner:
         given = {**bound, **bound.get("kwargs", {})}
         given.pop("kwargs", None)
         batch, length, past = forward_size((), given)
-        whole = not self._can_cut(given)
-        piece = self._choose(given, length, batch, past, whole=whole)
+        trains = self._trains(given)
+        whole = trains or not self._can_cut(given)
+        piece = self._choose(given, length, batch, past, whole=whole, trains=trains)
         skipped, self.skipped = self.skipped, {}
         if whole or (length <= piece and not skipped):
             return self._plain(*args, **kwargs)
         return self._in_pieces(given, length, min(piece, length), past, skipped)
+
+    def _trains(self, given: Mapping[str, Any]) -> bool:
+        """Whether gradients are to be computed: all that they need of all tokens stays."""
+        if not torch.is_grad_enabled():
+            return False
+        inputs = (value for value in given.values() if isinstance(value, torch.Tensor))
+        return any(value.requires_grad for value in (*inputs, *self._model.parameters()))
 
     def _can_cut(self, given: Mapping[str, Any]) -> bool:
         mask = given.get("attention_mask")
@@ -142,6 +151,9 @@ class PieceRunner:
         assert result is not None
         if len(logits) > 1:
             result.logits = torch.cat(logits, dim=1)
+        for modality, output in encoded.items():
+            if hasattr(result, f"{modality}_outputs"):  # else of the last piece alone
+                result[f"{modality}_outputs"] = output
         if not keeps:
             result[self._cache_name] = None
         return result.to_tuple() if as_tuple else result

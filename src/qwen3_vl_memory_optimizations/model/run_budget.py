@@ -154,7 +154,16 @@ class RunBudget:
 
     # --- before each pass ---------------------------------------------------------------------------------------------
 
-    def choose(self, given: Mapping[str, Any], length: int, batch: int, past: int, *, whole: bool = False) -> int:
+    def choose(
+        self,
+        given: Mapping[str, Any],
+        length: int,
+        batch: int,
+        past: int,
+        *,
+        whole: bool = False,
+        trains: bool = False,
+    ) -> int:
         """Set memory aside for a pass, and return how many of its tokens to take at a time.
 
         Args:
@@ -163,6 +172,7 @@ class RunBudget:
             batch: how many sequences.
             past: tokens of each in the cache.
             whole: it cannot be cut.
+            trains: gradients are to be computed, so that what each layer computed stays.
 
         Raises:
             MemoryBudgetExceeded: even the smallest piece does not fit.
@@ -192,9 +202,12 @@ class RunBudget:
             found = text_bytes(config, logit_rows=rows, cached_tokens=past + length, masked=masked, **sizes)
             if foreign or (not cached and n == length):  # transformers keeps its keys and values
                 found += whole_prompt_bytes(config, cached_tokens=batch * past, **sizes)
+            if trains:
+                layer_bytes = text_bytes(config, logit_rows=0, tokens=batch * n, itemsize=self._itemsize)
+                found += self._kept_bytes(layer_bytes, batch * n)
             return max(found, vision) + features
 
-        if length <= FEW_TOKENS and not patches:
+        if length <= FEW_TOKENS and not patches and not trains:
             self._reserve(with_heap(peak(length)))
             return length
         free = optimizer.free_for_activations() - STREAMED_BYTES
@@ -207,6 +220,13 @@ class RunBudget:
         chosen = fitting or sizes[-1]
         self._reserve(with_heap(peak(chosen)))
         return chosen
+
+    def _kept_bytes(self, layer_bytes: int, tokens: int) -> int:
+        """Return what stays of all layers for their gradients, of each about what it takes while it runs."""
+        text = self._model.config.get_text_config()
+        if getattr(self._model, "is_gradient_checkpointing", False) and self._model.training:
+            layer_bytes = tokens * int(text.hidden_size) * self._itemsize
+        return int(text.num_hidden_layers) * layer_bytes
 
     def _is_foreign(self, given: Mapping[str, Any]) -> bool:
         cache = self._cache_of(given)

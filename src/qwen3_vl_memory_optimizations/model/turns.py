@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from collections import deque
 from types import TracebackType
+from typing import Any
 
-from ..interrupts import shield, wait_for
+from ..interrupts import locks_of_this_process, shield, wait_for
 
 
 class Turns:
@@ -17,7 +18,8 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock: Any = threading.Lock()
+        locks_of_this_process.add(self)
         self._waiting: deque[threading.Event] = deque()
         self._owner: int | None = None
         self._depth = 0

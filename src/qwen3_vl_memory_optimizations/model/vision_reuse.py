@@ -20,6 +20,7 @@ from .identity import Identity, ModelIdentity
 _KIND = "vision"
 _HARMLESS = ("return_dict", "use_cache")
 """Arguments that do not change the features; with any other the tower is asked."""
+_MORE = ("output_hidden_states", "output_attentions")
 
 
 def attach_vision_reuse(
@@ -30,8 +31,9 @@ def attach_vision_reuse(
     `reserve` is called with the bytes of the features of a call before they are looked up: reading an entry takes as
     much again.
 
-    The method `get_image_features` of the inner model is replaced, which images and videos of `forward` and `generate`
-    go through. On a hit `last_hidden_state` (of the patches, ahead of the merger) is `None`: no model uses it.
+    The method `get_image_features` of the inner model is replaced, which images and videos of `generate` go through.
+    What the tower gives besides features (the states of the patches, ahead of the merger) is not kept: the outputs of
+    `forward`, and of the method itself, would lack it, so outside `generate` (see `wanted`) images are encoded.
     """
     base = getattr(model, "model", None)
     visual, plain = getattr(base, "visual", None), getattr(base, "get_image_features", None)
@@ -45,12 +47,21 @@ def attach_vision_reuse(
         given = {**dict(zip(parameters, args, strict=False)), **kwargs}
         pixels, grids = given.pop("pixel_values", None), given.pop("image_grid_thw", None)
         unusual = any(value is not None for name, value in given.items() if name not in _HARMLESS)
-        if pixels is None or grids is None or unusual or not given.get("return_dict", True):
+        if pixels is None or grids is None or unusual or not reuse.wanted() or _asks_for_more(base, given):
             return plain(*args, **kwargs)
         return reuse.features(plain, pixels, grids, given)
 
     model.model.get_image_features = get_image_features
     return reuse
+
+
+def _asks_for_more(base: Any, given: dict[str, Any]) -> bool:
+    """Whether a call, or the configuration where it says nothing, wants a tuple, or what is not kept."""
+    as_dict = given.get("return_dict")
+    as_dict = getattr(base.config, "return_dict", True) if as_dict is None else as_dict
+    return not as_dict or any(
+        getattr(config, name, False) for config in (base.config, base.visual.config) for name in _MORE
+    )
 
 
 class VisionReuse:
@@ -61,12 +72,16 @@ class VisionReuse:
         cache: where features are kept.
         identity: of the model.
         reserve: sets memory aside for features.
+
+    Attributes:
+        wanted: says whether features alone will do now.
     """
 
     def __init__(
         self, base: Any, cache: HierarchicalCacheSystem, identity: ModelIdentity, reserve: Callable[[int], None]
     ) -> None:
         self._base, self._cache, self._identity, self._reserve = base, cache, identity, reserve
+        self.wanted: Callable[[], bool] = lambda: True
 
     def keys(self, pixels: torch.Tensor, grids: torch.Tensor) -> list[str] | None:
         """Return the key of each image, or `None` where features must not be kept.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..paging import whole_linears
+from ..paging import runs_as_written, whole_linears
 
 STEP_ROWS = 1024
 """Fewer would be slower: weights are read from memory once a step."""
@@ -49,7 +49,7 @@ def _changed(part: nn.Module) -> bool:
 
 def _mlp(mlp: Any, hidden_state: torch.Tensor) -> torch.Tensor:
     steps = _steps(hidden_state)
-    if len(steps) == 1 or _changed(mlp):
+    if len(steps) == 1 or _changed(mlp) or runs_as_written(mlp, hidden_state):
         return type(mlp).forward(mlp, hidden_state)
     out = torch.empty_like(hidden_state)
     with whole_linears((mlp.linear_fc1, mlp.linear_fc2)) as products:
@@ -75,7 +75,7 @@ def _attention(
     steps = _steps(hidden_states)
     name = attention.config._attn_implementation
     unusual = position_embeddings is None or name != "sdpa"
-    if len(steps) == 1 or unusual or _changed(attention):
+    if len(steps) == 1 or unusual or _changed(attention) or runs_as_written(attention, hidden_states):
         return type(attention).forward(attention, hidden_states, cu_seqlens, position_embeddings, **kwargs)
     length = hidden_states.shape[0]
     heads = attention.qkv(hidden_states).view(length, 3, attention.num_heads, -1)

@@ -5,6 +5,7 @@ from .audit import MemoryAudit
 from .blocks import Block, BlockSpace, Pinned, page_checksums, stored_bytes
 from .compaction import Compactor
 from .entry import PAGE_BYTES, FileSource, Page, PageState, TensorEntry, alias_memory
+from .frozen import runs_as_written
 from .joined import JoinedEntries, join
 from .ledger import PROCESS, TENSORS, Ledger
 from .managed_tensor import ManagedTensor, linear_joined, whole_linears
@@ -42,6 +43,7 @@ __all__ = [
     "join",
     "linear_joined",
     "page_checksums",
+    "runs_as_written",
     "stored_bytes",
     "whole_linears",
 ]

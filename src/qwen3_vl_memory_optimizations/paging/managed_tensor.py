@@ -7,6 +7,7 @@ and then a view keeps them pinned for as long as it lives.
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,9 +20,13 @@ from torch import nn
 from torch.utils import _pytree
 
 from ..compression import RawCodec, columns_of
+from ..errors import ConfigurationError
 from ..interrupts import shield
 from .entry import PageState, TensorEntry
+from .frozen import frozen_linear, tracks
+from .ledger import PROCESS
 from .pager import Pager
+from .products import Products
 
 _Tensor = torch.Tensor
 
@@ -32,8 +37,8 @@ _METADATA_ATTRIBUTES = (
     "is_maia _version _base output_nr retains_grad _backward_hooks"
 ).split()
 _METADATA_METHODS = (
-    "size dim numel nelement stride element_size is_floating_point is_complex is_contiguous storage_offset __len__ "
-    "requires_grad_ is_pinned get_device is_inference is_signed is_conj is_neg ndimension is_shared"
+    "size dim numel nelement stride element_size is_floating_point is_complex storage_offset __len__ "
+    "is_pinned get_device is_inference is_signed is_conj is_neg ndimension is_shared"
 ).split()
 _METADATA = {
     *(getattr(_Tensor, name).__get__ for name in _METADATA_ATTRIBUTES if hasattr(_Tensor, name)),
@@ -42,6 +47,8 @@ _METADATA = {
     torch.is_complex,
     torch.numel,
 }
+_COPIES = "copies of weights"
+_FREEZES = {_Tensor.requires_grad_, _Tensor.requires_grad.__set__}  # type: ignore[attr-defined]
 _ITSELF = {_Tensor.detach, _Tensor.data.__get__, torch.detach}  # type: ignore[attr-defined]
 
 
@@ -112,6 +119,14 @@ class ManagedTensor(torch.Tensor):
             result = _embedding(*args, **kwargs)
         elif func in _ITSELF and len(args) == 1 and not kwargs:
             return args[0]
+        elif func in _FREEZES and isinstance(args[0], ManagedTensor):
+            return _require_frozen(func, *args, **kwargs)
+        elif func is _Tensor.data_ptr and isinstance(args[0], ManagedTensor):
+            return args[0].entry.address if args[0]._has_no_bytes() else _plain(args[0]).data_ptr()
+        elif func is _Tensor.untyped_storage and isinstance(args[0], ManagedTensor) and args[0]._has_no_bytes():
+            return args[0].entry.lease()[0].untyped_storage()  # only its address says something
+        elif func is _Tensor.is_contiguous and isinstance(args[0], ManagedTensor) and args[0]._has_no_bytes():
+            return False
         elif func is _Tensor.contiguous and isinstance(args[0], ManagedTensor):
             return args[0].decoded()  # safetensors asks for the address of what this gives, and reads there later
         elif func in _METADATA:
@@ -132,12 +147,70 @@ class ManagedTensor(torch.Tensor):
         """Answer operations that torch starts below its Python interface; there is no encoded form of them."""
         return _run_decoded(func, args, kwargs or {})
 
+    def convert_(self, dtype: torch.dtype) -> None:
+        """Be seen in another dtype from now on; the encoded form stays as it is."""
+        with torch._C.DisableTorchFunctionSubclass():
+            self.data = torch.Tensor._make_wrapper_subclass(ManagedTensor, self.entry.shape, dtype=dtype)
+        self.entry.dtype = dtype
+
+    def row_parts(self) -> Iterator[torch.Tensor]:
+        """Yield the values, some rows at a time; each part is valid until the next is asked for."""
+        if self.entry.rows_per_page is None:
+            yield self.decoded()
+            return
+        for _, rows in self.pager.products.decoded_parts(self.entry, self.dtype):
+            yield rows.view(-1, *self.shape[1:])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        """Return a plain copy with the values: a frozen parameter of a weight."""
+        if id(self) not in memo:
+            copied = self._copied()
+            memo[id(self)] = nn.Parameter(copied, requires_grad=False) if self.kind == "weights" else copied
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Be pickled as a plain tensor with the values."""
+        return self._copied().__reduce_ex__(protocol)
+
+    def _has_no_bytes(self) -> bool:
+        """Whether its values are nowhere to be read: they are encoded, or may leave memory.
+
+        Its address still tells it from others (PEFT compares them). It says that it is not contiguous, and is made so
+        before it is read: safetensors would save what happens to lie there.
+        """
+        entry = self.entry
+        return bool(entry.pages) and (not isinstance(entry.codec, RawCodec) or self.pager.ledger.limited)
+
+    def _copied(self) -> torch.Tensor:
+        """Return a plain copy with the values, counted while anybody holds it."""
+        n_bytes = self.nbytes
+        self.pager.debit(_COPIES, n_bytes, PROCESS)
+        buffer = (ctypes.c_uint8 * n_bytes)()
+        weakref.finalize(buffer, self.pager.debit_later, _COPIES, -n_bytes, PROCESS).atexit = False
+        whole = torch.frombuffer(buffer, dtype=torch.uint8) if n_bytes else torch.empty(0, dtype=torch.uint8)
+        copied, start = whole.view(self.dtype).view(self.shape), 0
+        for part in self.row_parts():
+            if part.shape == copied.shape:
+                return copied.copy_(part)
+            copied[start : start + len(part)] = part
+            start += len(part)
+        return copied
+
     def decoded(self) -> torch.Tensor:
         """Return a plain tensor with the values: the bytes themselves (pinned while it lives) or a decoded copy."""
         plain = _plain(self)
         if self.entry.holds(_address(plain)):
             self.entry.mark_aliased()  # the caller may write to it
         return plain
+
+
+def _require_frozen(func: Callable[..., Any], weight: ManagedTensor, requires_grad: bool = True) -> Any:
+    if requires_grad:
+        raise ConfigurationError(
+            f"{weight.tensor_id}: managed weights are frozen, no gradient is computed for them; train an adapter "
+            "(LoRA), or load the model with transformers"
+        )
+    return weight if func is _Tensor.requires_grad_ else None
 
 
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
@@ -147,7 +220,16 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         return NotImplemented
     if type(bias) is ManagedTensor:
         bias = _plain(bias)
-    return weight.pager.products.linear(weight.entry, input, bias)
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        with torch.autocast("cpu", enabled=False):
+            return _product_of(weight, input.to(dtype), None if bias is None else bias.to(dtype))
+    return _product_of(weight, input, bias)
+
+
+def _product_of(weight: ManagedTensor, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    products = weight.pager.products
+    return (frozen_linear if tracks(x, bias) else Products.linear)(products, weight.entry, x, bias)
 
 
 def linear_joined(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:

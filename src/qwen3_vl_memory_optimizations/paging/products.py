@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from ..compression import LinearInput, Scratch
+from ..compression import LinearInput, Scratch, columns_of
 from ..interrupts import shield
 from ..pools import FramePool
 from .access import Access
@@ -51,6 +51,33 @@ class Products:
             else:
                 out = self._linear_in_ranges(entry, left, bias)
         return out if x.dim() == 2 else out.view(*x.shape[:-1], entry.rows)
+
+    def linear_transposed(self, entry: TensorEntry, grad: torch.Tensor) -> torch.Tensor:
+        """Return `grad @ W` for `[..., rows]`, in its dtype: the gradient of what `linear` was given, `[..., columns]`.
+
+        W is decoded some rows at a time as they become resident; the sum is in fp32, or fp64 for a `grad` in it.
+        """
+        columns, dtype = columns_of(entry.shape), grad.dtype
+        grad2d = grad.reshape(-1, entry.rows)
+        sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        out = torch.zeros((grad2d.shape[0], columns), dtype=sum_dtype)
+        with shield:
+            for start, rows in self.decoded_parts(entry, sum_dtype):
+                out.addmm_(grad2d[:, start : start + len(rows)].to(sum_dtype), rows)
+        return out.to(dtype).view(*grad.shape[:-1], columns)
+
+    def decoded_parts(self, entry: TensorEntry, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield all rows, some at a time: the number of the first, and their values `[n, columns]` in a workspace.
+
+        They are valid until the next are asked for.
+        """
+        columns, block = columns_of(entry.shape), entry.codec.row_block(entry.shape)
+        step = max(1, self._scratch().slot_bytes // (columns * dtype.itemsize) // block) * block
+        for first, last in self._access.row_ranges(entry):
+            for start in range(first, last, step):
+                stop = min(start + step, last)
+                rows = self._scratch().get("decoded", (stop - start, columns), dtype)
+                yield start, entry.codec.decode(entry.encoded(start, stop), rows)
 
     def linear_joined(self, entries: Sequence[TensorEntry], x: torch.Tensor) -> torch.Tensor:
         """Return `x @ W.T` for the rows of several tensors, one after the other: one product where they are joined.

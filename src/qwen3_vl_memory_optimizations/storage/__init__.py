@@ -8,7 +8,7 @@ from .disks import disks_first, memory_file_system, swap_candidates
 from .io_queue import BACKGROUND, DEMAND, PREFETCH, IOQueue, Ticket
 from .packed import PackedEntry, PackedLayout, PackedWriter, pack_lock
 from .probe import measure_read_bandwidth, measure_scratch_bandwidth
-from .safetensors_file import SafetensorsHeader, TensorExtent, read_header
+from .safetensors_file import SafetensorsHeader, TensorExtent, read_header, write_header
 from .swap_file import SwapFile
 
 __all__ = [
@@ -41,4 +41,5 @@ __all__ = [
     "page_count",
     "read_header",
     "swap_candidates",
+    "write_header",
 ]

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,23 @@ def read_header(path: str | Path) -> SafetensorsHeader:
     if FORMAT_KEY in metadata:
         extents = _with_checksums(path, extents, metadata)
     return SafetensorsHeader(path, data_start, {extent.name: extent for extent in extents}, metadata)
+
+
+def write_header(tensors: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
+    """Return the head of a safetensors file whose tensors follow one another.
+
+    Args:
+        tensors: name -> dtype as the format names it, shape, bytes; in the order of the file.
+        metadata: texts to store.
+    """
+    fields: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape, n_bytes) in tensors.items():
+        start, end = end, end + n_bytes
+        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:

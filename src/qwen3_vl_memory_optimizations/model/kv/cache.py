@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
 from ...compression import KernelSelector, create_kv_codec
 from ...paging import Block, BlockSpace, Pager
@@ -29,8 +29,10 @@ def _kernels() -> KernelSelector:
     return KernelSelector()
 
 
-class ManagedKVCache(Cache):
+class ManagedKVCache(DynamicCache):
     """A KV cache in blocks, within the budget of a Pager. `generate` of an optimized model makes one unasked.
+
+    It grows as the `DynamicCache` of transformers does, in whose place it stands, and shares nothing else with it.
 
     Args:
         config: of the text model, or one that has it.
@@ -60,7 +62,7 @@ class ManagedKVCache(Cache):
         self.space = BlockSpace(pager)
         self.keeps_all = self.codec.lossless and not self.space.moves if keeps_all is None else keeps_all
         layers = [ManagedKVLayer(self, index) for index in range(self.config.num_hidden_layers)]
-        super().__init__(layers=layers)
+        Cache.__init__(self, layers=layers)
 
     @property
     def attends_over_blocks(self) -> bool:
