@@ -17,7 +17,7 @@ from PIL import Image
 
 from qwen3_vl_memory_optimizations import InputError, MemoryBudgetExceeded, create_optimized_model
 from qwen3_vl_memory_optimizations.model.admission import prepare_within_budget
-from qwen3_vl_memory_optimizations.model.images import listed, load_image, open_image
+from qwen3_vl_memory_optimizations.model.images import fetched, listed, load_image, open_image
 from qwen3_vl_memory_optimizations.model.media import FrameSampling, load_video
 from qwen3_vl_memory_optimizations.model.processing import load_processor
 from qwen3_vl_memory_optimizations.process import rss_bytes
@@ -94,6 +94,8 @@ def test_an_address_is_fetched_only_when_asked(tmp_path, processor):
         with pytest.raises(InputError, match="fetched only when asked"):
             open_image(address, 1)
         assert np.array_equal(np.asarray(open_image(address, 1, fetch=True).decode()), PIXELS)
+        assert fetched(address) == (tmp_path / "a.png").read_bytes()
+        assert fetched(str(tmp_path / "a.png")) == str(tmp_path / "a.png")
         with pytest.raises(InputError, match="cannot be fetched"):
             open_image(address.replace("a.png", "b.png"), 1, fetch=True)
     finally:
@@ -220,6 +222,23 @@ def test_frames_of_any_pace_have_their_own_times(tmp_path):
             container.mux(packet)
     frames = load_video(path, FrameSampling(), lambda n, height, width: (64, 64))
     assert frames.seconds == pytest.approx([0, 0.1, 0.2, 5.0], abs=0.02)
+
+
+def test_a_film_is_turned_as_its_display_matrix_says(tmp_path):
+    av = pytest.importorskip("av")
+    lying = np.zeros((32, 64, 3), dtype=np.uint8)
+    lying[:, :32] = 255
+    with av.open(str(tmp_path / "phone.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        if not hasattr(stream, "set_display_rotation"):
+            pytest.skip("this version of av writes no display matrix")
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        stream.set_display_rotation(90)  # counter-clockwise: what was left is below
+        for packet in [*stream.encode(av.VideoFrame.from_ndarray(lying, format="rgb24")), *stream.encode()]:
+            container.mux(packet)
+    upright = np.asarray(load_video(tmp_path / "phone.mp4", FrameSampling(), lambda n, h, w: (h, w)).images[0])
+    assert upright.shape == (64, 32, 3)
+    assert upright[:24].mean() < 8 and upright[40:].mean() > 247
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

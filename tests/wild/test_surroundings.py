@@ -70,3 +70,15 @@ def test_ctrl_c_while_the_program_is_imported(tmp_path):
     (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
     done = run("--version", env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"})
     assert (done.returncode, done.stderr) == (130, "stopped\n")
+
+
+def test_a_budget_above_that_of_the_group_is_lowered_to_it(monkeypatch, caplog):
+    from qwen3_vl_memory_optimizations import profiles
+    from qwen3_vl_memory_optimizations.process import GroupMemory
+
+    group = GroupMemory(limit_bytes=2_000_000_000, used_bytes=0, cached_bytes=0, droppable_bytes=0)
+    monkeypatch.setattr(profiles.choice, "limiting_groups", lambda: iter([group]))
+    assert profiles.configure({"ram_budget": "4GB"}).ram_budget == 2_000_000_000
+    assert "above the 2 GB that the control group of this process allows" in caplog.text
+    assert profiles.configure({"ram_budget": "1GB"}).ram_budget == 1_000_000_000
+    assert profiles.configure({}).ram_budget is None

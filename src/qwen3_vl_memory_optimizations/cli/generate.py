@@ -39,8 +39,10 @@ def generate(
     model: Annotated[str, typer.Argument(help="A checkpoint directory, or a model id of the hub.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
     image: Annotated[
-        list[Path] | None, typer.Option("--image", "-i", help="An image; may be given several times.")
+        list[str] | None,
+        typer.Option("--image", "-i", metavar="PATH", help="An image; may be given several times."),
     ] = None,
+    fetch: Annotated[bool, typer.Option("--fetch", help="Fetch images given as http(s) addresses.")] = False,
     video: Annotated[Path | None, typer.Option("--video", help="A video file, or a directory of frames.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="What the model is told to be.")] = None,
     ram_budget: RamBudgetOption = None,
@@ -122,11 +124,13 @@ def generate(
     from ..energy import Cost, EnergyMeter
     from ..factory import local_directory as local_directory
     from ..model.admission import prepare_within_budget
+    from ..model.images import fetched
     from ..model.processing import load_processor
 
     directory = local_directory(model)
     processor = load_processor(directory)
-    processor.check(prompt, image or [], video, system, max_pixels=max_pixels)
+    images = [fetched(each) if fetch else each for each in image or []]
+    processor.check(prompt, images, video, system, max_pixels=max_pixels)
     with progress_bar(quiet=as_json) as progress:
         optimized = create_optimized_model(directory, memory_config=config, assistant=assistant, progress=progress)
     optimizer = optimized.memory_optimizer
@@ -139,7 +143,7 @@ def generate(
             watched(optimizer, dashboard=dashboard, record=record, command="generate", model=Path(model).resolve().name)
         )
         inputs, notes = prepare_within_budget(
-            processor, optimized, prompt, image or [], video, system, max_pixels=max_pixels
+            processor, optimized, prompt, images, video, system, max_pixels=max_pixels
         )
     except BaseException:
         watching.close()

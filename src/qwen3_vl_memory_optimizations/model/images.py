@@ -239,7 +239,24 @@ def _of_address(address: str, name: str, fetch: bool) -> Any:
         except (binascii.Error, ValueError) as error:
             raise InputError(f"{name}: its data: address is not base64 ({error})") from None
     if not fetch:
-        raise InputError(f"{name} is an address on the network, which is fetched only when asked; download it first")
+        raise InputError(
+            f"{name} is an address on the network, which is fetched only when asked (--fetch, or fetch=True); or "
+            "download it first"
+        )
+    return _fetched(address, name)
+
+
+def fetched(source: str) -> str | bytes:
+    """Return the bytes behind an `http(s):` address (30 s and 200 MB at the most), and any other source as it is.
+
+    Raises:
+        InputError: they cannot be had.
+    """
+    is_address = source.lower().startswith(("http://", "https://")) and not Path(source).exists()
+    return _fetched(source, source[:_MOST_NAME]) if is_address else source
+
+
+def _fetched(address: str, name: str) -> bytes:
     try:
         with urllib.request.urlopen(address, timeout=_FETCH_TIMEOUT_S) as answer:
             data: bytes = answer.read(_MOST_FETCHED_BYTES + 1)

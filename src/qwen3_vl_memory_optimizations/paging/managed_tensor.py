@@ -179,7 +179,8 @@ class ManagedTensor(torch.Tensor):
         before it is read: safetensors would save what happens to lie there.
         """
         entry = self.entry
-        return bool(entry.pages) and (not isinstance(entry.codec, RawCodec) or self.pager.ledger.limited)
+        encoded = not isinstance(entry.codec, RawCodec)
+        return bool(entry.pages) and (encoded or (entry.kind == "weights" and self.pager.ledger.limited))
 
     def _copied(self) -> torch.Tensor:
         """Return a plain copy with the values, counted while anybody holds it."""

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import MemoryConfig
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, format_bytes
 from ..hardware import HardwareProfile, detect_hardware
+from ..process import limiting_groups
 from .profile import Condition, Profile, load_profile
 
 AUTO = "auto"
@@ -127,14 +128,15 @@ def configure(
         hardware: the machine; default: this one, with the storage of `cache_dir`.
 
     Returns:
-        A `MemoryConfig` whose own `profile` is `None`: it holds the settings now.
+        A `MemoryConfig` whose own `profile` is `None`: it holds the settings now. A `ram_budget` above the limit of
+        the control group of this process is lowered to it, with a warning.
 
     Raises:
         ConfigurationError: a bad setting, or see `choose`.
     """
     config = MemoryConfig.from_mapping(memory_config)
     if config.profile is None:
-        return config
+        return _within_group(config)
     choice = choose(config.profile, hardware, path=config.base_dir)
     given: Mapping[str, Any]
     if isinstance(memory_config, Mapping):
@@ -144,7 +146,22 @@ def configure(
         given = {key: value for key, (value, default) in values.items() if value != default}
     name = choice.chosen.profile.name
     logger.info("profile %s: %s", name, {key: value for key, value in choice.settings.items() if key not in given})
-    return MemoryConfig.from_mapping({**choice.settings, **given, "profile": None})
+    return _within_group(MemoryConfig.from_mapping({**choice.settings, **given, "profile": None}))
+
+
+def _within_group(config: MemoryConfig) -> MemoryConfig:
+    """Lower a budget for the process to what its control group allows: above that the kernel would end it."""
+    limit = min((group.limit_bytes for group in limiting_groups()), default=None)
+    if limit is None or config.ram_budget is None or config.ram_budget <= limit:
+        return config
+    logger.warning(
+        "ram_budget of %s is above the %s that the control group of this process allows (memory limit of a container "
+        "or service); %s are used: raise the limit of the group, or give no more",
+        format_bytes(config.ram_budget),
+        format_bytes(limit),
+        format_bytes(limit),
+    )
+    return dataclasses.replace(config, ram_budget=limit)
 
 
 def _files() -> dict[str, tuple[Path, bool]]:
