@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
 
 from qwen3_vl_memory_optimizations import CodecError
-from qwen3_vl_memory_optimizations.compression import Codec, KernelSelector, create_codec
+from qwen3_vl_memory_optimizations.compression import Codec, create_codec
 from qwen3_vl_memory_optimizations.compression.selection import CANDIDATES, admitted_cost, relative_error
 
 SORTS = ("low rank", "90 % zeros", "dense Gaussian", "outlier columns", "constant")
@@ -50,7 +49,7 @@ def exhaustive(
     costs = {}
     for name in CANDIDATES:
         try:
-            codec, seconds = seconds_of(create_codec(name, KernelSelector(time.thread_time)), matrix)
+            codec, seconds = seconds_of(create_codec(name), matrix)
             encoded = codec.encode(matrix)
         except CodecError:
             costs[name] = float("inf")

@@ -255,7 +255,7 @@ def _source_of(
         given = Checkpoint.open(local_directory(given))
     if isinstance(given, Checkpoint):
         _require_workable(config)
-        dtype = compute_dtype_of(given.config, dtype)
+        dtype = compute_dtype_of(given.config, dtype, config)
         return _Source(dtype, checkpoint=_packed_already(given, config), model_class=model_class)
     if isinstance(given, nn.Module):
         if any(is_offloaded(module) for module in given.modules()):
@@ -265,11 +265,12 @@ def _source_of(
         if hasattr(given, "memory_optimizer"):
             raise ConfigurationError("the model is optimized already")
         _require_workable(config)
-        return _Source(compute_dtype(str(getattr(given, "dtype", "")).removeprefix("torch."), dtype), given)
+        stored = str(getattr(given, "dtype", "")).removeprefix("torch.")
+        return _Source(compute_dtype(stored, dtype, config), given)
     if hasattr(given, "model_type") and hasattr(given, "to_dict"):
         _require_workable(config)
         stored = str(getattr(given, "dtype", None) or "float32").removeprefix("torch.")
-        dtype = compute_dtype(stored, dtype)
+        dtype = compute_dtype(stored, dtype, config)
         return _Source(dtype, skeleton_of(given, dtype), draws=True)
     raise ConfigurationError(
         f"{argument}: expected a directory, a hub id, a transformers configuration or a loaded model, not "

@@ -14,6 +14,7 @@ import platform
 import re
 import warnings
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,12 @@ def detect_hardware(path: str | os.PathLike[str] = ".", *, root: str | os.PathLi
         gpu=detect_gpu(),
         storage_type=_storage_type(base, Path(path)),
     )
+
+
+@lru_cache(maxsize=1)
+def cpu_model() -> str:
+    """Return the name of the processor."""
+    return _cpu_model(_read_cpuinfo(Path("/")))
 
 
 def _checked_hardware_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class OptimizedVisionEncoder(Qwen3VLVisionModel):
     def __init__(self, config: Any, memory_optimizer: MemoryOptimizer | None) -> None:
         whole = config if hasattr(config, "vision_config") else Qwen3VLConfig(vision_config=config)
         config = whole.vision_config
-        with _on_meta(config, config.dtype or whole.dtype) as fills:
+        with _on_meta(config, config.dtype or whole.dtype, getattr(memory_optimizer, "config", None)) as fills:
             super().__init__(config)
 
         def activation_bytes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -78,7 +78,7 @@ class OptimizedTextDecoder(Qwen3VLTextModel):
 
     def __init__(self, config: Any, memory_optimizer: MemoryOptimizer | None) -> None:
         whole, config = config, getattr(config, "text_config", config)
-        with _on_meta(config, config.dtype or whole.dtype) as fills:
+        with _on_meta(config, config.dtype or whole.dtype, getattr(memory_optimizer, "config", None)) as fills:
             super().__init__(config)
 
         def activation_bytes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -108,7 +108,7 @@ class OptimizedVisionLanguageModel(Qwen3VLForConditionalGeneration):
     def __init__(self, config: Any) -> None:
         if not isinstance(config, Qwen3VLConfig):
             raise ConfigurationError(f"config: expected a Qwen3VLConfig, got {type(config).__name__}")
-        with _on_meta(config, config.dtype) as fills:
+        with _on_meta(config, config.dtype, getattr(config, "memory_optimization_config", None)) as fills:
             super().__init__(config)
             self.model.visual = OptimizedVisionEncoder(config, None)
             self.model.language_model = OptimizedTextDecoder(config, None)
@@ -168,7 +168,9 @@ class OptimizedVisionLanguageModel(Qwen3VLForConditionalGeneration):
 
 
 @contextmanager
-def _on_meta(config: Any, stored: torch.dtype | None) -> Iterator[bool]:
+def _on_meta(
+    config: Any, stored: torch.dtype | None, memory_config: Mapping[str, Any] | MemoryConfig | None
+) -> Iterator[bool]:
     """Build without weights, in the dtype of the computation, which the configuration then says.
 
     Gives whether they are to be put in: not where a skeleton is under construction already.
@@ -176,7 +178,8 @@ def _on_meta(config: Any, stored: torch.dtype | None) -> Iterator[bool]:
     if torch.get_default_device().type == "meta":
         yield False
         return
-    dtype = compute_dtype(str(stored or torch.float32).removeprefix("torch."), None)
+    settings = MemoryConfig.from_mapping(memory_config)
+    dtype = compute_dtype(str(stored or torch.float32).removeprefix("torch."), None, settings)
     for each in (config, *(getattr(config, name) for name in config.sub_configs)):
         each.dtype = dtype
     before = torch.get_default_dtype()

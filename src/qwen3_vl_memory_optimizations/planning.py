@@ -104,7 +104,7 @@ def make_plan(
         ConfigurationError: `calibration` has nothing that the model takes.
     """
     report = progress or (lambda description, done, total: None)
-    dtype = compute_dtype_of(source.config, None)
+    dtype = compute_dtype_of(source.config, None, config)
     inputs, calibrated_on = _inputs(source, config, dtype, calibration, progress)
     speeds = codec_speeds(config) if source.total_bytes >= _WORTH_MEASURING_BYTES else None
     sites = [site for site in weight_sites(build_skeleton(source, dtype)) if site.managed]

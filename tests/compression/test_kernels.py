@@ -1,100 +1,109 @@
-"""Kernels are chosen by time."""
+"""The kernel of a product follows from its shape and dtype, and its bits from nothing else."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from qwen3_vl_memory_optimizations.compression import (
-    INT8Codec,
-    KernelSelector,
-)
-from qwen3_vl_memory_optimizations.compression.kernels import row_class
+from qwen3_vl_memory_optimizations.compression import Scratch, create_codec, int8_kernels, kernels, rotated
+from qwen3_vl_memory_optimizations.compression.int8_kernels import kernel_for
 
-from .contract import assert_snr, decoded, product
+from .contract import product
+
+BF16, FP32 = torch.bfloat16, torch.float32
 
 
-def iter_timer(durations):
-    """A clock that says each timed run took so many seconds, in turn."""
-    now, starting, left = 0.0, True, iter(durations)
+@pytest.fixture
+def machine(monkeypatch):
+    """Return a function that makes this machine another one."""
 
-    def timer():
-        nonlocal now, starting
-        if not starting:
-            now += next(left)
-        starting = not starting
-        return now
+    def become(bf16_cost, saturates):
+        monkeypatch.setattr(kernels._bf16_cost, "value", bf16_cost)
+        monkeypatch.setattr(int8_kernels, "int8_product_saturates", lambda: saturates)
 
-    return timer
+    return become
 
 
 @pytest.mark.parametrize(
-    ("exact", "rough", "chosen"),
+    ("bf16_cost", "saturates", "rows", "dtype", "expected"),
     [
-        ([50, 50, 50], [10, 10, 10], "rough"),
-        ([50, 50, 50], [48, 48, 48], "exact"),  # not faster by the margin
-        ([90, 90, 20], [50, 50, 50], "exact"),  # the best run counts
-        ([50, 50, 50], [90, 10, 90], "rough"),
+        (0.25, False, 1, BF16, "row"),
+        (0.25, False, 16, BF16, "packed"),
+        (0.25, False, 17, BF16, "split"),
+        (0.25, False, 127, BF16, "split"),
+        (0.25, False, 128, BF16, "decoded"),
+        (0.25, False, 128, FP32, "split"),
+        (1.25, False, 128, BF16, "split"),  # computes in bf16, to save memory
+        (3.8, True, 24, FP32, "packed"),
+        (3.8, True, 25, FP32, "split"),
+        (3.8, True, 1024, BF16, "split"),
     ],
 )
-def test_candidates_take_turns_and_the_fastest_stays(exact, rough, chosen):
-    warming_up = [999, 999]
-    turns = [seconds for pair in zip(exact, rough, strict=True) for seconds in pair]
-    selector = KernelSelector(timer=iter_timer(warming_up + turns))
-    calls = []
-
-    def kernel(name):
-        return lambda: calls.append(name) or torch.tensor(float(len(name)))
-
-    candidates = {"exact": kernel("exact"), "rough": kernel("rough")}
-    for turn in range(8):
-        assert not selector.choices() or not selector.choices()["key"].name
-        assert selector.run("key", candidates) == len(("exact", "rough")[turn % 2])
-    assert calls == ["exact", "rough"] * 4
-    selector.run("key", candidates)
-    assert calls[8:] == [chosen]
-    assert selector.choices()["key"].name == chosen
-    assert selector.choices()["key"].seconds == {"exact": min(exact), "rough": min(rough)}
+def test_the_kernel_of_an_int8_product(machine, bf16_cost, saturates, rows, dtype, expected):
+    machine(bf16_cost, saturates)
+    assert kernel_for(rows, 2048, dtype) == expected
 
 
-def test_a_choice_made_in_a_bad_moment_is_mended():
-    disturbed = [1, 1] + [9, 12] * 3  # the second candidate was slow while others ran
-    selector = KernelSelector(timer=iter_timer([*disturbed, 9, 5]))
-    candidates = {"exact": lambda: torch.tensor(0.0), "rough": lambda: torch.tensor(1.0)}
-    chosen = []
-    for _ in range(8 + 16):
-        selector.run("key", candidates)
-        chosen.append(selector.choices()["key"].name)
-    assert (chosen[8], chosen[-1]) == ("exact", "rough")
+def test_columns_that_torch_does_not_pack(machine):
+    machine(0.25, False)
+    assert [kernel_for(rows, 2056, BF16) for rows in (1, 2, 128)] == ["decoded", "split", "decoded"]
 
 
-def test_a_kernel_that_is_far_slower_is_not_tried_again():
-    selector = KernelSelector(timer=iter_timer([1, 1] + [9, 90] * 3 + [9] * 100))
-    calls = []
-    candidates = {"exact": lambda: torch.tensor(0.0), "rough": lambda: calls.append(1) or torch.tensor(1.0)}
-    for _ in range(200):
-        selector.run("key", candidates)
-    assert len(calls) == 4
+def test_the_first_figure_of_the_machine_stays(machine):
+    machine(None, False)
+    kernels.use_bf16_cost(1.9)
+    kernels.use_bf16_cost(2.1)
+    assert kernels.bf16_cost() == 1.9 and kernels.fastest_dtype() == BF16 and not kernels.has_native_bf16()
+    machine(2.0, False)
+    assert kernels.fastest_dtype() == FP32
 
 
-def test_times_are_compared_a_unit_of_work():
-    selector = KernelSelector(timer=iter_timer([1, 1] + [30, 20] * 3))
-    candidates = {"exact": lambda: torch.tensor(0.0), "rough": lambda: torch.tensor(1.0)}
-    for turn in range(8):
-        selector.run("key", candidates, work=(3, 1)[turn % 2])
-    assert selector.choices()["key"].name == "exact"
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("n_rows", [1, 2, 5, 16, 20, 40, 130])
+@pytest.mark.parametrize("name", ["int8", "int8_rotated", "int4"])
+def test_bits_depend_neither_on_ranges_nor_on_threads(name, n_rows, dtype):
+    """Ranges of rows are what is in memory; how many threads there are depends on other processes."""
+    codec = create_codec(name)
+    n, columns = (2112, 1024) if name == "int4" else (704, 1024)
+    generator = torch.Generator().manual_seed(n_rows)
+    encoded = codec.encode(torch.randn(n, columns, generator=generator))
+    x = torch.randn(n_rows, columns, generator=generator)
+    x[:, ::97] *= 20
+    x = x.to(dtype)
+    whole = product(codec, x, encoded)
+    block = codec.row_block((n, columns))
+    cuts = [*range(0, n, block), n] if block > 1 else [0, 16, 144, 272, n]
+    assert len(cuts) > 2
+    parts = [
+        product(codec, x, {key: segment[start:stop] for key, segment in encoded.items()})
+        for start, stop in zip(cuts, cuts[1:], strict=False)
+    ]
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(product(codec, x, encoded), whole)
+    finally:
+        torch.set_num_threads(n_threads)
 
 
-def test_rows_are_classed_by_powers_of_two():
-    assert [row_class(n) for n in (1, 2, 3, 5, 8, 9, 1000, 5000)] == [1, 2, 4, 8, 8, 16, 1024, 1024]
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("n", [20, 23])
+@pytest.mark.parametrize("n_rows", [1, 3])
+def test_ranges_that_torch_does_not_pack_have_the_bits_of_the_whole(n, n_rows, dtype):
+    codec, x = create_codec("int8"), torch.randn(n_rows, 256).to(dtype)
+    encoded = codec.encode(torch.randn(n, 256))
+    whole = product(codec, x, encoded)
+    for cut in (1, 2, 4, 8, 16, n - 1):
+        parts = [product(codec, x, {k: v[part] for k, v in encoded.items()}) for part in (slice(cut), slice(cut, n))]
+        assert torch.equal(torch.cat(parts, dim=1), whole), cut
 
 
-def test_a_choice_made_for_one_shape_is_not_forced_on_another():
-    """A last page of rows that 4 does not divide must not go to the packed kernel."""
-    codec = INT8Codec(KernelSelector(timer=iter_timer([9] * 3 + [1, 9, 9] * 30)))
-    weights = torch.randn(10, 64)
-    encoded = codec.encode(weights)
-    x = torch.randn(6, 64)
-    for rows in [slice(0, 8)] * 12 + [slice(8, 10)]:
-        part = {name: segment[rows] for name, segment in encoded.items()}
-        exact = F.linear(x.double(), decoded(codec, part, torch.float64))
-        assert_snr(exact, product(codec, x, part), 44, f"{rows}")
+@pytest.mark.parametrize("fast", [True, False])
+def test_one_rotated_row_is_multiplied_by_digits_where_that_is_fast(monkeypatch, fast):
+    monkeypatch.setattr(rotated, "has_fast_int8_row", lambda: fast)
+    codec = create_codec("int8_rotated")
+    for rows, digits in ((1, fast), (2, False), (5, True)):
+        x = rotated.RotatedInput(torch.randn(rows, 1024))
+        if x.digits is None:
+            pytest.skip("without VNNI there is no product of digits")
+        assert (codec._kernel(x) is rotated._digit_product) == digits
+        assert codec._kernel(x)(x, codec.encode(torch.randn(8, 1024)), Scratch()).shape == (rows, 8)

@@ -7,7 +7,6 @@ import torch
 
 from qwen3_vl_memory_optimizations import CodecError, ConfigurationError
 from qwen3_vl_memory_optimizations.compression import (
-    KernelSelector,
     KVBlock,
     Scratch,
     attend_plain,
@@ -70,16 +69,15 @@ def test_bytes_of_a_block_of_full_size(name, share):
 @pytest.mark.parametrize("rows", [1, 2, 7, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_is_that_over_the_decoded_blocks(name, rows, dtype):
-    codec = create_kv_codec(name, KernelSelector())
+    codec = create_kv_codec(name)
     pairs = [states(seed, dtype=dtype) for seed in range(3)]
     blocks = [encoded(codec, *pair) for pair in pairs]
     plain = [decoded(codec, block, pairs[0][0]) for block in blocks]
     query = torch.randn(HEADS, rows, SIZE, generator=torch.Generator().manual_seed(9)).to(dtype)
     keys, values = (torch.cat(parts, dim=1) for parts in zip(*plain, strict=True))
     exact = exact_attention(query, keys, values, 0.2)
-    for _ in range(45):  # kernels take turns before one is chosen
-        found = codec.attend(query, blocks, [None] * 3, 0.2, Scratch())
-        assert snr_db(exact, found.out) >= 38, snr_db(exact, found.out)
+    found = codec.attend(query, blocks, [None] * 3, 0.2, Scratch())
+    assert snr_db(exact, found.out) >= 38, snr_db(exact, found.out)
     sums = (query.double() @ keys.double().transpose(1, 2) * 0.2).logsumexp(-1)
     assert torch.allclose(found.log_sum.double(), sums, atol=0.03)
 

@@ -116,7 +116,7 @@ def test_a_registered_codec_is_a_setting_at_once(tmp_path):
     with pytest.raises(ConfigurationError, match=r"codec: 'mine' is not one of auto, .*int8.*did you mean"):
         load(tmp_path, codec="mine")
     assert not any(tmp_path.iterdir())
-    register_codec("mine", lambda kernels: Mine())
+    register_codec("mine", Mine)
     try:
         assert "mine" in codec_names()
         with load(tmp_path, codec="mine").memory_optimizer as optimizer:

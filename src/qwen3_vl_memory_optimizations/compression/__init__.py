@@ -4,7 +4,6 @@ from .base import ROW_MULTIPLE, Codec, LinearInput, Scratch, Segment, columns_of
 from .fp16 import FP16Codec
 from .int4 import INT4Codec
 from .int8 import INT8Codec
-from .kernels import KernelSelector
 from .kv import KV_CODECS, KVBlock, KVCodec, Partial, attend_causal, attend_plain, create_kv_codec, merge, merge_two
 from .log import DecodedSample, EncodingCounters, EncodingLog
 from .manager import (
@@ -41,7 +40,6 @@ __all__ = [
     "KVBlock",
     "KVCodec",
     "KV_CODECS",
-    "KernelSelector",
     "LinearInput",
     "MemoryCompressionManager",
     "Partial",

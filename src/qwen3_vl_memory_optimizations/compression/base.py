@@ -202,8 +202,11 @@ class Codec(ABC):
         """Return `x @ rows.T + bias` of shape `[M, n]` in the dtype of `x`; `bias` `[n]` is that of these rows."""
 
     def wants_whole(self, x: LinearInput) -> bool:
-        """Whether a product should have all rows of the weight at once where memory allows, to keep its bits."""
-        return False
+        """Whether a product should have all rows of the weight at once where memory allows, to keep its bits.
+
+        In fp32 with several rows: MKL on Intel chooses its kernel by the width of the matrix, bits included.
+        """
+        return x.rows > 1 and x.x2d.dtype == torch.float32
 
 
 def linear_in_steps(

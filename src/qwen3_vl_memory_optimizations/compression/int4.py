@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,14 +11,12 @@ import torch.nn.functional as F
 
 from ..errors import CodecError
 from .base import Codec, Encoded, LinearInput, Scratch, Segment, bf16_at_least, columns_of
-from .kernels import KernelSelector, row_class
 
 _LEVELS = 15
 _MIDDLE = 8
 _PARAMETER_BYTES = 4
 _BLOCK_BYTES = 2 << 20
 _MOST_PACKED_ROWS = 32
-_LEAST_DECODED_ROWS = 5
 LAYOUTS = (64, 32)
 """Rows that torch's kernel interleaves: 64 with AVX512, 32 with AVX2."""
 
@@ -35,7 +33,6 @@ class INT4Codec(Codec):
     most sensitive matrix, are stored with `fallback`. Shapes that do not divide are too.
 
     Args:
-        kernels: the measured choice of kernels, shared between codecs.
         group: columns that share a scale.
         layout: rows that are interleaved, 64 or 32; default: as the kernel of this machine wants them. Another
             machine decodes what it cannot multiply: right, and slower.
@@ -45,8 +42,7 @@ class INT4Codec(Codec):
     lossless = False
     fallback = "int8"
 
-    def __init__(self, kernels: KernelSelector | None = None, *, group: int = 64, layout: int | None = None) -> None:
-        self.kernels = kernels or KernelSelector()
+    def __init__(self, *, group: int = 64, layout: int | None = None) -> None:
         self.group = group
         self.layout = layout or kernel_layout() or LAYOUTS[0]
 
@@ -110,19 +106,16 @@ class INT4Codec(Codec):
         return out
 
     def linear(self, x: LinearInput, encoded: Encoded, bias: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
-        """Product on the encoded rows by the kernel that measures fastest for this number of rows."""
-        n, columns = encoded["data"].shape[0], x.x2d.shape[1]
-        candidates: dict[str, Callable[[], torch.Tensor]] = {}
+        """Few rows by torch's kernel, where its layout is that of the weight; else decoded."""
         if x.rows <= _MOST_PACKED_ROWS and self.layout == kernel_layout():
-            candidates["packed"] = lambda: self._packed_product(x, encoded)
-        if x.rows >= _LEAST_DECODED_ROWS or not candidates:
-            candidates["decoded"] = lambda: self._decoded_product(x, encoded, scratch)
-        if len(candidates) == 1:
-            product = next(iter(candidates.values()))()
+            product = self._packed_product(x, encoded)
         else:
-            key = (self.stored_name, row_class(x.rows), n.bit_length(), columns, x.x2d.dtype, *candidates)
-            product = self.kernels.run(key, candidates, work=n)
+            product = self._decoded_product(x, encoded, scratch)
         return product if bias is None else product.add_(bias)
+
+    def wants_whole(self, x: LinearInput) -> bool:
+        """Ranges are whole blocks, and each block is a product of its own."""
+        return False
 
     def _packed_product(self, x: LinearInput, encoded: Encoded) -> torch.Tensor:
         """Few rows: torch's weight-only kernel, which reads each byte once. It takes bf16 and sums in fp32."""

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
-from typing import ClassVar
-
 import torch
 
 from ..errors import CodecError
 from .base import Codec, Encoded, LinearInput, Scratch, Segment, bf16_at_least, columns_of
-from .int8_kernels import KERNELS, Kernel, candidates, dequantize
-from .kernels import KernelSelector, row_class
+from .int8_kernels import KERNELS, Kernel, dequantize, kernel_for
 
 _LEVELS = 127
 _BLOCK_ELEMENTS = 1 << 18
@@ -23,17 +18,10 @@ class INT8Codec(Codec):
     """One byte a weight; a fp32 scale and the integer sum of each row.
 
     The scale is rounded up to a bf16 value when it is chosen, so that kernels that take bf16 scales lose nothing.
-
-    Args:
-        kernels: the measured choice of kernels, shared between codecs.
     """
 
     name = "int8"
     lossless = False
-    kernel_functions: ClassVar[Mapping[str, Kernel]] = KERNELS
-
-    def __init__(self, kernels: KernelSelector | None = None) -> None:
-        self.kernels = kernels or KernelSelector()
 
     def supports(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
         """Floating-point tensors of two dimensions or more."""
@@ -78,20 +66,13 @@ class INT8Codec(Codec):
         return dequantize(encoded, out)
 
     def linear(self, x: LinearInput, encoded: Encoded, bias: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
-        """Product on the encoded rows by the kernel that measures fastest for this number of rows."""
-        n, k = encoded["data"].shape
-        names = self._candidates(x, n, k)
-        name: str | None = names[0]
-        if len(names) > 1:
-            key = (self.name, row_class(x.rows), n.bit_length(), k, x.given_dtype, names)
-            name = self.kernels.chosen(key)
-            if name is None:
-                kernels = {each: partial(self.kernel_functions[each], x, encoded, scratch) for each in names}
-                product = self.kernels.run(key, kernels, work=n)
-        if name is not None:
-            product = self.kernel_functions[name](x, encoded, scratch)
+        """Product on the encoded rows by the kernel for this number of rows of activations."""
+        product = self._kernel(x)(x, encoded, scratch)
         return product if bias is None else product.add_(bias)
 
-    def _candidates(self, x: LinearInput, n: int, k: int) -> tuple[str, ...]:
-        """Return the names of the kernels that can compute a product, in order of preference when speeds are close."""
-        return candidates(x.rows, n, k)
+    def wants_whole(self, x: LinearInput) -> bool:
+        """Any range of rows gives the same bits."""
+        return False
+
+    def _kernel(self, x: LinearInput) -> Kernel:
+        return KERNELS[kernel_for(*x.shape, x.given_dtype)]

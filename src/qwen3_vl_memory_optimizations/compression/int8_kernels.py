@@ -1,4 +1,4 @@
-"""The kernels that multiply activations by INT8 rows; which one is used is measured (see `KernelSelector`).
+"""The kernels that multiply activations by INT8 rows, and the rule which one does (`kernel_for`).
 
 Encoded rows have `data` int8 `[n, k]`, `scale` fp32 `[n]` and `row_sum` int32 `[n]`. Each kernel returns `[M, n]` in
 the dtype of the activations.
@@ -10,34 +10,36 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 
 from .base import Encoded, LinearInput, Scratch, linear_in_steps
-from .kernels import int8_product_saturates
+from .kernels import has_native_bf16, int8_product_saturates
 
 _BLOCK_ELEMENTS = 1 << 18
 _PACKED_COLUMNS = 32
 _PACKED_ROWS = 4
-_MOST_PACKED_ROWS = 32
-_LEAST_SPLIT_ROWS = 5
+_MOST_PACKED_ROWS, _MOST_PACKED_ROWS_SATURATING = 16, 24
+_LEAST_DECODED_ROWS = 128
 _FOLD = 2
 
 Kernel = Callable[[LinearInput, Encoded, Scratch], torch.Tensor]
 _Split = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-@lru_cache(maxsize=4096)
-def candidates(rows: int, n: int, k: int) -> tuple[str, ...]:
-    """Return the kernels that are right for any activations of so many rows, the one to prefer first."""
-    names = []
-    if rows <= _MOST_PACKED_ROWS and k % _PACKED_COLUMNS == 0 and n % _PACKED_ROWS == 0:
-        names.append("packed")
-        if rows == 1 and n % (_PACKED_ROWS * _FOLD) == 0:
-            names.append("folded")
-    if rows >= _LEAST_SPLIT_ROWS or not names:
-        names.append("decoded")
-    if rows >= _LEAST_SPLIT_ROWS:
-        names.append("split")
-    return tuple(names)
+def kernel_for(rows: int, columns: int, dtype: torch.dtype) -> str:
+    """Return the name of the kernel for `rows` activations of this dtype and a matrix of so many columns.
+
+    It does not depend on the rows of the matrix: a weight is multiplied whole or by ranges, as its pages are in memory,
+    and each kernel returns the same bits for a row of it in any range.
+    """
+    packs = columns % _PACKED_COLUMNS == 0
+    if rows == 1:
+        return "row" if packs else "decoded"
+    if packs and rows <= (_MOST_PACKED_ROWS_SATURATING if int8_product_saturates() else _MOST_PACKED_ROWS):
+        return "packed"
+    if dtype == torch.bfloat16 and rows >= _LEAST_DECODED_ROWS and has_native_bf16():
+        return "decoded"
+    return "split"
 
 
 def dequantize(encoded: Encoded, out: torch.Tensor) -> torch.Tensor:
@@ -58,31 +60,44 @@ def _decoded_product(x: LinearInput, encoded: Encoded, scratch: Scratch) -> torc
 
 
 def _packed_product(x: LinearInput, encoded: Encoded, scratch: Scratch) -> torch.Tensor:
-    """Few rows: torch's weight-only kernel, which reads each weight byte once. Its only fast form takes bf16.
-
-    Shapes it does not divide (32 columns, 4 rows) crash it; the caller checks.
-    """
+    """Few rows: torch's weight-only kernel, which reads each weight byte once. Its only fast form takes bf16."""
     activations = x.derived("bf16", lambda x2d: x2d.to(torch.bfloat16))
     assert isinstance(activations, torch.Tensor)
-    product = torch._weight_int8pack_mm(activations, encoded["data"], encoded["scale"].to(torch.bfloat16))
+    product = _weight_only(activations, encoded["data"], encoded["scale"].to(torch.bfloat16))
     return product.to(x.x2d.dtype)
 
 
-def _folded_product(x: LinearInput, encoded: Encoded, scratch: Scratch) -> torch.Tensor:
+def _row_product(x: LinearInput, encoded: Encoded, scratch: Scratch) -> torch.Tensor:
     """One row, by the same kernel, with the weight seen as `[n / 2, 2 k]` and the row as `[[x, 0], [0, x]]`.
 
     The kernel reads four rows of the weight side by side. In rows twice as long the processor's prefetcher, which
     starts anew with each, keeps up with the memory: 20 GB/s instead of 14 for k = 2048. The products with zeros cost
-    nothing while the memory is what limits. Scales differ inside a folded row, so they are applied afterwards.
+    nothing while the memory is what limits. Scales differ inside a folded row, so they are applied afterwards, also
+    where the rows do not fold: the sums are the same.
     """
     data, scale = encoded["data"], encoded["scale"]
     n, k = data.shape
-    folded = x.derived("folded", _fold)
-    assert isinstance(folded, torch.Tensor)
-    product = torch._weight_int8pack_mm(folded, data.view(n // _FOLD, _FOLD * k), _ones(n // _FOLD))
+    fold = _FOLD if n % (_PACKED_ROWS * _FOLD) == 0 else 1
+    row = x.derived("folded", _fold) if fold > 1 else x.derived("bf16", lambda x2d: x2d.to(torch.bfloat16))
+    assert isinstance(row, torch.Tensor)
+    product = _weight_only(row, data.view(n // fold, fold * k), _ones(n // fold))
     out = x.x2d.new_empty((1, n))
-    torch.mul(product.t(), scale.view(n // _FOLD, _FOLD), out=out.view(n // _FOLD, _FOLD))
+    torch.mul(product.t(), scale.view(n // fold, fold), out=out.view(n // fold, fold))
     return out
+
+
+def _weight_only(activations: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Call torch's kernel, which crashes on what is no multiple of 4 rows: the last ones get zeros for company."""
+    n = len(data)
+    rest = n % _PACKED_ROWS
+    if not rest:
+        return torch._weight_int8pack_mm(activations, data, scale)
+    added = _PACKED_ROWS - rest
+    last = F.pad(data[n - rest :], (0, 0, 0, added)), F.pad(scale[n - rest :], (0, added))
+    parts = [torch._weight_int8pack_mm(activations, *last)[:, :rest]]
+    if n > rest:
+        parts.insert(0, torch._weight_int8pack_mm(activations, data[: n - rest], scale[: n - rest]))
+    return torch.cat(parts, dim=1)
 
 
 def _fold(x2d: torch.Tensor) -> torch.Tensor:
@@ -179,8 +194,8 @@ def _seven_bits(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 KERNELS: dict[str, Kernel] = {
+    "row": _row_product,
     "packed": _packed_product,
-    "folded": _folded_product,
     "decoded": _decoded_product,
     "split": _split_product,
 }

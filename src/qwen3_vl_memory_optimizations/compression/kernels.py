@@ -1,138 +1,22 @@
-"""Which kernel computes a product: measured at first use, for each class of problem, on the machine at hand.
+"""What decides which kernel computes a product on this machine.
 
-No constant decides: which of torch's kernels is fastest depends on the instruction set, the number of rows and the
-shape (on AVX2, bf16 products lose to fp32; on AVX512-BF16 they win).
+Kernels round differently, so the one for a product follows from its shape and dtype and from the three properties of
+the machine below. Timing kernels on live products instead gave one input several answers
+(docs/adr/0018-kernels-by-rule.md).
 """
 
 from __future__ import annotations
 
 import math
-import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TypeVar
 
 import torch
 
-_Result = TypeVar("_Result")
-
-_LEAST_RUNS, _MOST_RUNS, _ENOUGH_S = 3, 20, 0.02
 _FINE_S = 1e-5
-_FIRST_RETRY, _WORTH_A_RETRY = 8, 4.0
 _CLOSE = 2.0
-_MARGIN = 0.95
-"""A kernel must take less than this share of the time of those before it in the order of preference to be chosen."""
-
-
-@dataclass(slots=True)
-class KernelChoice:
-    """The kernel chosen for one class of problems; empty while candidates are still being timed.
-
-    Attributes:
-        name: the chosen one.
-        seconds: the least that each candidate took a unit of work.
-        runs: how often each candidate was timed; its first run warms up and is not.
-        spent_s: the time of those runs.
-        calls: runs since the choice was made.
-    """
-
-    name: str = ""
-    seconds: dict[str, float] = field(default_factory=dict)
-    runs: dict[str, int] = field(default_factory=dict)
-    spent_s: dict[str, float] = field(default_factory=dict)
-    calls: int = 0
-
-    def settled(self, name: str) -> bool:
-        """Whether a candidate was timed enough: short runs are noisy, so there are more of them."""
-        return self.runs[name] >= _LEAST_RUNS and (self.spent_s[name] >= _ENOUGH_S or self.runs[name] >= _MOST_RUNS)
-
-
-class KernelSelector:
-    """Chooses among kernels by timing them for each class of problem, a few times each.
-
-    Candidates take turns on real work: no result is computed twice, and each one meets weights as they come from
-    memory. (Timed again and again on one weight they would find it in the cache, where other kernels win.) The first
-    runs fall into the pass that reads the weights and grows the heap, so one that came close is timed again at the
-    calls 8, 16, 32 and so on.
-
-    Args:
-        timer: a monotonic clock in seconds.
-    """
-
-    def __init__(self, timer: Callable[[], float] = time.perf_counter) -> None:
-        self._timer = timer
-        self._lock = threading.Lock()  # several threads may compute; none computes while it is held
-        self._choices: dict[Hashable, KernelChoice] = {}
-
-    def chosen(self, key: Hashable) -> str | None:
-        """Return the kernel chosen for `key` if it is to be used without being timed; otherwise call `run`."""
-        choice = self._choices.get(key)
-        if choice is None or not choice.name or _is_retry(choice.calls + 1):
-            return None
-        choice.calls += 1
-        return choice.name
-
-    def run(self, key: Hashable, candidates: Mapping[str, Callable[[], _Result]], work: float = 1.0) -> _Result:
-        """Run the kernel chosen for `key`, or, while none is, the candidate that was timed least.
-
-        Args:
-            key: the class of the problem (rows, columns, dtype...); candidates of one key have the same names.
-            candidates: name -> computation, in order of preference when speeds are close.
-            work: the size of this problem, in any unit that time grows with.
-        """
-        with self._lock:
-            choice = self._choices.get(key)
-            if choice is None:
-                choice = self._choices[key] = KernelChoice(
-                    runs=dict.fromkeys(candidates, -1), spent_s=dict.fromkeys(candidates, 0.0)
-                )
-            name, is_timed = choice.name, True
-            if not name:
-                unsettled = [each for each in candidates if not choice.settled(each)]
-                name = min(unsettled, key=choice.runs.__getitem__)
-            else:
-                choice.calls += 1
-                is_timed = _is_retry(choice.calls)
-                if is_timed:
-                    limit = _WORTH_A_RETRY * choice.seconds[name]
-                    close = [each for each in candidates if choice.seconds[each] <= limit]
-                    name = close[choice.calls.bit_length() % len(close)]
-        if not is_timed:
-            return candidates[name]()
-        start = self._timer()
-        result = candidates[name]()
-        seconds = self._timer() - start
-        with self._lock:
-            self._note(choice, name, candidates, seconds, work)
-        return result
-
-    @staticmethod
-    def _note(choice: KernelChoice, name: str, candidates: Iterable[str], seconds: float, work: float) -> None:
-        choice.runs[name] += 1
-        if choice.runs[name] > 0:
-            choice.spent_s[name] += seconds
-            choice.seconds[name] = min(seconds / work, choice.seconds.get(name, math.inf))
-        if all(choice.settled(candidate) for candidate in candidates):
-            chosen = ""
-            for candidate in candidates:
-                if not chosen or choice.seconds[candidate] < _MARGIN * choice.seconds[chosen]:
-                    chosen = candidate
-            choice.name = chosen
-
-    def choices(self) -> dict[Hashable, KernelChoice]:
-        """Return what was measured and chosen so far."""
-        return dict(self._choices)
-
-
-def _is_retry(calls: int) -> bool:
-    return calls >= _FIRST_RETRY and not calls & (calls - 1)
-
-
-def row_class(n_rows: int) -> int:
-    """Return the class of a number of rows: the next power of two, at most 1024."""
-    return min(1 << max(0, n_rows - 1).bit_length(), 1024)
+_NATIVE = 0.4
+"""AVX512-BF16 takes a quarter of the time of fp32, AVX512 without it 1.25 times, AVX2 3.8 times (measured)."""
 
 
 @lru_cache(maxsize=1)
@@ -148,16 +32,58 @@ def int8_product_saturates() -> bool:
 
 
 @lru_cache(maxsize=1)
+def has_fast_int8_row() -> bool:
+    """Whether one row times an INT8 matrix is fast as an integer product.
+
+    With AVX512 oneDNN reads the matrix up to three times as fast as torch's weight-only kernel does. With AVX2-VNNI it
+    takes more than twice as long.
+    """
+    return torch.backends.cpu.get_cpu_capability().upper().startswith("AVX512")
+
+
+class _Bf16Cost:
+    """The time of bf16 products in that of fp32 ones: measured at first use, unless it was kept by a process before."""
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+
+
+_bf16_cost = _Bf16Cost()
+
+
+def bf16_cost() -> float:
+    """Return how long a bf16 product takes here, as a multiple of the same product in fp32 (about 30 ms once).
+
+    It is asked while a model is loaded and other threads read: by the clock, with all threads, it found bf16 fast on
+    AVX2 in half of the starts. So one thread multiplies, and the time that it had the processor counts.
+    """
+    if _bf16_cost.value is None:
+        _bf16_cost.value = _measured_bf16_cost()
+    return _bf16_cost.value
+
+
+def use_bf16_cost(cost: float) -> None:
+    """Use what was measured on this machine before; in a process that has a figure already, that one stays."""
+    if _bf16_cost.value is None:
+        _bf16_cost.value = cost
+
+
 def fastest_dtype() -> torch.dtype:
-    """Return the dtype to compute in here, bf16 or fp32, by measurement (about 30 ms).
+    """Return the dtype to compute in here, bf16 or fp32.
 
     The format stored is not the format computed in: without AVX512-BF16 or AMX, bf16 products fall back to code 2.5 to
     50 times slower than fp32 (design, "Compression"). Where the two are close, bf16 takes half the memory for
     activations and the KV cache, and computes on weights as they are stored.
-
-    It is asked while a model is loaded and other threads read: by the clock, with all threads, it found bf16 on AVX2 in
-    half of the starts. So one thread multiplies, and the time that it had the processor counts.
     """
+    return torch.bfloat16 if bf16_cost() < _CLOSE else torch.float32
+
+
+def has_native_bf16() -> bool:
+    """Whether bf16 products are clearly faster than fp32 ones, as with AVX512-BF16 or AMX."""
+    return bf16_cost() < _NATIVE
+
+
+def _measured_bf16_cost() -> float:
     rows, columns = 64, 1024
     problems = {
         dtype: (torch.ones(rows, columns, dtype=dtype), torch.ones(columns, columns, dtype=dtype))
@@ -176,4 +102,4 @@ def fastest_dtype() -> torch.dtype:
                 best[dtype] = min(best[dtype], timer() - start)
     finally:
         torch.set_num_threads(n_threads)
-    return torch.bfloat16 if best[torch.bfloat16] < _CLOSE * best[torch.float32] else torch.float32
+    return best[torch.bfloat16] / max(best[torch.float32], 1e-9)

@@ -15,7 +15,6 @@ import torch
 
 from ..errors import ConfigurationError
 from .base import Scratch, Segment
-from .kernels import KernelSelector
 
 KV_CODECS = ("none", "int8", "int4")
 DECODED_TOKENS = 1024
@@ -209,7 +208,7 @@ class RawKV(KVCodec):
         return found
 
 
-def create_kv_codec(name: str, kernels: KernelSelector | None = None) -> KVCodec:
+def create_kv_codec(name: str) -> KVCodec:
     """Return the codec of keys and values with this name.
 
     Raises:
@@ -220,7 +219,7 @@ def create_kv_codec(name: str, kernels: KernelSelector | None = None) -> KVCodec
     if name == "none":
         return RawKV()
     if name == "int8":
-        return INT8KV(kernels)
+        return INT8KV()
     if name == "int4":
         return INT4KV()
     raise ConfigurationError(f"kv_codec: {name!r} is not one of {', '.join(KV_CODECS)}")

@@ -9,11 +9,10 @@ import torch
 
 from ..errors import CodecError
 from .base import Scratch, Segment, bf16_at_least
-from .kernels import KernelSelector, row_class
 from .kv import KVBlock, KVCodec, Partial
 
 _LEVELS = 127
-_MOST_PACKED_ROWS = 32
+_MOST_PACKED_ROWS, _MOST_PACKED_ROWS_FP32 = 32, 16
 
 
 class INT8KV(KVCodec):
@@ -21,16 +20,10 @@ class INT8KV(KVCodec):
 
     Values lie transposed, so that both products of attention are torch's weight-only INT8 kernel: the scale of a key
     is that of an output of the first, the scale of a value goes into the probabilities before the second.
-
-    Args:
-        kernels: the measured choice between that kernel and decoding a block.
     """
 
     name = "int8"
     lossless = False
-
-    def __init__(self, kernels: KernelSelector | None = None) -> None:
-        self.kernels = kernels or KernelSelector()
 
     def layout(self, n: int, tokens: int, head_dim: int, dtype: torch.dtype) -> tuple[Segment, ...]:
         """`keys` `[n, tokens, head_dim]` and `values` `[n, head_dim, tokens]` in int8, bf16 scales `[n, tokens]`."""
@@ -67,26 +60,12 @@ class INT8KV(KVCodec):
         scale: float,
         scratch: Scratch,
     ) -> Partial:
-        """Few rows by the INT8 kernel, or decoded where that measures faster; many rows decoded."""
-        n, rows, head_dim = query.shape
-        tokens = self.shape(blocks[0])[1]
-        if rows > _MOST_PACKED_ROWS or not _can_pack(tokens, head_dim):
+        """Few rows by the INT8 kernel, many decoded."""
+        _, rows, head_dim = query.shape
+        most = _MOST_PACKED_ROWS_FP32 if query.dtype == torch.float32 else _MOST_PACKED_ROWS
+        if rows > most or not _can_pack(self.shape(blocks[0])[1], head_dim):
             return super().attend(query, blocks, bias, scale, scratch)
-        key = ("kv", self.name, row_class(rows), n, tokens, head_dim, query.dtype)
-        name = self.kernels.chosen(key)
-        if name == "packed":
-            return self._attend_packed(query, blocks, bias, scale)
-        plain = super().attend
-        if name == "decoded":
-            return plain(query, blocks, bias, scale, scratch)
-        return self.kernels.run(
-            key,
-            {
-                "packed": lambda: self._attend_packed(query, blocks, bias, scale),
-                "decoded": lambda: plain(query, blocks, bias, scale, scratch),
-            },
-            work=len(blocks),
-        )
+        return self._attend_packed(query, blocks, bias, scale)
 
     def _attend_packed(
         self, query: torch.Tensor, blocks: Sequence[KVBlock], bias: Sequence[torch.Tensor | None], scale: float

@@ -45,7 +45,3 @@ class RawCodec(Codec):
             slots = _SLOTS_FOR_BITS if self.wants_whole(x) else 1
             return linear_in_steps(x, encoded, bias, self.decode, scratch, slots=slots)
         return F.linear(x.x2d, data, bias)
-
-    def wants_whole(self, x: LinearInput) -> bool:
-        """In fp32 with several rows: MKL on Intel chooses its kernel by the width of the matrix, bits included."""
-        return x.rows > 1 and x.x2d.dtype == torch.float32

@@ -11,22 +11,21 @@ from .base import Codec
 from .fp16 import FP16Codec
 from .int4 import LAYOUTS, INT4Codec
 from .int8 import INT8Codec
-from .kernels import KernelSelector
 from .raw import RawCodec
 from .rotated import RotatedINT8Codec
 from .sparse import SparseCodec
 from .svd import SVDCodec
 
-_FACTORIES: dict[str, Callable[[KernelSelector], Codec]] = {}
+_FACTORIES: dict[str, Callable[[], Codec]] = {}
 _VARIANTS: set[str] = set()
 
 
-def register_codec(name: str, factory: Callable[[KernelSelector], Codec], *, variant: bool = False) -> None:
+def register_codec(name: str, factory: Callable[[], Codec], *, variant: bool = False) -> None:
     """Make a codec known under `name`.
 
     Args:
         name: what settings and packed checkpoints call it.
-        factory: called with the shared choice of kernels.
+        factory: makes one.
         variant: only packed checkpoints name it (see `Codec.stored_name`); `codec_names` leaves it out.
 
     Raises:
@@ -39,7 +38,7 @@ def register_codec(name: str, factory: Callable[[KernelSelector], Codec], *, var
         _VARIANTS.add(name)
 
 
-def create_codec(name: str, kernels: KernelSelector | None = None) -> Codec:
+def create_codec(name: str) -> Codec:
     """Return a codec by its name, or by the `stored_name` of a tensor.
 
     Raises:
@@ -50,7 +49,7 @@ def create_codec(name: str, kernels: KernelSelector | None = None) -> Codec:
         names = codec_names()
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
         raise ConfigurationError(f"codec: {name!r} is not one of auto, {', '.join(names)}; did you mean {near!r}?")
-    codec = _FACTORIES[name](kernels or KernelSelector())
+    codec = _FACTORIES[name]()
     return codec.restored(parameters) if parameters else codec
 
 
@@ -59,10 +58,10 @@ def codec_names() -> tuple[str, ...]:
     return tuple(sorted(_FACTORIES.keys() - _VARIANTS))
 
 
-register_codec(RawCodec.name, lambda kernels: RawCodec())
+register_codec(RawCodec.name, RawCodec)
 register_codec(INT8Codec.name, INT8Codec)
 register_codec(RotatedINT8Codec.name, RotatedINT8Codec)
-register_codec(FP16Codec.name, lambda kernels: FP16Codec())
+register_codec(FP16Codec.name, FP16Codec)
 register_codec(SVDCodec.name, SVDCodec)
 register_codec(SparseCodec.name, SparseCodec)
 register_codec(INT4Codec.name, INT4Codec)

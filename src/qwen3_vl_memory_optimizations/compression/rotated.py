@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
-from typing import ClassVar
 
 import torch
 
 from .base import STEP_ELEMENTS, Encoded, LinearInput, Scratch
 from .int8 import INT8Codec
-from .int8_kernels import KERNELS, Kernel, dequantize, integer_product, row_steps
-from .kernels import int8_product_saturates
+from .int8_kernels import KERNELS, Kernel, dequantize, integer_product, kernel_for, row_steps
+from .kernels import has_fast_int8_row, int8_product_saturates
 from .rotation import rotate, rotate_back, rotate_row
 
 _LEVELS = 127
 _MOST_CREST = 16.0
 """Largest ratio of a row's largest value to its root mean square for 8 bits: an error of 16 / 127 / sqrt(12), 3.6 %.
 Rotated activations of models have ratios of 3 to 6 (an error of about 1 %)."""
-_LEAST_SURE_ROWS = 5
+_LEAST_DIGIT_ROWS = 5
 _NOTHING = torch.zeros(1)
 _LEAST_COLUMNS = 512
 """In narrower matrices it is the call that takes time, not the product: they may as well be exact."""
@@ -127,7 +126,6 @@ class RotatedINT8Codec(INT8Codec):
     """
 
     name = "int8_rotated"
-    kernel_functions: ClassVar[Mapping[str, Kernel]] = {**KERNELS, "digit": _digit_product}
 
     def encode(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Rotate and quantise rows `[n, ...]` of any floating dtype.
@@ -154,10 +152,8 @@ class RotatedINT8Codec(INT8Codec):
         product = super().linear(rotated, encoded, None, scratch).to(x.x2d.dtype)
         return product if bias is None else product.add_(bias)
 
-    def _candidates(self, x: LinearInput, n: int, k: int) -> tuple[str, ...]:
+    def _kernel(self, x: LinearInput) -> Kernel:
         assert isinstance(x, RotatedInput)
-        if x.digits is None:
-            return super()._candidates(x, n, k)
-        if x.rows >= _LEAST_SURE_ROWS:
-            return ("digit",)
-        return (*super()._candidates(x, n, k), "digit")
+        if x.digits is not None and (x.rows >= _LEAST_DIGIT_ROWS or (x.rows == 1 and has_fast_int8_row())):
+            return _digit_product
+        return KERNELS[kernel_for(*x.shape, torch.float32)]  # rotated values are fp32

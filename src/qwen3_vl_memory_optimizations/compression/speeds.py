@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -9,8 +10,9 @@ from typing import Any
 
 import torch
 
+from ..hardware import cpu_model
 from .base import Codec, LinearInput, Scratch
-from .kernels import KernelSelector, fastest_dtype
+from .kernels import fastest_dtype
 from .registry import create_codec
 from .svd import SKETCHES
 
@@ -21,6 +23,7 @@ _LEAST_RUNS, _MOST_RUNS, _ENOUGH_S, _LONGEST_S = 3, 200, 0.05, 0.5
 _SVD_RANK = 16
 _SPARSITY = 0.9
 _SSD_BYTES_PER_S = 1.0e9
+_ISA_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "FBGEMM_ENABLE_INSTRUCTIONS")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +79,10 @@ class CodecSpeeds:
 
 
 def machine_name() -> str:
-    """Return what speeds depend on: instruction set, threads and the version of torch."""
-    return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    """Return what speeds depend on: processor, instruction set in use, threads and the version of torch."""
+    limits = "".join(f" {os.environ[name]}" for name in _ISA_LIMITS if name in os.environ)
+    isa = f"{torch.backends.cpu.get_cpu_capability()}{limits}"
+    return f"{cpu_model()}, {isa}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def work_of(codec: Codec, operation: str, rows: int, columns: int) -> float:
@@ -117,7 +122,7 @@ def measure_codec_speeds(
             points: dict[str, list[tuple[float, float]]] = {operation: [] for operation in OPERATIONS}
             for size in _SIZES:
                 matrix = _suited(name, size, generator).to(dtype)
-                codec, seconds = timed(create_codec(name, KernelSelector(timer)), matrix, timer)
+                codec, seconds = timed(create_codec(name), matrix, timer)
                 for operation, taken in seconds.items():
                     points[operation].append((work_of(codec, operation, size, size), taken))
             lines[name] = {operation: _line(*points[operation]) for operation in OPERATIONS}
@@ -139,8 +144,7 @@ def timed(codec: Codec, matrix: torch.Tensor, timer: Callable[[], float]) -> tup
         "decode": lambda: fitted.decode(encoded, out),
         "linear": lambda: fitted.linear(LinearInput(x), encoded, None, scratch),
     }
-    for _ in range(50):  # until the kernels of a codec are chosen
-        operations["linear"]()
+    operations["linear"]()  # what it is the first to call is slow
     return fitted, {name: _best_seconds(run, timer) for name, run in operations.items()}
 
 

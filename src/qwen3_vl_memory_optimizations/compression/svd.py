@@ -9,12 +9,14 @@ import torch.nn.functional as F
 
 from ..errors import CodecError
 from .base import Codec, Encoded, LinearInput, Scratch, Segment, columns_of
-from .kernels import KernelSelector, row_class
+from .kernels import has_native_bf16
 
 _LEAST_ENERGY = 0.95
 _TOLERANCE = 0.01
 SKETCHES = (32, 128)
 """Ranks that are looked for before the whole is factored, which takes the cube of its size."""
+_MOST_CAST = 128
+"""Rows of activations times rank up to which bf16 factors are cast to fp32 though bf16 products are fast."""
 _ROUNDING = 2.0**-8
 """What the bf16 factors add to the relative error, at most."""
 
@@ -26,7 +28,6 @@ class SVDCodec(Codec):
     trained weights are, for any error that a model survives (docs/compression.md).
 
     Args:
-        kernels: the measured choice of kernels, shared between codecs.
         tolerance: the largest relative error (of the Frobenius norm). The energy kept is at least 95 % besides.
         rank: of a tensor that is encoded already; `fit` finds it.
         right: the right factor that `encode` projects on; `fit` finds it.
@@ -38,13 +39,11 @@ class SVDCodec(Codec):
 
     def __init__(
         self,
-        kernels: KernelSelector | None = None,
         *,
         tolerance: float = _TOLERANCE,
         rank: int | None = None,
         right: torch.Tensor | None = None,
     ) -> None:
-        self.kernels = kernels or KernelSelector()
         self.tolerance = tolerance
         self.rank = rank
         self._right = right
@@ -56,7 +55,7 @@ class SVDCodec(Codec):
 
     def restored(self, parameters: str) -> Codec:
         """Return the codec of a stored tensor: it decodes and multiplies."""
-        return SVDCodec(self.kernels, tolerance=self.tolerance, rank=int(parameters))
+        return SVDCodec(tolerance=self.tolerance, rank=int(parameters))
 
     def fit(self, values: Callable[[], torch.Tensor]) -> Codec:
         """Find the least rank that keeps the energy and the tolerance.
@@ -84,7 +83,7 @@ class SVDCodec(Codec):
                 f"SVD would need rank {rank} of {min(n, columns)} for a relative error of {self.tolerance:g}: its "
                 "factors would be no smaller than the tensor"
             )
-        return SVDCodec(self.kernels, tolerance=self.tolerance, rank=rank, right=right[:rank].float())
+        return SVDCodec(tolerance=self.tolerance, rank=rank, right=right[:rank].float())
 
     def supports(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
         """Floating-point tensors of two dimensions or more."""
@@ -126,23 +125,16 @@ class SVDCodec(Codec):
     def linear(self, x: LinearInput, encoded: Encoded, bias: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
         """Two thin products; the first is the same for every range of rows.
 
-        In fp32 or in the dtype of `x`: the casts of thin factors cost less than the fixed 20 microseconds of a bf16
-        product, until there are many rows of activations.
+        In fp32, unless bf16 is faster: with a few thin factors the casts cost less than the fixed 20 microseconds of a
+        bf16 product.
         """
         left, right, dtype = encoded["left"], encoded["right"], x.x2d.dtype
-
-        def product(computed: torch.dtype) -> torch.Tensor:
-            key = ("svd", right.data_ptr(), right.shape, computed)
-            thin = x.derived(key, lambda x2d: F.linear(x2d.to(computed), right.to(computed)))
-            assert isinstance(thin, torch.Tensor)
-            return F.linear(thin, left.to(computed)).to(dtype)
-
-        if dtype == torch.float32:
-            found = product(dtype)
-        else:
-            key = (self.name, row_class(x.rows), len(left).bit_length(), right.shape, dtype)
-            candidates = {"fp32": lambda: product(torch.float32), "own": lambda: product(dtype)}
-            found = self.kernels.run(key, candidates, work=len(left))
+        narrow = dtype == torch.bfloat16 and x.rows * len(right) > _MOST_CAST and has_native_bf16()
+        computed = torch.bfloat16 if narrow else torch.promote_types(dtype, torch.float32)
+        key = ("svd", right.data_ptr(), right.shape, computed)
+        thin = x.derived(key, lambda x2d: F.linear(x2d.to(computed), right.to(computed)))
+        assert isinstance(thin, torch.Tensor)
+        found = F.linear(thin, left.to(computed)).to(dtype)
         return found if bias is None else found.add_(bias)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..compression import Codec, KernelSelector, Segment, create_codec
+from ..compression import Codec, Segment, create_codec
 from ..errors import CheckpointError
 from ..paging import FileSource, ManagedTensor, Pager, TensorEntry, join
 from ..pools import FRAME_BYTES, reserve, unreserve
@@ -64,7 +64,6 @@ class WeightLoader:
         self._dtype = compute_dtype
         self._joins = joins
         self._report = progress or (lambda description, done, total: None)
-        self._kernels = KernelSelector()
         self._codecs: dict[str, Codec] = {}
         self._files: dict[Path, DirectFile] = {}
         self._small: dict[str, torch.Tensor] = {}  # read already
@@ -72,7 +71,7 @@ class WeightLoader:
 
     def _codec(self, name: str) -> Codec:
         if name not in self._codecs:
-            self._codecs[name] = create_codec(name, self._kernels)
+            self._codecs[name] = create_codec(name)
         return self._codecs[name]
 
     def begin(self, checkpoint: Checkpoint) -> list[str]:

@@ -14,10 +14,12 @@ from torch import nn
 
 from ..compression import ROW_MULTIPLE, Codec, columns_of
 from ..compression.kernels import fastest_dtype
+from ..config import MemoryConfig
 from ..errors import CheckpointError, CodecError
 from ..paging import PAGE_BYTES
 from ..pools import FRAME_BYTES, UNIT_BYTES
 from ..storage import Checkpoint
+from .machine import recall_bf16_cost
 from .tied import untie_by_files
 
 logger = logging.getLogger(__name__)
@@ -45,16 +47,19 @@ class WeightSite:
     aliases: tuple[str, ...] = ()
 
 
-def compute_dtype(stored: str, dtype: torch.dtype | None) -> torch.dtype:
+def compute_dtype(stored: str, dtype: torch.dtype | None, memory_config: MemoryConfig) -> torch.dtype:
     """Return the dtype to compute in: the one asked for, or fp32 for weights in fp32, else the fastest here."""
-    if dtype is not None:
-        return dtype
-    return torch.float32 if stored in ("float32", "F32") else fastest_dtype()
+    if dtype is None and stored in ("float32", "F32"):
+        dtype = torch.float32
+    if dtype is None or dtype == torch.bfloat16:
+        recall_bf16_cost(memory_config)
+    return fastest_dtype() if dtype is None else dtype
 
 
-def compute_dtype_of(config: dict[str, Any], dtype: torch.dtype | None) -> torch.dtype:
+def compute_dtype_of(config: dict[str, Any], dtype: torch.dtype | None, memory_config: MemoryConfig) -> torch.dtype:
     """Return the dtype to compute in for a checkpoint with this `config.json` (see `compute_dtype`)."""
-    return compute_dtype(str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"), dtype)
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    return compute_dtype(stored, dtype, memory_config)
 
 
 def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, model_class: Any = None) -> nn.Module:

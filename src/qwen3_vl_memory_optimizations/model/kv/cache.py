@@ -7,12 +7,11 @@ counts it and may let it leave for the SSD. Attention (`attention.py`) runs over
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 from transformers import Cache, DynamicCache
 
-from ...compression import KernelSelector, create_kv_codec
+from ...compression import create_kv_codec
 from ...paging import Block, BlockSpace, Pager
 from .attention import ATTENTION
 from .layer import ManagedKVLayer
@@ -23,13 +22,9 @@ _GROUP_TOKENS = 8192
 _UPCOMING_BLOCKS = 64
 
 
-@lru_cache(maxsize=1)
-def _kernels() -> KernelSelector:
-    """The kernels chosen so far: for all caches, as they depend on the machine."""
-    return KernelSelector()
+from transformers import Cache, DynamicCache
 
-
-class ManagedKVCache(DynamicCache):
+from ...compression import create_kv_codec
     """A KV cache in blocks, within the budget of a Pager. `generate` of an optimized model makes one unasked.
 
     It grows as the `DynamicCache` of transformers does, in whose place it stands, and shares nothing else with it.
@@ -56,7 +51,7 @@ class ManagedKVCache(DynamicCache):
         keeps_all: bool | None = None,
     ) -> None:
         self.config = config.get_text_config(decoder=True)
-        self.codec = create_kv_codec(codec, _kernels())
+        self.codec = create_kv_codec(codec)
         self.block_tokens = block_tokens or BLOCK_TOKENS
         self.group_blocks = max(1, _GROUP_TOKENS // self.block_tokens)
         self.space = BlockSpace(pager)
