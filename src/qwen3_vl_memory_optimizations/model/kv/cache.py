@@ -22,9 +22,7 @@ _GROUP_TOKENS = 8192
 _UPCOMING_BLOCKS = 64
 
 
-from transformers import Cache, DynamicCache
-
-from ...compression import create_kv_codec
+class ManagedKVCache(DynamicCache):
     """A KV cache in blocks, within the budget of a Pager. `generate` of an optimized model makes one unasked.
 
     It grows as the `DynamicCache` of transformers does, in whose place it stands, and shares nothing else with it.
