@@ -17,8 +17,9 @@ from ..errors import CheckpointError
 from ..paging import FileSource, ManagedTensor, Pager, TensorEntry, join
 from ..pools import FRAME_BYTES, reserve, unreserve
 from ..storage import Checkpoint, DirectFile, TensorExtent
+from .checkpoint import TORCH_DTYPES
 from .fused import joined_names
-from .packing import CODECS_KEY, SHAPES_KEY, TORCH_DTYPES, Progress, find_extent, segment_name
+from .packing import CODECS_KEY, SHAPES_KEY, Progress, find_extent, segment_name
 from .skeleton import WeightSite, codec_for, materialize_buffers, rows_per_page, weight_sites
 from .small_tensors import read_small_tensors
 
