@@ -125,7 +125,7 @@ def _format(quantization: Mapping[str, Any], path: Path) -> Format:
     if method == "awq":
         key = next((key for key in ("version", "checkpoint_format", "format") if key in quantization), "version")
         _require(quantization, path, key, ("gemm",), default="gemm")
-        if int(quantization.get("bits", quantization.get("w_bit", 4))) != 4:
+        if quantization.get("bits", quantization.get("w_bit", 4)) != 4:
             raise _refusal(path, f"awq with {quantization.get('bits', quantization.get('w_bit'))} bits")
         return awq_matrix
     raise _refusal(path, method)
