@@ -10,7 +10,7 @@ import torch
 from ...storage import TensorExtent
 from .bits import STREAM_BITS, unpack
 from .parts import Parts, Settings, UnreadParts, allow, matrix_shape, require
-from .scaled import Grid, ScaledMatrix, group_index, stored_index
+from .scaled import Grid, ScaledMatrix, group_size, stored_groups
 from .tensors import Files, LogicalTensor, Rows
 
 _AWQ_BITS = 4
@@ -120,10 +120,11 @@ def _matrix(
     group = given if isinstance(given, int) and given > 0 else None
 
     def grid(files: Files) -> Grid:
-        if order is None or n_groups == 1:
-            groups = group_index(shape[1], n_groups, group)
+        groups: int | torch.Tensor
+        if order is None:
+            groups = group_size(shape[1], n_groups, group)
         else:
-            groups = stored_index(files.whole(order), n_groups)
+            groups = stored_groups(files.whole(order), n_groups)
         scale = files.whole(scales).to(torch.float32)
         return Grid(scale.T.contiguous(), zero_points(files).T.to(torch.float32).contiguous(), 1, groups)
 

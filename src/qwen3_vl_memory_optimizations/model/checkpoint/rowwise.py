@@ -10,7 +10,7 @@ import torch
 from ...storage import TensorExtent
 from .bits import unpack
 from .parts import Parts, Settings, UnreadParts, allow, matrix_shape, require
-from .scaled import Grid, ScaledMatrix, group_index, stored_index
+from .scaled import Grid, ScaledMatrix, stored_groups
 from .tensors import Files, LogicalTensor, Rows
 
 FP8 = ("F8_E4M3", "F8_E5M2")
@@ -94,7 +94,7 @@ def eight_bit_matrix(name: str, parts: Parts, settings: Settings) -> LogicalTens
                 raise UnreadParts("weight_format is not 'row': save the weight again with a newer bitsandbytes")
 
     def grid(files: Files) -> Grid:
-        return Grid(files.whole(largest).to(torch.float32).view(-1, 1) / 127, None, 1, None)
+        return Grid(files.whole(largest).to(torch.float32).view(-1, 1) / 127, None, 1, shape[1])
 
     dtype = settings.dtype or torch.float16
     return ScaledMatrix(name, codes.path, shape, dtype, _stored(codes), grid, 4 * shape[0])
@@ -147,11 +147,11 @@ def _scaled(
     def grid(files: Files) -> Grid:
         scales = files.whole(scale).to(torch.float32).view(grid_shape)
         zeros = None if zero is None else _zeros(files.whole(zero), grid_shape, bits)
-        groups = group_index(columns, grid_shape[1], block[1])
-        if order is not None and groups is not None:
+        groups: int | torch.Tensor = block[1]
+        if order is not None:
             given = files.whole(order)
             if not bool((given == -1).all()):  # as it is initialised: columns are in order
-                groups = stored_index(given, grid_shape[1])
+                groups = stored_groups(given, grid_shape[1])
         return Grid(scales, zeros, block[0], groups)
 
     held_bytes = 8 * grid_shape[0] * grid_shape[1] + 8 * columns

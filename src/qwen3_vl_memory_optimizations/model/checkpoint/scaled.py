@@ -20,25 +20,26 @@ class Grid:
         scales: fp32 `[row blocks, column groups]`.
         zeros: of the same shape; `None`: codes are signed around zero.
         rows_per_block: how many rows of the matrix share a row of scales.
-        groups: int64 `[columns]`, the group of each column; `None`: there is one.
+        groups: how many columns make a group, in order; or int64 `[columns]`, the group of each column.
     """
 
     scales: torch.Tensor
     zeros: torch.Tensor | None
     rows_per_block: int
-    groups: torch.Tensor | None
+    groups: int | torch.Tensor
 
     def apply(self, codes: torch.Tensor, start: int) -> torch.Tensor:
         """Return the values of codes `[rows, columns]` that begin at row `start`, in fp32."""
         values = codes.to(torch.float32)
         blocks = torch.arange(start, start + len(codes)) // self.rows_per_block
         if self.zeros is not None:
-            values -= self._spread(self.zeros, blocks)
-        return values.mul_(self._spread(self.scales, blocks))
+            values -= self._spread(self.zeros[blocks], values.shape[1])
+        return values.mul_(self._spread(self.scales[blocks], values.shape[1]))
 
-    def _spread(self, grid: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-        rows = grid[blocks]
-        return rows if self.groups is None else rows[:, self.groups]
+    def _spread(self, rows: torch.Tensor, columns: int) -> torch.Tensor:
+        if isinstance(self.groups, torch.Tensor):
+            return rows[:, self.groups]
+        return rows if rows.shape[1] == 1 else rows.repeat_interleave(self.groups, dim=1)[:, :columns]
 
 
 class ScaledMatrix(LogicalTensor):
@@ -76,33 +77,32 @@ class ScaledMatrix(LogicalTensor):
         return lambda start, stop: grid.apply(codes(start, stop), start)
 
 
-def stored_index(stored: torch.Tensor, n_groups: int) -> torch.Tensor:
-    """Return the group of each column as a checkpoint gives it.
+def group_size(columns: int, n_groups: int, declared: int | None) -> int:
+    """Return how many columns make a group, in order; the last group may be smaller.
+
+    Args:
+        columns: of the matrix.
+        n_groups: of them there are scales.
+        declared: the size that config.json gives.
+
+    Raises:
+        UnreadParts: so many groups do not cover the columns.
+    """
+    if declared is not None and -(-columns // declared) == n_groups:
+        return declared
+    if columns % n_groups:
+        raise UnreadParts(f"{n_groups} groups of scales for {columns} columns")
+    return columns // n_groups
+
+
+def stored_groups(stored: torch.Tensor, n_groups: int) -> int | torch.Tensor:
+    """Return the groups of columns as a checkpoint gives them; their size, where they are in order.
 
     Raises:
         UnreadParts: it names a group of which there are no scales.
     """
     groups = stored.long()
-    if groups.numel() and (int(groups.min()) < 0 or int(groups.max()) >= n_groups):
+    if int(groups.min()) < 0 or int(groups.max()) >= n_groups:
         raise UnreadParts(f"g_idx names groups {int(groups.min())} to {int(groups.max())}; there are {n_groups}")
-    return groups
-
-
-def group_index(columns: int, n_groups: int, group: int | None) -> torch.Tensor | None:
-    """Return the group of each column.
-
-    Args:
-        columns: of the matrix.
-        n_groups: of them there are scales.
-        group: columns in a group, where that is known.
-
-    Raises:
-        UnreadParts: so many groups do not cover the columns.
-    """
-    if n_groups == 1:
-        return None
-    if group is None or -(-columns // group) != n_groups:
-        if columns % n_groups:
-            raise UnreadParts(f"{n_groups} groups of scales for {columns} columns")
-        group = columns // n_groups
-    return torch.arange(columns) // group
+    size = int((groups == groups[0]).sum())
+    return size if torch.equal(groups, torch.arange(len(groups)) // size) else groups

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 import torch
 
 from ...compression import ROW_MULTIPLE
@@ -38,8 +39,9 @@ Rows = Callable[[int, int], torch.Tensor]
 """Called with the first row and the one after the last: returns these rows."""
 
 _CHUNK_BYTES = 16 << 20
-_DECODED_CHUNK_BYTES = 4 << 20
-"""In fp32. Decoding takes several times as much for a moment: codes, scales for each value, and the product."""
+_PIECE_BYTES = 1 << 20
+_BLOCK_VALUES = 1 << 18
+"""Decoded at once: codes, scales for each value and the product stay in the cache, and leave no holes in the heap."""
 
 
 def _torch_dtype(extent: TensorExtent) -> torch.dtype:
@@ -70,10 +72,12 @@ class Files:
 
     def data(self, extent: TensorExtent, begin: int, end: int) -> torch.Tensor:
         """Return bytes `begin` to `end` of a tensor, as uint8 `[end - begin]`."""
-        if begin >= end:
-            return torch.empty(0, dtype=torch.uint8)
-        read = self.file(extent.path).read_bytes(extent.offset_bytes + begin, end - begin)
-        return torch.frombuffer(bytearray(read), dtype=torch.uint8)
+        data = torch.empty(max(0, end - begin), dtype=torch.uint8)
+        view, file = data.numpy(), self.file(extent.path)
+        for start in range(0, len(data), _PIECE_BYTES):
+            piece = file.read_bytes(extent.offset_bytes + begin + start, min(_PIECE_BYTES, len(data) - start))
+            view[start : start + len(piece)] = np.frombuffer(piece, dtype=np.uint8)
+        return data
 
     def file(self, path: Path) -> DirectFile:
         """Return an open file."""
@@ -114,7 +118,7 @@ class LogicalTensor(ABC):
 
     @abstractmethod
     def reader(self, files: Files) -> Rows:
-        """Return what reads rows, in any float dtype; it may hold `held_bytes`. Valid while `files` is open.
+        """Return what reads rows, in any float dtype, and may hold `held_bytes`; valid while `files` is open.
 
         Raises:
             CheckpointError: the parts contradict each other.
@@ -127,13 +131,18 @@ class LogicalTensor(ABC):
             CheckpointError: the parts contradict each other.
             StorageError: a file cannot be read.
         """
-        rows = self.shape[0] if self.shape else 1
-        row_values = math.prod(self.shape[1:])
-        step = max(1, _DECODED_CHUNK_BYTES // 4 // max(1, row_values) // row_block) * row_block
+        rows, row_values = self.shape[0], max(1, math.prod(self.shape[1:]))
+        step = max(1, _CHUNK_BYTES // self.dtype.itemsize // row_values // row_block) * row_block
+        block = max(1, _BLOCK_VALUES // row_values)
+        chunk = torch.empty((min(step, rows), *self.shape[1:]), dtype=self.dtype)
         with Files() as files:
             read = self.reader(files)
             for start in range(0, rows, step):
-                yield read(start, min(start + step, rows)).to(self.dtype)
+                stop = min(start + step, rows)
+                for begin in range(start, stop, block):
+                    end = min(begin + block, stop)
+                    chunk[begin - start : end - start] = read(begin, end)
+                yield chunk[: stop - start]
 
     def whole(self) -> torch.Tensor:
         """Return the tensor."""
