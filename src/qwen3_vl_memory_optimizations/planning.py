@@ -16,7 +16,7 @@ from .errors import CheckpointError, MemoryBudgetExceeded
 from .model.checkpoint import LogicalTensor, needs_packing, open_checkpoint, weights_of
 from .model.codec_speeds import codec_speeds
 from .model.loading import WeightLoader
-from .model.packing import Progress, find_packed, find_weight, pack_checkpoint, plan_path
+from .model.packing import Progress, find, find_packed, pack_checkpoint, plan_path
 from .model.plan import CompressionPlan, PlannedWeight
 from .model.skeleton import WeightSite, build_skeleton, compute_dtype_of, weight_sites
 from .optimizer import MemoryOptimizer
@@ -114,7 +114,7 @@ def make_plan(
     weights = {}
     for number, site in enumerate(sites):
         report("choosing codecs", number, len(sites))
-        weights[site.name] = _chosen(find_weight(source, stored, site), site, config, speeds, inputs)
+        weights[site.name] = _chosen(find(source, stored, site), site, config, speeds, inputs)
     report("choosing codecs", len(sites), len(sites))
     return CompressionPlan(
         weights=weights,

@@ -71,6 +71,16 @@ def test_ranks_by_module_embeddings_and_whole_weights(tmp_path):
         torch.testing.assert_close(weight.whole(), expected[name], rtol=1e-5, atol=1e-6)
 
 
+def test_a_tied_head_is_adapted_alone(tmp_path):
+    a, b = torch.randn(4, 128), torch.randn(68, 4)
+    extra = {"base_model.model.lm_head.lora_A.weight": a, "base_model.model.lm_head.lora_B.weight": b}
+    adapter(tmp_path / "lora", extra=extra)
+    weights = weights_of(open_checkpoint(tmp_path / "lora"))
+    base = load_file(tiny.DIRECTORY / "model.safetensors")[f"{EMBEDDING}.weight"]
+    torch.testing.assert_close(weights["lm_head.weight"].whole(), base + 2.0 * b @ a, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights[f"{EMBEDDING}.weight"].whole(), base)
+
+
 def test_an_adapter_on_a_quantised_base(tmp_path):
     decoded = quantised(tmp_path / "base", *FORMATS["nf4 nested"])
     factors = adapter(tmp_path / "lora", base="../base")

@@ -67,7 +67,7 @@ def test_quantised_weights_that_config_json_does_not_declare_are_refused(run, tm
     refused(run, tmp_path / "model", "has no quantization_config", "weight_scale", "take config.json from")
 
 
-@pytest.mark.parametrize(("dtype", "name"), [(torch.float8_e4m3fn, "float8_e4m3fn"), (torch.int8, "int8")])
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")])
 def test_weights_that_nothing_explains_are_refused(dtype, name, run, tmp_path):
     tensors = load_file(tiny.DIRECTORY / "model.safetensors")
     tensors[f"{UP}.weight"] = tensors[f"{UP}.weight"].to(dtype)

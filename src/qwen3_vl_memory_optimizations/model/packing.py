@@ -17,7 +17,16 @@ from ..config import MemoryConfig
 from ..errors import CheckpointError, CodecError, ConfigurationError, MemoryBudgetExceeded, format_bytes
 from ..process import rss_bytes
 from ..storage import CONFIG_FILE, Checkpoint, PackedEntry, PackedLayout, PackedWriter, TensorExtent, pack_lock
-from .checkpoint import TORCH_DTYPES, LogicalTensor, config_of, needs_packing, open_checkpoint, side_files, weights_of
+from .checkpoint import (
+    PLAIN_FLOATS,
+    TORCH_DTYPES,
+    LogicalTensor,
+    config_of,
+    needs_packing,
+    open_checkpoint,
+    side_files,
+    weights_of,
+)
 from .packed_encodings import ENCODINGS_FILE, PackedEncodings
 from .plan import CompressionPlan
 from .skeleton import WeightSite, build_skeleton, codec_for, rows_per_page, weight_sites
@@ -30,9 +39,8 @@ SHAPES_KEY = "qwen3vl_mem.shapes"
 """Metadata of packed checkpoints: tensor name -> codec; and -> shape, where that of the first segment is another."""
 PLAN_KEY = "qwen3vl_mem.plan"
 """Metadata of checkpoints packed by a plan: its fingerprint."""
-_DECODING_BYTES = 64 << 20
+_DECODING_BYTES = 96 << 20
 """What decoding and encoding a few chunks takes, beside what the reader of a weight holds (measured)."""
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +180,7 @@ def _stored(source: Checkpoint, sites: list[WeightSite], codec_of: Callable[[str
     weights = weights_of(source)
     stored: Stored = {}
     for site in sorted(sites, key=lambda site: not site.managed):
-        weight = find_weight(source, weights, site)
+        weight = find(source, weights, site)
         codec = raw
         if site.managed:
             codec = codec_for(site, weight.dtype, codec_of(site.name), create_codec, weight.whole)
@@ -198,55 +206,42 @@ def _require_memory(stored: Stored, config: MemoryConfig) -> None:
         )
 
 
-def find_weight(source: Checkpoint, weights: Mapping[str, LogicalTensor], site: WeightSite) -> LogicalTensor:
-    """Return a parameter as a checkpoint has it.
-
-    Raises:
-        CheckpointError: it is missing, has another shape, or is no float.
-    """
-    weight = _find(source, weights, site)
-    if weight.dtype not in _FLOATS:
-        raise _no_float(weight.path, weight.name, str(weight.dtype).removeprefix("torch."))
-    return weight
-
-
-def find_extent(source: Checkpoint, site: WeightSite) -> TensorExtent:
-    """Return where a parameter lies in a checkpoint whose files are paged: a packed one, or one in plain floats.
-
-    Raises:
-        CheckpointError: it is missing, has another shape, or is no float.
-    """
-    extent = _find(source, source.tensors, site)
-    if not source.packed and TORCH_DTYPES.get(extent.dtype) not in _FLOATS:
-        raise _no_float(extent.path, extent.name, extent.dtype)
-    return extent
-
-
 Found = TypeVar("Found", TensorExtent, LogicalTensor)
 
 
-def _find(source: Checkpoint, found: Mapping[str, Found], site: WeightSite) -> Found:
-    named = next((found[name] for name in (site.name, *site.aliases) if name in found), None)
-    if named is None:
+def find(source: Checkpoint, tensors: Mapping[str, Found], site: WeightSite) -> Found:
+    """Return a parameter of a checkpoint.
+
+    Args:
+        source: the checkpoint, for errors.
+        tensors: its weights (`weights_of`) or, to page them from their files, its `tensors`.
+        site: the parameter.
+
+    Raises:
+        CheckpointError: it is missing, is no float, or has another shape.
+    """
+    found = next((tensors[name] for name in (site.name, *site.aliases) if name in tensors), None)
+    if found is None:
         raise CheckpointError(
             f"{source.directory}: the tensor {site.name!r} is missing; the checkpoint is incomplete or of another "
             "architecture than its config.json says",
             path=source.directory,
         )
-    if tuple(named.shape) != site.shape and not source.packed:
+    if source.packed:
+        return found
+    stored = found.dtype if isinstance(found, TensorExtent) else found.stored_as
+    if stored not in PLAIN_FLOATS:
         raise CheckpointError(
-            f"{named.path}: {named.name!r} has shape {list(named.shape)}, but config.json asks for {list(site.shape)}",
-            path=named.path,
+            f"{found.path}: {found.name!r} has the type {stored}: it is quantised, and neither config.json nor tensors "
+            "beside it say how; use the original model in 16 bits",
+            path=found.path,
         )
-    return named
-
-
-def _no_float(path: Path, name: str, dtype: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: {name!r} has the type {dtype}: it is quantised, and neither config.json nor tensors beside it say "
-        "how; use the original model in 16 bits",
-        path=path,
-    )
+    if tuple(found.shape) != site.shape:
+        raise CheckpointError(
+            f"{found.path}: {found.name!r} has shape {list(found.shape)}, but config.json asks for {list(site.shape)}",
+            path=found.path,
+        )
+    return found
 
 
 def _write(source: Checkpoint, stored: Stored, plan: CompressionPlan | None, final_dir: Path, report: Progress) -> None:

@@ -19,6 +19,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
 _PREFIX = "base_model.model."
+_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])\.(?:default\.)?weight")
 _EMBEDDING_FACTOR = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<factor>[AB])(?:\.default)?")
 _REFUSED = {
@@ -61,21 +62,24 @@ class AdapterCheckpoint(Checkpoint):
         weights = dict(base)
         pairs: dict[tuple[str, bool], dict[str, TensorExtent]] = {}
         for stored, extent in self._header.tensors.items():
-            name = stored.removeprefix(_PREFIX)
+            name = stored.removeprefix(_PREFIX).replace(".base_layer.", ".")
             match = _FACTOR.fullmatch(name) or _EMBEDDING_FACTOR.fullmatch(name)
             if match:
                 pairs.setdefault((match["module"], "lora_embedding" in name), {})[match["factor"]] = extent
-            elif name in base:
+            elif name in base or name == _HEAD:
                 weights[name] = PlainTensor(extent, name)  # trained whole (modules_to_save)
             else:
                 raise self._error(f"the tensor {stored!r} belongs to nothing in the base {self.base.directory}")
         for (module, embedding), factors in pairs.items():
             name = f"{module}.weight"
-            if name not in base:
+            adapted = weights.get(name)
+            if adapted is None and name == _HEAD:  # tied in the base: the head alone is adapted
+                adapted = next((weight for key, weight in base.items() if key.endswith(_EMBEDDING)), None)
+            if adapted is None:
                 raise self._error(f"{module} is adapted, but the base {self.base.directory} has no {name}")
             if set(factors) != {"A", "B"}:
                 raise self._error(f"{module} has only one of lora_A and lora_B")
-            weights[name] = MergedMatrix(weights[name], factors["A"], factors["B"], self._scale(module), embedding)
+            weights[name] = MergedMatrix(name, adapted, factors["A"], factors["B"], self._scale(module), embedding)
         return weights
 
     def _scale(self, module: str) -> float:
@@ -162,6 +166,7 @@ class MergedMatrix(LogicalTensor):
     """A weight `W + scale * B A`, in the dtype of `W`.
 
     Args:
+        name: of the weight.
         base: `W`, `[out, in]`.
         a: `[rank, in]`; of an embedding `[rank, rows]`.
         b: `[out, rank]`; of an embedding `[columns, rank]`.
@@ -169,12 +174,14 @@ class MergedMatrix(LogicalTensor):
         embedding: rows are those of a vocabulary: the product is transposed.
     """
 
-    def __init__(self, base: LogicalTensor, a: TensorExtent, b: TensorExtent, scale: float, embedding: bool) -> None:
-        super().__init__(base.name, a.path, base.shape, base.dtype)
+    def __init__(
+        self, name: str, base: LogicalTensor, a: TensorExtent, b: TensorExtent, scale: float, embedding: bool
+    ) -> None:
+        super().__init__(name, a.path, base.shape, base.dtype)
         left, right = (b.shape, a.shape) if not embedding else (a.shape[::-1], b.shape[::-1])
         if len(a.shape) != 2 or len(b.shape) != 2 or left[1] != right[0] or (left[0], right[1]) != base.shape:
             raise CheckpointError(
-                f"{a.path}: the factors of {base.name}, {list(a.shape)} and {list(b.shape)}, do not make a matrix of "
+                f"{a.path}: the factors of {name}, {list(a.shape)} and {list(b.shape)}, do not make a matrix of "
                 f"{list(base.shape)}; the adapter is that of another model",
                 path=a.path,
             )

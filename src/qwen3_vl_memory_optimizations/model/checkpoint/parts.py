@@ -13,7 +13,8 @@ from ...storage import TensorExtent
 
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>weight_scale_inv|weight_scale|weight_zero_point|weight_packed|weight_shape|weight_g_idx"
-    r"|weight_global_scale|weight_scale_2|weight_format|SCB|weight\.\w+|weight\.quant_state\.\w+"
+    r"|weight_global_scale|weight_scale_2|weight_format|SCB"
+    r"|weight\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+|_data|_scale|_shift)"
     r"|qweight|qzeros|scales|biases|g_idx|W_q|codebooks|codes|meta|weight_blocks|weight_scales)"
 )
 _MARKS = (

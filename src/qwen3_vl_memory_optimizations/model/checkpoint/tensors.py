@@ -32,6 +32,7 @@ TORCH_DTYPES = {
     "BOOL": torch.bool,
 }
 """What torch calls the types of safetensors that can be read."""
+_SAFETENSORS_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 PLAIN_FLOATS = ("F64", "F32", "F16", "BF16")
 """The types of weights that mean what they hold."""
 
@@ -112,6 +113,11 @@ class LogicalTensor(ABC):
         self.name, self.path, self.shape, self.dtype = name, path, tuple(shape), dtype
 
     @property
+    def stored_as(self) -> str:
+        """The type of what is read, as safetensors spells it."""
+        return _SAFETENSORS_NAMES[self.dtype]
+
+    @property
     def n_bytes(self) -> int:
         """The size of the values."""
         return math.prod(self.shape) * self.dtype.itemsize
@@ -170,6 +176,11 @@ class PlainTensor(LogicalTensor):
     def __init__(self, extent: TensorExtent, name: str | None = None) -> None:
         super().__init__(name or extent.name, extent.path, extent.shape, TORCH_DTYPES.get(extent.dtype, torch.uint8))
         self.extent = extent
+
+    @property
+    def stored_as(self) -> str:
+        """The type in the file, as safetensors spells it."""
+        return self.extent.dtype
 
     def reader(self, files: Files) -> Rows:
         """Return what reads rows."""
