@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -80,7 +81,16 @@ class AdapterCheckpoint(Checkpoint):
             if set(factors) != {"A", "B"}:
                 raise self._error(f"{module} has only one of lora_A and lora_B")
             weights[name] = MergedMatrix(name, adapted, factors["A"], factors["B"], self._scale(module), embedding)
+        self._keep_head(weights, base)
         return weights
+
+    def _keep_head(self, weights: dict[str, LogicalTensor], base: Mapping[str, LogicalTensor]) -> None:
+        """Leave a head that is tied in the base as it was there when the embedding changed: peft runs it so."""
+        name = next((name for name in base if name.endswith(_EMBEDDING)), None)
+        tied = bool(self.settings.get("ensure_weight_tying"))
+        if name is not None and weights[name] is not base[name] and _HEAD not in weights and not tied:
+            weights[_HEAD] = copy.copy(base[name])
+            weights[_HEAD].name = _HEAD
 
     def _scale(self, module: str) -> float:
         rank = _of_module(self.settings.get("rank_pattern"), module, self.settings.get("r", 8))
