@@ -72,7 +72,7 @@ class GGUFCheckpoint(Checkpoint):
         """Return the weights by the names of the model.
 
         Raises:
-            CheckpointError: a tensor is none of this model, or the `gguf` package is missing.
+            CheckpointError: a tensor does not belong to this model.
         """
         dtype = Settings.of(self.config, {}).dtype or torch.bfloat16
         found = {name: _logical(extent, dtype) for name, extent in self.tensors.items()}
@@ -171,7 +171,8 @@ def _model_name(name: str, levels: list[int], path: Path) -> str:
     if len(fields) == 4 and fields[:2] == ["v", "deepstack"] and fields[3] in _DEEPSTACK:
         return f"{_VISION}deepstack_merger_list.{levels.index(int(fields[2]))}.{_DEEPSTACK[fields[3]]}.{kind}"
     raise CheckpointError(
-        f"{path}: the tensor {name!r} is none of Qwen3-VL; use a file that llama.cpp's conversion wrote", path=path
+        f"{path}: the tensor {name!r} does not belong to Qwen3-VL; use a file that llama.cpp's conversion wrote",
+        path=path,
     )
 
 
@@ -194,7 +195,10 @@ def _logical(extent: TensorExtent, dtype: torch.dtype) -> LogicalTensor:
     if not extent.dtype.startswith(GGUF_PREFIX):
         return PlainTensor(extent)
     if len(extent.shape) < 2:
-        raise CheckpointError(f"{extent.path}: {extent.name!r} is quantised and no matrix", path=extent.path)
+        raise CheckpointError(
+            f"{extent.path}: {extent.name!r} is quantised but not a matrix; use a file from llama.cpp's conversion",
+            path=extent.path,
+        )
     return BlockMatrix(extent, dtype)
 
 

@@ -106,7 +106,7 @@ def matrix_shape(extent: TensorExtent) -> tuple[int, int]:
     """Return the shape of a part that has to be a matrix.
 
     Raises:
-        UnreadParts: it is none.
+        UnreadParts: it is not.
     """
     if len(extent.shape) != 2 or 0 in extent.shape:
         raise UnreadParts(f"{extent.name} has shape {list(extent.shape)}, not a matrix")
