@@ -20,6 +20,7 @@ from .config import MemoryConfig, jsonable
 from .errors import CheckpointError, ConfigurationError, MemoryBudgetExceeded, format_bytes
 from .model.activations import FIXED_RESERVE_BYTES, with_heap
 from .model.assisted import ASSISTANT, attach_draft, require_draft
+from .model.checkpoint import needs_packing, open_checkpoint
 from .model.conversions import attach_conversions, is_offloaded
 from .model.decode_threads import FreeProcessors, attach_decode_threads
 from .model.fused import fuse_layers
@@ -63,8 +64,9 @@ def create_optimized_model(
     """Return a transformers model whose weights live in the memory hierarchy; it is used exactly like the original.
 
     Args:
-        model_config: a Hugging Face directory or hub id, a configuration such as `Qwen3VLConfig`, or a loaded model
-            (whose weights are taken over; on the meta device they are drawn).
+        model_config: a Hugging Face directory or hub id, a quantised checkpoint, an adapter or a GGUF file (see
+            `docs/checkpoints.md`), a configuration such as `Qwen3VLConfig`, or a loaded model (whose weights are taken
+            over; on the meta device they are drawn).
         memory_config: the keys of `MemoryConfig`, as a dict or an instance. Default: `memory_optimization_config` of
             the model's configuration, where it has one.
         assistant: a smaller model with the same vocabulary, in any form that `model_config` takes. It drafts tokens
@@ -87,7 +89,7 @@ def create_optimized_model(
     if files is not None:
         files.read_ahead()
     if isinstance(model_config, str | os.PathLike):
-        model_config = Checkpoint.open(local_directory(model_config))
+        model_config = open_checkpoint(local_directory(model_config))
     carried = _carried_settings(model_config)
     if memory_config is None:
         config = configure(carried)
@@ -235,8 +237,10 @@ class _Source:
 
     def pack(self, config: MemoryConfig, progress: Progress | None) -> None:
         """Encode a checkpoint, where its weights are to be and are not."""
-        if self.checkpoint is not None and config.weight_codec() != "none" and not self.checkpoint.packed:
-            self.checkpoint = Checkpoint.open(pack_model(self.checkpoint.directory, config, progress=progress))
+        if self.checkpoint is None or self.checkpoint.packed:
+            return
+        if config.weight_codec() != "none" or needs_packing(self.checkpoint):
+            self.checkpoint = Checkpoint.open(pack_model(self.checkpoint, config, progress=progress))
 
     def load(self, loader: WeightLoader, config: MemoryConfig) -> None:
         """Hand the weights over."""
@@ -252,7 +256,7 @@ def _source_of(
 ) -> _Source:
     """Check what was given for a model, and that the budget can work."""
     if isinstance(given, str | os.PathLike):
-        given = Checkpoint.open(local_directory(given))
+        given = open_checkpoint(local_directory(given))
     if isinstance(given, Checkpoint):
         _require_workable(config)
         dtype = compute_dtype_of(given.config, dtype, config)
@@ -281,7 +285,7 @@ def _source_of(
 def _packed_already(checkpoint: Checkpoint, config: MemoryConfig) -> Checkpoint:
     """Return the packed form of a checkpoint, where it is wanted and is there, else the checkpoint."""
     codec = config.weight_codec()
-    if codec == "none" or checkpoint.packed:
+    if checkpoint.packed or (codec == "none" and not needs_packing(checkpoint)):
         return checkpoint
     packed = find_packed(checkpoint, codec, config)
     return checkpoint if packed is None else Checkpoint.open(packed)

@@ -13,14 +13,15 @@ from .compression import CodecSpeeds, CompressionMethodSelector
 from .compression.selection import TOLERANCES, WEIGHT_CANDIDATES
 from .config import MemoryConfig
 from .errors import CheckpointError, MemoryBudgetExceeded
+from .model.checkpoint import LogicalTensor, needs_packing, open_checkpoint, weights_of
 from .model.codec_speeds import codec_speeds
 from .model.loading import WeightLoader
-from .model.packing import Progress, find_extent, find_packed, pack_checkpoint, plan_path, sample_rows
+from .model.packing import Progress, find, find_packed, pack_checkpoint, plan_path
 from .model.plan import CompressionPlan, PlannedWeight
 from .model.skeleton import WeightSite, build_skeleton, compute_dtype_of, weight_sites
 from .optimizer import MemoryOptimizer
 from .profiles import configure
-from .storage import Checkpoint, DirectFile
+from .storage import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ _SWITCHES = {
 
 
 def pack_model(
-    directory: str | Path,
+    directory: str | Path | Checkpoint,
     config: MemoryConfig,
     *,
     plan: CompressionPlan | None = None,
@@ -46,14 +47,15 @@ def pack_model(
     """Pack a checkpoint as the settings say, once; `codec="auto"` makes a plan first and keeps it (`plan_path`).
 
     Args:
-        directory: a Hugging Face directory.
+        directory: a checkpoint, or a path that `open_checkpoint` takes.
         config: the codec, the budget within which the plan is made, and where packed checkpoints lie.
         plan: to pack by instead; what was packed by another is replaced.
         calibration: a directory of images and `.txt` files to make a new plan with (see `make_plan`).
         progress: called with a description, what is done and what there is.
 
     Returns:
-        The directory to load: the packed one, or the source where no weight is encoded.
+        The directory to load: the packed one, or the source where no weight is encoded. What others quantised is
+        always packed: it cannot be paged from its own files.
 
     Raises:
         CheckpointError: the source is not a usable checkpoint.
@@ -62,11 +64,11 @@ def pack_model(
     """
     config = configure(config)
     codec = config.weight_codec()
-    source = Checkpoint.open(directory)
-    if codec == "none" and plan is None:
+    source = open_checkpoint(directory)
+    if codec == "none" and plan is None and not needs_packing(source):
         return source.directory
     if codec != "auto" and plan is None:
-        return pack_checkpoint(directory, codec=codec, config=config, progress=progress)
+        return pack_checkpoint(source, codec=codec, config=config, progress=progress)
     path = plan_path(source, config)
     if plan is None and calibration is None:
         packed = find_packed(source, "auto", config)
@@ -76,7 +78,7 @@ def pack_model(
             plan = CompressionPlan.load(path)
     if plan is None:
         plan = make_plan(source, config, calibration=calibration, progress=progress)
-    return pack_checkpoint(directory, plan=plan, config=config, progress=progress)
+    return pack_checkpoint(source, plan=plan, config=config, progress=progress)
 
 
 def make_plan(
@@ -89,9 +91,9 @@ def make_plan(
     """Choose a codec for each large weight of a checkpoint (see `CompressionMethodSelector`).
 
     A few images and a text run once through the model as it is, paged within the budget; then each weight's candidates
-    multiply the inputs it had, and the error of the outputs decides. Where a checkpoint has no tokenizer, or the model
-    does not run within the budget uncompressed, the errors are those of the weights. Of each weight 256 rows are
-    looked at.
+    multiply the inputs it had, and the error of the outputs decides. Where a checkpoint has no tokenizer, is quantised
+    already, or the model does not run within the budget uncompressed, the errors are those of the weights. Of each
+    weight 256 rows are looked at.
 
     Args:
         source: not packed.
@@ -108,10 +110,11 @@ def make_plan(
     inputs, calibrated_on = _inputs(source, config, dtype, calibration, progress)
     speeds = codec_speeds(config) if source.total_bytes >= _WORTH_MEASURING_BYTES else None
     sites = [site for site in weight_sites(build_skeleton(source, dtype)) if site.managed]
+    stored = weights_of(source)
     weights = {}
     for number, site in enumerate(sites):
         report("choosing codecs", number, len(sites))
-        weights[site.name] = _chosen(source, site, config, speeds, inputs)
+        weights[site.name] = _chosen(find(source, stored, site), site, config, speeds, inputs)
     report("choosing codecs", len(sites), len(sites))
     return CompressionPlan(
         weights=weights,
@@ -130,6 +133,9 @@ def _inputs(
     from .model.generation import attach_forward
     from .model.turns import Turns
 
+    if needs_packing(source):
+        logger.info("the plan rests on the weights alone: the checkpoint cannot be run as it is")
+        return {}, "nothing: the checkpoint is quantised, and cannot be run as it is"
     try:
         batch, description = calibration_batch(source.directory, samples)
     except CheckpointError as error:
@@ -152,7 +158,7 @@ def _inputs(
 
 
 def _chosen(
-    source: Checkpoint,
+    weight: LogicalTensor,
     site: WeightSite,
     config: MemoryConfig,
     speeds: CodecSpeeds | None,
@@ -161,11 +167,8 @@ def _chosen(
     candidates = _VOCABULARY_CANDIDATES if site.vocabulary else WEIGHT_CANDIDATES
     left_out = {name for switch, names in _SWITCHES.items() if not getattr(config, switch) for name in names}
     selector = CompressionMethodSelector(speeds, candidates=tuple(name for name in candidates if name not in left_out))
-    extent = find_extent(source, site)
-    with DirectFile(extent.path) as file:
-        rows = sample_rows(file, extent, _SAMPLE_ROWS)
     selection = selector.explain(
-        rows,
+        weight.sample(_SAMPLE_ROWS),
         kind="weights",
         access="bytes" if speeds is None else "streamed",
         calibration=inputs.get(site.name),

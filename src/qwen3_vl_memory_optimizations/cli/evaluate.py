@@ -123,10 +123,10 @@ def _tasks(directory: Path, text: Path | None, tokens: int, images: int | None) 
     from ..errors import ConfigurationError, InputError
     from ..evaluation.checkpoint import Task
     from ..evaluation.data import SHIPPED_TEXT, QuestionBatches, questions, text_windows
+    from ..model.checkpoint import open_checkpoint
     from ..model.processing import load_tokenizer
-    from ..storage import Checkpoint
 
-    sees = "vision_config" in Checkpoint.open(directory).config
+    sees = "vision_config" in open_checkpoint(directory).config
     if images is not None and not sees:
         raise ConfigurationError(f"--images: {directory} is a language model; give it a --text")
     tasks = []

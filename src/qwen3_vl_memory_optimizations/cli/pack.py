@@ -29,7 +29,7 @@ _MOST_NAMED = 12
 
 def pack(
     ctx: typer.Context,
-    model: Annotated[Path, typer.Argument(help="A checkpoint directory.")],
+    model: Annotated[Path, typer.Argument(help="A checkpoint directory, or a .gguf file.")],
     codec: CodecOption = "auto",
     plan: Annotated[
         Path | None,
@@ -66,23 +66,24 @@ def pack(
 
     config = configure(typed(ctx, profile=profile, codec=codec, cache_dir=cache_dir, ram_budget=ram_budget))
     codec = config.codec
-    if config.weight_codec() == "none":
-        raise ConfigurationError("codec 'none' needs no packing: the checkpoint is read as it is")
     if codec != "auto" and (plan or calibration):
         raise ConfigurationError(f"--plan and --calibration are for codec auto, not {codec!r}")
 
+    from ..model.checkpoint import needs_packing, open_checkpoint
     from ..model.packing import packed_directory, plan_path
     from ..model.plan import CompressionPlan
     from ..planning import pack_model
     from ..storage import Checkpoint
 
-    source = Checkpoint.open(model)
+    source = open_checkpoint(model)
+    if config.weight_codec() == "none" and not needs_packing(source):
+        raise ConfigurationError("codec 'none' needs no packing: the checkpoint is read as it is")
     given = None if plan is None else CompressionPlan.load(plan)
     packed = packed_directory(source, config.weight_codec(), config)
     before = packed.stat().st_ino if packed.is_dir() else None
     start = time.perf_counter()
     with progress_bar(quiet=as_json) as progress:
-        directory = pack_model(model, config, plan=given, calibration=calibration, progress=progress)
+        directory = pack_model(source, config, plan=given, calibration=calibration, progress=progress)
     seconds = time.perf_counter() - start
     was_there = before is not None and directory.stat().st_ino == before
     report: dict[str, Any] = {

@@ -15,6 +15,7 @@ import torch
 from ..compression import codec_names, create_codec
 from ..config import MemoryConfig
 from ..factory import create_optimized_model
+from ..model.checkpoint import needs_packing, open_checkpoint
 from ..model.packing import Progress
 from ..paging import ManagedTensor
 from ..profiles import configure
@@ -116,7 +117,7 @@ def evaluate_codecs(
                     }
                 yield CodecResult(
                     codec=each.codec,
-                    baseline=BASELINE_PLAIN if config.tensor_budget is None else BASELINE_NONE,
+                    baseline=BASELINE_PLAIN if _is_plain(directory, config) else BASELINE_NONE,
                     weight_bytes=weight_bytes(model),
                     half_bytes=sum(parameter.numel() for parameter in model.parameters()) * _HALF_BYTES,
                     stored_as=_stored_as(model),
@@ -151,9 +152,14 @@ def _checked(codecs: Iterable[str]) -> list[str]:
 
 def _baseline(directory: Path, model: Any, config: MemoryConfig) -> Any:
     """Return the model without optimisations, computing in the same dtype."""
-    if config.tensor_budget is not None:
+    if not _is_plain(directory, config):
         return create_optimized_model(directory, dataclasses.replace(config, codec="none"), dtype=model.dtype)
     return type(model).from_pretrained(directory, dtype=model.dtype, local_files_only=True).eval()
+
+
+def _is_plain(directory: Path, config: MemoryConfig) -> bool:
+    """Whether transformers loads the baseline: it is not read within a budget, nor decoded by this library."""
+    return config.tensor_budget is None and not needs_packing(open_checkpoint(directory))
 
 
 def _reported(batches: Batches, description: str, report: Progress) -> Iterator[Any]:

@@ -17,8 +17,9 @@ from ..errors import CheckpointError
 from ..paging import FileSource, ManagedTensor, Pager, TensorEntry, join
 from ..pools import FRAME_BYTES, reserve, unreserve
 from ..storage import Checkpoint, DirectFile, TensorExtent
+from .checkpoint import TORCH_DTYPES
 from .fused import joined_names
-from .packing import CODECS_KEY, SHAPES_KEY, TORCH_DTYPES, Progress, find_extent, segment_name
+from .packing import CODECS_KEY, SHAPES_KEY, Progress, find, segment_name
 from .skeleton import WeightSite, codec_for, materialize_buffers, rows_per_page, weight_sites
 from .small_tensors import read_small_tensors
 
@@ -109,7 +110,7 @@ class WeightLoader:
         """
         codecs = json.loads(checkpoint.metadata.get(CODECS_KEY, "{}"))
         sites = weight_sites(model)
-        extents = {site.name: find_extent(checkpoint, site) for site in sites}
+        extents = {site.name: find(checkpoint, checkpoint.tensors, site) for site in sites}
         total = sum(extent.n_bytes for extent in extents.values())
         done = 0
         managed = {site.name: extents[site.name] for site in sites if site.managed and site.name not in self._begun}

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from ..compression import ROW_MULTIPLE, Codec, columns_of, create_codec
+from ..compression import Codec, columns_of, create_codec
 from ..config import MemoryConfig
-from ..errors import CheckpointError, CodecError, ConfigurationError
-from ..storage import (
-    AlignedBuffer,
-    Checkpoint,
-    DirectFile,
-    PackedEntry,
-    PackedLayout,
-    PackedWriter,
-    TensorExtent,
-    pack_lock,
+from ..errors import CheckpointError, CodecError, ConfigurationError, MemoryBudgetExceeded, format_bytes
+from ..process import rss_bytes
+from ..storage import CONFIG_FILE, Checkpoint, PackedEntry, PackedLayout, PackedWriter, TensorExtent, pack_lock
+from .checkpoint import (
+    PLAIN_FLOATS,
+    TORCH_DTYPES,
+    LogicalTensor,
+    config_of,
+    needs_packing,
+    open_checkpoint,
+    side_files,
+    weights_of,
 )
 from .packed_encodings import ENCODINGS_FILE, PackedEncodings
 from .plan import CompressionPlan
@@ -36,21 +39,11 @@ SHAPES_KEY = "qwen3vl_mem.shapes"
 """Metadata of packed checkpoints: tensor name -> codec; and -> shape, where that of the first segment is another."""
 PLAN_KEY = "qwen3vl_mem.plan"
 """Metadata of checkpoints packed by a plan: its fingerprint."""
-_CHUNK_BYTES = 16 << 20
-_SIDE_FILE_MOST_BYTES = 64 << 20
-_WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx)(\.index\.json)?$")
+_DECODING_BYTES = 96 << 20
+"""What decoding and encoding a few chunks takes, beside what the reader of a weight holds (measured)."""
 
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I8": torch.int8,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+logger = logging.getLogger(__name__)
+
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -61,9 +54,8 @@ def segment_name(tensor_name: str, segment: str, is_first: bool) -> str:
 
 def packed_directory(source: Checkpoint, codec: str, config: MemoryConfig) -> Path:
     """Return where the packed form of a checkpoint lies, or will."""
-    stem = source.directory.resolve().name or "model"
     name = codec if codec == "auto" else create_codec(codec).stored_name
-    return config.packed_dir / f"{stem}-{source.fingerprint()[:12]}-{name}"
+    return config.packed_dir / f"{source.name}-{source.fingerprint()[:12]}-{name}"
 
 
 def plan_path(source: Checkpoint, config: MemoryConfig) -> Path:
@@ -88,7 +80,7 @@ def find_packed(source: Checkpoint, codec: str, config: MemoryConfig) -> Path | 
 
 
 def pack_checkpoint(
-    source_dir: str | Path,
+    source_dir: str | Path | Checkpoint,
     *,
     codec: str = "int8",
     plan: CompressionPlan | None = None,
@@ -97,11 +89,11 @@ def pack_checkpoint(
 ) -> Path:
     """Pack a checkpoint, once; the next call returns at once.
 
-    It holds a few chunks of one tensor at a time. Interrupted, it goes on where it stopped; two processes do the work
-    once.
+    It holds a few chunks of one tensor at a time, of GPTQ and AWQ also the codes of one matrix. Weights that others
+    quantised are decoded as they are read. Interrupted, it goes on where it stopped; two processes do the work once.
 
     Args:
-        source_dir: a Hugging Face directory.
+        source_dir: a checkpoint, or a path that `open_checkpoint` takes.
         codec: how large weights are encoded, without a plan.
         plan: a codec for each, kept beside the result before the work begins; what another plan made of the
             checkpoint is replaced.
@@ -115,11 +107,12 @@ def pack_checkpoint(
         CheckpointError: the source is not a usable checkpoint.
         ConfigurationError: the plan is that of another checkpoint.
         InsufficientDiskSpaceError: the result does not fit on the disk.
+        MemoryBudgetExceeded: decoding a weight does not fit `ram_budget`.
     """
     config = config or MemoryConfig()
-    source = Checkpoint.open(source_dir)
+    source = open_checkpoint(source_dir)
     if source.packed:
-        raise ConfigurationError(f"{source_dir} is packed already")
+        raise ConfigurationError(f"{source.directory} is packed already")
     final_dir = packed_directory(source, "auto" if plan else codec, config)
     if _is_packed(final_dir, plan):
         _keep(plan, plan_path(source, config))
@@ -131,11 +124,14 @@ def pack_checkpoint(
         plan.require_names(site.name for site in sites if site.managed)
         codecs = {name: weight.codec for name, weight in plan.weights.items()}
         codec = MemoryConfig().unmeasured_codec()
-        if plan.encodes_nothing():
+        if plan.encodes_nothing() and not needs_packing(source):
             _keep(plan, plan_path(source, config))
             return source.directory
     stored = _stored(source, sites, lambda name: create_codec(codecs.get(name, codec)))
+    _require_memory(stored, config)
     report = progress or (lambda description, done, total: None)
+    if needs_packing(source):
+        logger.info("%s: not paged from its own files; decoded once into %s", source.directory, final_dir)
     final_dir.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with pack_lock(final_dir):
         if not _is_packed(final_dir, plan):
@@ -174,63 +170,91 @@ def _remove_stale(final_dir: Path) -> None:
             shutil.rmtree(other, ignore_errors=True)
 
 
-Stored = dict[str, tuple[TensorExtent, Codec]]
-"""Tensor name -> where it lies in the source, and what encodes it."""
+Stored = dict[str, tuple[LogicalTensor, Codec]]
+"""Tensor name -> its values in the source, and what encodes it."""
 
 
 def _stored(source: Checkpoint, sites: list[WeightSite], codec_of: Callable[[str], Codec]) -> Stored:
     """Return all tensors: the large ones in the order of use, then the others."""
     raw = create_codec("none")
+    weights = weights_of(source)
     stored: Stored = {}
     for site in sorted(sites, key=lambda site: not site.managed):
-        extent = find_extent(source, site)
-        stored[site.name] = (extent, _codec(site, extent, codec_of(site.name)) if site.managed else raw)
+        weight = find(source, weights, site)
+        codec = raw
+        if site.managed:
+            codec = codec_for(site, weight.dtype, codec_of(site.name), create_codec, weight.whole)
+        stored[site.name] = (weight, codec)
     return stored
 
 
-def _codec(site: WeightSite, extent: TensorExtent, codec: Codec) -> Codec:
-    dtype, shape = TORCH_DTYPES[extent.dtype], tuple(extent.shape)
+def _require_memory(stored: Stored, config: MemoryConfig) -> None:
+    """Refuse to decode weights for which the budget has no room, before anything is written."""
+    largest, _ = max(stored.values(), key=lambda entry: entry[0].held_bytes)
+    if config.ram_budget is None or not largest.held_bytes:
+        return
+    available = config.ram_budget - rss_bytes()
+    required = largest.held_bytes + _DECODING_BYTES
+    if required > available:
+        raise MemoryBudgetExceeded(
+            f"decoding {largest.name} takes {format_bytes(required)}, but ram_budget leaves "
+            f"{format_bytes(max(0, available))}; pack once without ram_budget (qwen3vl-mem pack), then load within it",
+            requested_bytes=required,
+            available_bytes=max(0, available),
+            budget_bytes=config.ram_budget,
+            owner="packing",
+        )
 
-    def values() -> torch.Tensor:
-        with DirectFile(extent.path) as file:
-            return torch.cat([chunk.clone() for chunk in read_row_chunks(file, extent, dtype, shape, _CHUNK_BYTES)])
 
-    return codec_for(site, dtype, codec, create_codec, values)
+Found = TypeVar("Found", TensorExtent, LogicalTensor)
 
 
-def find_extent(source: Checkpoint, site: WeightSite) -> TensorExtent:
-    """Return where a parameter lies in a checkpoint.
+def find(source: Checkpoint, tensors: Mapping[str, Found], site: WeightSite) -> Found:
+    """Return a parameter of a checkpoint.
+
+    Args:
+        source: the checkpoint, for errors.
+        tensors: its weights (`weights_of`) or, to page them from their files, its `tensors`.
+        site: the parameter.
 
     Raises:
-        CheckpointError: it is missing, or has another shape.
+        CheckpointError: it is missing, is no float, or has another shape.
     """
-    extent = next((source.tensors[name] for name in (site.name, *site.aliases) if name in source.tensors), None)
-    if extent is None:
+    found = next((tensors[name] for name in (site.name, *site.aliases) if name in tensors), None)
+    if found is None:
         raise CheckpointError(
             f"{source.directory}: the tensor {site.name!r} is missing; the checkpoint is incomplete or of another "
             "architecture than its config.json says",
             path=source.directory,
         )
-    if tuple(extent.shape) != site.shape and not source.packed:
+    if source.packed:
+        return found
+    stored = found.dtype if isinstance(found, TensorExtent) else found.stored_as
+    if stored not in PLAIN_FLOATS:
         raise CheckpointError(
-            f"{extent.path}: {extent.name!r} has shape {list(extent.shape)}, but config.json asks for "
-            f"{list(site.shape)}",
-            path=extent.path,
+            f"{found.path}: {found.name!r} has the type {stored}: it is quantised, and neither config.json nor tensors "
+            "beside it say how; use the original model in 16 bits",
+            path=found.path,
         )
-    return extent
+    if tuple(found.shape) != site.shape:
+        raise CheckpointError(
+            f"{found.path}: {found.name!r} has shape {list(found.shape)}, but config.json asks for {list(site.shape)}",
+            path=found.path,
+        )
+    return found
 
 
 def _write(source: Checkpoint, stored: Stored, plan: CompressionPlan | None, final_dir: Path, report: Progress) -> None:
     entries = []
-    for name, (extent, codec) in stored.items():
-        for index, segment in enumerate(codec.segments(tuple(extent.shape), TORCH_DTYPES[extent.dtype])):
-            paged = index == 0 and len(extent.shape) >= 2
+    for name, (weight, codec) in stored.items():
+        for index, segment in enumerate(codec.segments(weight.shape, weight.dtype)):
+            paged = index == 0 and len(weight.shape) >= 2
             page_bytes = 0
             if paged:
-                rows = rows_per_page(segment.shape, segment.dtype.itemsize, codec.row_block(tuple(extent.shape)))
+                rows = rows_per_page(segment.shape, segment.dtype.itemsize, codec.row_block(weight.shape))
                 page_bytes = rows * columns_of(segment.shape) * segment.dtype.itemsize
             dtype = SAFETENSORS_DTYPES[segment.dtype]
-            shape = segment.shape if codec.name != "none" else tuple(extent.shape)
+            shape = segment.shape if codec.name != "none" else weight.shape
             entries.append(
                 PackedEntry(segment_name(name, segment.name, index == 0), dtype, shape, segment.n_bytes, page_bytes)
             )
@@ -244,23 +268,23 @@ def _write(source: Checkpoint, stored: Stored, plan: CompressionPlan | None, fin
     if plan is not None:
         metadata[PLAN_KEY] = plan.fingerprint()
     shapes = {
-        name: extent.shape
-        for name, (extent, codec) in stored.items()
-        if codec.segments(tuple(extent.shape), TORCH_DTYPES[extent.dtype])[0].shape != tuple(extent.shape)
+        name: weight.shape
+        for name, (weight, codec) in stored.items()
+        if codec.segments(weight.shape, weight.dtype)[0].shape != weight.shape
     }
     if shapes:
         metadata[SHAPES_KEY] = json.dumps({name: list(shape) for name, shape in shapes.items()})
-    total = sum(extent.n_bytes for extent, _ in stored.values())
+    total = sum(weight.n_bytes for weight, _ in stored.values())
     done = 0
     encodings = PackedEncodings()
     with PackedWriter(final_dir, PackedLayout(entries), metadata, replace=plan is not None) as writer:
         complete = writer.open()
-        for name, (extent, codec) in stored.items():
-            segments = codec.segments(tuple(extent.shape), TORCH_DTYPES[extent.dtype])
+        for name, (weight, codec) in stored.items():
+            segments = codec.segments(weight.shape, weight.dtype)
             names = [segment_name(name, segment.name, index == 0) for index, segment in enumerate(segments)]
             if not all(part in complete for part in names):
                 small: dict[str, list[torch.Tensor]] = {}
-                chunks = _encoded_chunks(name, extent, codec, small, segments[0].name, encodings)
+                chunks = _encoded_chunks(name, weight, codec, small, segments[0].name, encodings)
                 if names[0] in complete:
                     for _ in chunks:  # the small segments of this tensor were not written yet
                         pass
@@ -271,87 +295,36 @@ def _write(source: Checkpoint, stored: Stored, plan: CompressionPlan | None, fin
                         values = small[segment.name]
                         writer.append(part, [_bytes(values[0] if segment.shared else torch.cat(values))])
             elif not codec.lossless:  # written before an interruption: its error is not known any more
-                next(_encoded_chunks(name, extent, codec, {}, segments[0].name, encodings))
-            done += extent.n_bytes
+                next(_encoded_chunks(name, weight, codec, {}, segments[0].name, encodings))
+            done += weight.n_bytes
             report("packing", done, total)
-        writer.finish(side_files(source.directory), {ENCODINGS_FILE: encodings.to_json()})
+        texts = {ENCODINGS_FILE: encodings.to_json()}
+        config = config_of(source)
+        if config is not None:
+            texts[CONFIG_FILE] = json.dumps(config, indent=2)
+        writer.finish(side_files(source), texts)
 
 
 def _encoded_chunks(
     name: str,
-    extent: TensorExtent,
+    weight: LogicalTensor,
     codec: Codec,
     small: dict[str, list[torch.Tensor]],
     first: str,
     encodings: PackedEncodings,
 ) -> Iterator[memoryview]:
     """Yield the bytes of the first segment, some rows at a time; the others collect in `small`."""
-    dtype = TORCH_DTYPES[extent.dtype]
-    shape = tuple(extent.shape)
-    with DirectFile(extent.path) as file:
-        for rows in read_row_chunks(file, extent, dtype, shape, _CHUNK_BYTES, codec.row_block(shape)):
-            try:
-                encoded = encodings.encode(name, codec, rows)
-            except CodecError as error:
-                raise CheckpointError(
-                    f"{extent.path}: {name}: {error}; the checkpoint is damaged: download it again", path=extent.path
-                ) from error
-            yield _bytes(encoded.pop(first))
-            for segment, values in encoded.items():
-                small.setdefault(segment, []).append(values)
-
-
-def read_row_chunks(
-    file: DirectFile,
-    extent: TensorExtent,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    chunk_bytes: int,
-    row_block: int = 1,
-) -> Iterator[torch.Tensor]:
-    """Yield a tensor some rows at a time, whole blocks of them; each chunk is valid until the next is asked for."""
-    if extent.n_bytes == 0:
-        yield torch.empty(shape, dtype=dtype)
-        return
-    rows = shape[0] if shape else 1
-    row_bytes = extent.n_bytes // rows
-    step = max(1, chunk_bytes // row_bytes // row_block) * row_block
-    with AlignedBuffer(min(step, rows) * row_bytes + 2 * 4096) as buffer:
-        for start in range(0, rows, step):
-            count = min(step, rows - start)
-            offset = extent.offset_bytes + start * row_bytes
-            lead = offset % 4096
-            file.read_into(buffer.address + lead, offset, count * row_bytes)
-            # A copy would double the memory; the view is dropped before the buffer is written again.
-            chunk = torch.frombuffer(buffer.view, dtype=torch.uint8, offset=lead, count=count * row_bytes)
-            if lead % dtype.itemsize:
-                chunk = chunk.clone()
-            yield chunk.view(dtype).view(count, *shape[1:]) if shape else chunk.view(dtype).view(())
-            del chunk
-
-
-def sample_rows(file: DirectFile, extent: TensorExtent, n_rows: int) -> torch.Tensor:
-    """Return about `n_rows` rows of a matrix `[n, columns]`: blocks of 16, from all over it."""
-    dtype, rows = TORCH_DTYPES[extent.dtype], extent.shape[0]
-    row_bytes = extent.n_bytes // rows
-    n_blocks = min(-(-n_rows // ROW_MULTIPLE), -(-rows // ROW_MULTIPLE))
-    blocks = []
-    for number in range(n_blocks):
-        start = number * (rows - 1) // n_blocks // ROW_MULTIPLE * ROW_MULTIPLE
-        count = min(ROW_MULTIPLE, rows - start)
-        read = bytearray(file.read_bytes(extent.offset_bytes + start * row_bytes, count * row_bytes))
-        blocks.append(torch.frombuffer(read, dtype=dtype).view(count, -1))
-    return torch.cat(blocks)
+    for rows in weight.row_chunks(codec.row_block(weight.shape)):
+        try:
+            encoded = encodings.encode(name, codec, rows)
+        except CodecError as error:
+            raise CheckpointError(
+                f"{weight.path}: {name}: {error}; the checkpoint is damaged: download it again", path=weight.path
+            ) from error
+        yield _bytes(encoded.pop(first))
+        for segment, values in encoded.items():
+            small.setdefault(segment, []).append(values)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data.cast("B")
-
-
-def side_files(directory: Path) -> list[Path]:
-    """Return the small files of a checkpoint that are not weights: configuration, tokenizer, processors."""
-    return [
-        path
-        for path in sorted(directory.iterdir())
-        if path.is_file() and not _WEIGHT_FILE.match(path.name) and os.path.getsize(path) <= _SIDE_FILE_MOST_BYTES
-    ]

@@ -22,6 +22,7 @@ import torch
 from transformers.generation.streamers import TextStreamer
 
 from ..errors import CheckpointError, InputError
+from .checkpoint import files_directory
 from .images import ImageSource, OpenImage, listed, open_image
 from .media import VideoSource, load_video
 from .video import MAX_ASPECT_RATIO, VideoSettings, group_seconds, video_tensors
@@ -32,12 +33,12 @@ _PLAIN_QUESTION = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def load_processor(directory: str | Path) -> Processor:
-    """Return the processor of a checkpoint directory.
+    """Return the processor of a checkpoint, given by any path that `open_checkpoint` takes.
 
     Raises:
         CheckpointError: a file of the tokenizer or of the image processor is missing or cannot be read.
     """
-    directory = Path(directory)
+    directory = files_directory(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: there is no such directory", path=directory)
     _check_torchvision(directory)
@@ -63,13 +64,14 @@ def load_processor(directory: str | Path) -> Processor:
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """Return the tokenizer of a checkpoint directory.
+    """Return the tokenizer of a checkpoint, given by any path that `open_checkpoint` takes.
 
     Raises:
         CheckpointError: there is none that can be loaded.
     """
     from transformers import AutoTokenizer
 
+    directory = files_directory(directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:

@@ -19,12 +19,15 @@ from ..errors import CheckpointError, CodecError
 from ..paging import PAGE_BYTES
 from ..pools import FRAME_BYTES, UNIT_BYTES
 from ..storage import Checkpoint
+from .checkpoint import config_of
 from .machine import recall_bf16_cost
 from .tied import untie_by_files
 
 logger = logging.getLogger(__name__)
 
 MANAGED_LEAST_BYTES = 16 * 1024
+_VISION_MODELS = ("qwen3_vl", "qwen3_vl_moe")
+_SUPPORTED = "Qwen3-VL and transformers' causal language models are supported"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +77,15 @@ def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, model_cla
         CheckpointError: the architecture is none that generates text with this version of transformers, or
             not the one of `model_class`.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     directory = checkpoint.directory
+    changed = config_of(checkpoint)
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        if changed is None:
+            config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        else:  # with a quantization_config transformers would make modules of that quantiser
+            config = CONFIG_MAPPING[changed["model_type"]].from_dict(changed)
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(
             f"{directory}: transformers does not know the model type {checkpoint.config.get('model_type')!r}: {error}",
@@ -108,8 +115,19 @@ def skeleton_of(
 
 def _model_class(config: Any, directory: Path | str) -> Any:
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
 
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    if sees and config.model_type not in _VISION_MODELS:
+        architectures = ", ".join(getattr(config, "architectures", None) or ["none named"])
+        raise CheckpointError(
+            f"{directory}: model type {config.model_type!r} (architecture {architectures}) is another vision-language "
+            f"model; {_SUPPORTED}. Use a Qwen3-VL checkpoint, or transformers for this one",
+            path=directory,
+        )
     for name in getattr(config, "architectures", None) or []:
         known = getattr(transformers, name, None)
         if known is not None and hasattr(known, "generate") and hasattr(known, "_from_config"):
@@ -122,7 +140,7 @@ def _model_class(config: Any, directory: Path | str) -> Any:
     architectures = ", ".join(getattr(config, "architectures", None) or ["none named"])
     raise CheckpointError(
         f"{directory}: model type {config.model_type!r} (architecture {architectures}) does not generate text; "
-        "Qwen3-VL and transformers' causal language models are supported",
+        f"{_SUPPORTED}",
         path=directory,
     )
 

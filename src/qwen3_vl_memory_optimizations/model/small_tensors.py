@@ -9,7 +9,7 @@ import xxhash
 
 from ..errors import CorruptDataError
 from ..storage import BLOCK_BYTES, AlignedBuffer, DirectFile, TensorExtent
-from .packing import TORCH_DTYPES
+from .checkpoint import TORCH_DTYPES
 
 _MOST_GAP_BYTES = 32 << 10
 _MOST_SPAN_BYTES = 1 << 20

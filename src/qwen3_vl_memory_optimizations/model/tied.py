@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Generator
+from contextlib import closing
 
 import torch
 from torch import nn
 
-from ..storage import Checkpoint, DirectFile, TensorExtent
+from ..storage import Checkpoint
+from .checkpoint import LogicalTensor, weights_of
 
 logger = logging.getLogger(__name__)
-
-_CHUNK_BYTES = 8 << 20
 
 
 def untie_by_files(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
@@ -28,13 +29,14 @@ def untie_by_files(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
     """
     first: dict[int, str] = {}
     untied = []
+    weights = weights_of(checkpoint)
     for prefix, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
             if parameter is None:
                 continue
             name = f"{prefix}.{attribute}" if prefix else attribute
             kept = first.setdefault(id(parameter), name)
-            if kept != name and not _are_equal(checkpoint.tensors.get(kept), checkpoint.tensors.get(name)):
+            if kept != name and not _are_equal(weights.get(kept), weights.get(name)):
                 module._parameters[attribute] = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
                 untied.append(name)
     keys = getattr(model, "all_tied_weights_keys", None)
@@ -49,17 +51,26 @@ def untie_by_files(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
     return untied
 
 
-def _are_equal(first: TensorExtent | None, second: TensorExtent | None) -> bool:
+def _are_equal(first: LogicalTensor | None, second: LogicalTensor | None) -> bool:
     """Whether two tensors of a checkpoint are the same; one that is not there is as the other."""
     if first is None or second is None:
         return True
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    with DirectFile(first.path) as mine, DirectFile(second.path) as other:
-        for start in range(0, first.n_bytes, _CHUNK_BYTES):
-            n_bytes = min(_CHUNK_BYTES, first.n_bytes - start)
-            if mine.read_bytes(first.offset_bytes + start, n_bytes) != other.read_bytes(
-                second.offset_bytes + start, n_bytes
-            ):
+    with closing(_bytes_of(first)) as mine, closing(_bytes_of(second)) as other:
+        # Of one shape and dtype, but perhaps read in chunks of other sizes.
+        ours, theirs = b"", b""
+        while True:
+            ours, theirs = ours or next(mine, b""), theirs or next(other, b"")
+            n_bytes = min(len(ours), len(theirs))
+            if ours[:n_bytes] != theirs[:n_bytes]:
                 return False
-    return True
+            if not n_bytes:
+                return True
+            ours, theirs = ours[n_bytes:], theirs[n_bytes:]
+
+
+def _bytes_of(tensor: LogicalTensor) -> Generator[bytes, None, None]:
+    for chunk in tensor.row_chunks():
+        if chunk.numel():
+            yield chunk.contiguous().view(-1).view(torch.uint8).numpy().tobytes()

@@ -1,10 +1,11 @@
 """Bytes and the SSD: direct I/O, checkpoints in safetensors files, the packed checkpoint, the swap file, entries."""
 
-from .checkpoint import Checkpoint
+from .checkpoint import CONFIG_FILE, Checkpoint
 from .checksums import PageChecksums, page_count
 from .content_store import ContentStore, Facts, Index, LoadedEntry, StoredEntry
 from .direct_io import BLOCK_BYTES, AlignedBuffer, DirectFile
 from .disks import disks_first, memory_file_system, swap_candidates
+from .gguf_file import GGUF_PREFIX, GGUFHeader, read_gguf_header
 from .io_queue import BACKGROUND, DEMAND, PREFETCH, IOQueue, Ticket
 from .packed import PackedEntry, PackedLayout, PackedWriter, pack_lock
 from .probe import measure_read_bandwidth, measure_scratch_bandwidth
@@ -14,13 +15,16 @@ from .swap_file import SwapFile
 __all__ = [
     "BACKGROUND",
     "BLOCK_BYTES",
+    "CONFIG_FILE",
     "DEMAND",
+    "GGUF_PREFIX",
     "PREFETCH",
     "AlignedBuffer",
     "Checkpoint",
     "ContentStore",
     "DirectFile",
     "Facts",
+    "GGUFHeader",
     "IOQueue",
     "Index",
     "LoadedEntry",
@@ -39,6 +43,7 @@ __all__ = [
     "memory_file_system",
     "pack_lock",
     "page_count",
+    "read_gguf_header",
     "read_header",
     "swap_candidates",
     "write_header",

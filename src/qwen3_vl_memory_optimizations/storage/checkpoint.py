@@ -35,6 +35,7 @@ class Checkpoint:
         config: `config.json`, parsed.
         metadata: the free texts of the safetensors headers.
         tensors: where each tensor lies, by name; file by file, in the order in which they lie in it.
+        headers: of its files.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Checkpoint:
     ) -> None:
         self.directory = directory
         self.config: dict[str, Any] = _json_object(directory / CONFIG_FILE, config_text)
-        self._headers = headers
+        self.headers = headers
         self.metadata = {key: text for header in headers for key, text in header.metadata.items()}
         self.tensors = tensors
         self._fingerprint = _fingerprint(config_text, headers)
@@ -84,6 +85,11 @@ class Checkpoint:
         return cls(directory, config_text, headers, tensors)
 
     @property
+    def name(self) -> str:
+        """What packed forms are named after: the name of the directory."""
+        return self.directory.resolve().name or "model"
+
+    @property
     def packed(self) -> bool:
         """Whether this library wrote the checkpoint."""
         return FORMAT_KEY in self.metadata
@@ -115,7 +121,7 @@ class Checkpoint:
                 f"{self.directory}: the files changed since they were opened; load the checkpoint again",
                 path=self.directory,
             )
-        for header in self._headers:
+        for header in self.headers:
             with DirectFile(header.path) as file, AlignedBuffer(_CHECK_CHUNK_BYTES) as buffer:
                 for extent in header.tensors.values():
                     if extent.checksums is not None:
