@@ -26,10 +26,21 @@ MODES = {
     "auto": {"codec": "auto"},
 }
 CHOSEN = os.environ.get("QWEN3VL_MEM_MODES", "half int8").split()
+_VOCABULARY = "the vocabulary of managed weights keeps its size"
+_ROUNDS = "compares results bit by bit or at 1e-5, and INT8 rounds weights and activations"
 EXPECTED = {
     "test_bc_cache_name_forward": "fails with the plain model too",
-    "test_resize_tokens_embeddings": "the vocabulary of managed weights keeps its size",
-    "test_resize_embeddings_untied": "the vocabulary of managed weights keeps its size",
+    "test_resize_tokens_embeddings": _VOCABULARY,
+    "test_resize_embeddings_untied": _VOCABULARY,
+    "test_resize_embeddings_untied_no_reinit_on_post_init": _VOCABULARY,
+    "test_retain_grad_hidden_states_attentions": "trains all weights; managed ones are frozen",
+}
+"""Tests that fail in every mode, and why. `docs/compatibility.md` has the same list."""
+EXPECTED_WITH_LOSS = {
+    "test_batching_equivalence": _ROUNDS,
+    "test_can_init_all_missing_weights": _ROUNDS,
+    "test_save_load": _ROUNDS,
+    "test_load_contiguous_weights": "an encoded weight says that it is not contiguous, so that it is not saved as bytes",
 }
 
 
@@ -66,6 +77,11 @@ def package(tmp_path_factory):
     return root
 
 
+def test_the_page_lists_what_fails():
+    page = (Path(__file__).parents[2] / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in page for name in (*EXPECTED, *EXPECTED_WITH_LOSS))
+
+
 @pytest.mark.parametrize("mode", CHOSEN)
 def test_they_pass(package, mode):
     environment = {**os.environ, "SETTINGS": json.dumps(MODES[mode])}
@@ -79,5 +95,6 @@ def test_they_pass(package, mode):
         timeout=600,
     )
     failed = set(re.findall(r"FAILED\S* .*::(\w+?)(?:_\d+\w*)?(?: |$)", done.stdout, re.MULTILINE))
-    assert failed <= EXPECTED.keys(), done.stdout[-4000:]
+    expected = EXPECTED if MODES[mode]["codec"] == "none" else EXPECTED | EXPECTED_WITH_LOSS
+    assert failed <= expected.keys(), done.stdout[-4000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 90, done.stdout[-2000:]

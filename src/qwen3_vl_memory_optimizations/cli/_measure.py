@@ -25,8 +25,8 @@ def product_speeds(rows: int, *, runs: int) -> dict[str, float]:
         One figure for fp32, bf16, and INT8 weights as the library computes with them (fp32 activations).
     """
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(_ROWS, _COLUMNS, generator=generator)
-    x = torch.randn(rows, _COLUMNS, generator=generator)
+    weight = torch.randn(_ROWS, _COLUMNS, generator=generator, dtype=torch.float32)
+    x = torch.randn(rows, _COLUMNS, generator=generator, dtype=torch.float32)
     codec, scratch = RotatedINT8Codec(), Scratch()
     encoded = codec.encode(weight)
     low_x, low_weight = x.bfloat16(), weight.bfloat16()

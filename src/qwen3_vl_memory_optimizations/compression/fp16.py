@@ -36,9 +36,9 @@ class FP16Codec(Codec):
         """Cast rows `[n, ...]` of any floating dtype."""
         matrix = rows.reshape(rows.shape[0], -1)
         if matrix.dtype in (torch.bfloat16, torch.float16):
-            return {"data": matrix, "scale": torch.ones(len(matrix))}
+            return {"data": matrix, "scale": torch.ones(len(matrix), dtype=torch.float32)}
         n, columns = matrix.shape
-        data, scale = torch.empty((n, columns), dtype=torch.float16), torch.empty(n)
+        data, scale = torch.empty((n, columns), dtype=torch.float16), torch.empty(n, dtype=torch.float32)
         step = max(1, _BLOCK_ELEMENTS // columns)
         for start in range(0, n, step):
             part = slice(start, start + step)

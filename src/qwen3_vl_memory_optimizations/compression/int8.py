@@ -47,7 +47,7 @@ class INT8Codec(Codec):
         scale = torch.empty(n, dtype=torch.float32)
         row_sum = torch.empty(n, dtype=torch.int32)
         step = max(1, _BLOCK_ELEMENTS // columns)  # what stays in the cache is quantised much faster
-        block = torch.empty((min(step, n), columns))
+        block = torch.empty((min(step, n), columns), dtype=torch.float32)
         sum_dtype = torch.float32 if columns <= _MOST_SUMMED_COLUMNS else torch.float64
         for start in range(0, n, step):
             part = slice(start, min(start + step, n))

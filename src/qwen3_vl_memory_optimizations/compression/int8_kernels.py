@@ -171,7 +171,7 @@ def _split_digits(x: LinearInput, largest_integer: int, split: _Split) -> tuple[
     """
     m, columns = x.shape
     digits = torch.empty((2 * m, columns), dtype=torch.int8)
-    scale = torch.empty((m, 1))
+    scale = torch.empty((m, 1), dtype=torch.float32)
     for start, stop, values in x.parts():
         largest = torch.maximum(values.amax(dim=1, keepdim=True), values.amin(dim=1, keepdim=True).neg_())
         part = torch.where(largest > 0, largest / largest_integer, torch.ones_like(largest))

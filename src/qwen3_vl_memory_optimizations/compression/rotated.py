@@ -19,7 +19,7 @@ _MOST_CREST = 16.0
 """Largest ratio of a row's largest value to its root mean square for 8 bits: an error of 16 / 127 / sqrt(12), 3.6 %.
 Rotated activations of models have ratios of 3 to 6 (an error of about 1 %)."""
 _LEAST_DIGIT_ROWS = 5
-_NOTHING = torch.zeros(1)
+_NOTHING = torch.zeros(1, dtype=torch.float32)
 _LEAST_COLUMNS = 512
 """In narrower matrices it is the call that takes time, not the product: they may as well be exact."""
 
@@ -91,7 +91,7 @@ class RotatedInput(LinearInput):
     def _digits_of_rows(self) -> None:
         rows, columns = self._unrotated.shape
         digits = torch.empty((rows, columns), dtype=torch.int8)
-        row_scale = torch.empty((rows, 1))
+        row_scale = torch.empty((rows, 1), dtype=torch.float32)
         for start, stop, part in self.parts():
             # Fifty times as fast as the norm of infinite order.
             largest = torch.maximum(part.amax(dim=1, keepdim=True), part.amin(dim=1, keepdim=True).neg_())

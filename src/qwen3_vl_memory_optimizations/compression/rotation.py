@@ -93,9 +93,9 @@ def _row_factors(columns: int) -> tuple[torch.Tensor | None, torch.Tensor]:
 
 def _signed_hadamard(n: int) -> torch.Tensor:
     """Return `diag(signs) @ H / sqrt(n)`, orthonormal, `[n, n]`; n is a power of two."""
-    hadamard = torch.ones((1, 1))
+    hadamard = torch.ones((1, 1), dtype=torch.float32)
     while hadamard.shape[0] < n:
         hadamard = torch.cat((torch.cat((hadamard, hadamard), 1), torch.cat((hadamard, -hadamard), 1)), 0)
     draw = random.Random(n)  # `random()` gives the same numbers in every version of Python
-    signs = torch.tensor([1.0 if draw.random() < 0.5 else -1.0 for _ in range(n)])
+    signs = torch.tensor([1.0 if draw.random() < 0.5 else -1.0 for _ in range(n)], dtype=torch.float32)
     return signs[:, None] * hadamard / math.sqrt(n)

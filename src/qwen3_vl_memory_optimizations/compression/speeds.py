@@ -164,11 +164,11 @@ def _best_seconds(run: Callable[[], object], timer: Callable[[], float]) -> floa
 def _suited(name: str, size: int, generator: torch.Generator) -> torch.Tensor:
     """Return values that a codec takes."""
     if name == "svd":
-        left = torch.randn(size, _SVD_RANK, generator=generator)
-        return left @ torch.randn(_SVD_RANK, size, generator=generator)
-    values = torch.randn(size, size, generator=generator)
+        left = torch.randn(size, _SVD_RANK, generator=generator, dtype=torch.float32)
+        return left @ torch.randn(_SVD_RANK, size, generator=generator, dtype=torch.float32)
+    values = torch.randn(size, size, generator=generator, dtype=torch.float32)
     if name == "sparse":
-        values[torch.rand(size, size, generator=generator) < _SPARSITY] = 0
+        values[torch.rand(size, size, generator=generator, dtype=torch.float32) < _SPARSITY] = 0
     return values
 
 

@@ -22,7 +22,7 @@ _LONGEST_S = 0.5
 
 def memory_bandwidth(n_bytes: int) -> float:
     """Return how fast all threads together read memory, in bytes/s: the sum of a tensor of `n_bytes`."""
-    block = torch.ones(n_bytes // 4)
+    block = torch.ones(n_bytes // 4, dtype=torch.float32)
     return n_bytes / best_seconds(block.sum, runs=7)
 
 

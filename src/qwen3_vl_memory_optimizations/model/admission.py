@@ -279,7 +279,7 @@ def _with_smaller_video(
 ) -> tuple[dict[str, torch.Tensor], int | None]:
     """Scale a video down until all fits. Its size is known once frames were chosen: they are read again, smaller."""
     while True:
-        grids = [grid for name in ("image_grid_thw", "video_grid_thw") for grid in tensors.get(name, torch.empty(0, 3))]
+        grids = [grid for name in ("image_grid_thw", "video_grid_thw") for grid in tensors.get(name, ())]
         rows = [[int(extent) for extent in grid] for grid in grids]
         merged = model.config.vision_config.spatial_merge_size**2
         text_tokens = tensors["input_ids"].shape[1] - sum(math.prod(row) for row in rows) // merged

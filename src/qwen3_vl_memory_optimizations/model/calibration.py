@@ -117,4 +117,4 @@ def _some_rows(given: torch.Tensor) -> torch.Tensor:
     rows = given.detach().reshape(-1, given.shape[-1])
     first = 1 if len(rows) > 1 else 0
     count = min(INPUT_ROWS, len(rows) - first)
-    return rows[torch.linspace(first, len(rows) - 1, count).round().long()].clone()
+    return rows[torch.linspace(first, len(rows) - 1, count, dtype=torch.float64).round().long()].clone()

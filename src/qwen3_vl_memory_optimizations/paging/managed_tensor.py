@@ -119,6 +119,8 @@ class ManagedTensor(torch.Tensor):
             result = _embedding(*args, **kwargs)
         elif func in _ITSELF and len(args) == 1 and not kwargs:
             return args[0]
+        elif func is _Tensor.__getitem__ and args[1] is Ellipsis and type(args[0]) is ManagedTensor:
+            return args[0]  # all of it, which writes reach too
         elif func in _FREEZES and isinstance(args[0], ManagedTensor):
             return _require_frozen(func, *args, **kwargs)
         elif func is _Tensor.data_ptr and isinstance(args[0], ManagedTensor):

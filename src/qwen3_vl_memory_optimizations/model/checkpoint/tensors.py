@@ -225,7 +225,7 @@ class StackedTensor(LogicalTensor):
         self._join = torch.stack if new else torch.cat
         self._parts, self._dim = parts, dim
         first = parts[0]
-        shape = self._join([torch.empty(part.shape, device="meta") for part in parts], dim=dim).shape
+        shape = self._join([torch.empty(part.shape, dtype=part.dtype, device="meta") for part in parts], dim=dim).shape
         super().__init__(name, first.path, tuple(shape), first.dtype)
         self.held_bytes = self.n_bytes
 
