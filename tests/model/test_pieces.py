@@ -32,7 +32,7 @@ def make_model(directory, **settings):
 def model(tmp_path_factory):
     """A model that reads prompts in pieces of 96 tokens, into blocks of 32."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunBudget, "choose", lambda self, given, length, batch, past, whole=False: PIECE)
+        patch.setattr(RunBudget, "choose", lambda self, given, length, batch, past, whole=False, trains=False: PIECE)
         model = make_model(tmp_path_factory.mktemp("cache"), tensor_budget=10**9)
     yield model
     model.memory_optimizer.close()

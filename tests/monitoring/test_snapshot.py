@@ -78,7 +78,8 @@ def test_a_model_that_answers_fills_the_figures(tmp_path):
         before = take_snapshot(optimizer)["responses"]
         assert before["count"] == 0 and before["last"] is None and before["current_s"] is None
         new = 0
-        for _ in range(2):
+        for first_id in (inputs["input_ids"][0, 0], 7):  # the same image in another conversation
+            inputs["input_ids"][0, 0] = first_id
             out = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
             new += out.shape[1] - inputs["input_ids"].shape[1]
         model(**inputs)

@@ -234,6 +234,7 @@ def test_arguments_that_nobody_knows_are_not_kept(tmp_path):
     model.memory_optimizer.close()
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 def test_an_adapter_that_is_switched_off_and_on(tmp_path):
     peft = pytest.importorskip("peft")
     kept, plain = make(tmp_path), make(tmp_path / "plain", enable_cache_hierarchy=False)
