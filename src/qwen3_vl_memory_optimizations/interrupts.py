@@ -125,22 +125,40 @@ class deferrable:  # noqa: N801  (used as a block)
     def __enter__(self) -> deferrable:
         self._replaced: list[tuple[int, _Deferrable]] = []
         if threading.get_ident() == _main:
-            for signum in _SIGNALS:
-                handler = signal.getsignal(signum)
-                if callable(handler) and not isinstance(handler, _Deferrable):
-                    wrapped = _Deferrable(handler)
-                    self._replaced.append((signum, wrapped))
-                    signal.signal(signum, wrapped)
+            try:
+                with shield:  # a handler that is wrapped already waits until all are
+                    for signum in _SIGNALS:
+                        handler = signal.getsignal(signum)
+                        if callable(handler) and not isinstance(handler, _Deferrable):
+                            wrapped = _Deferrable(handler)
+                            self._replaced.append((signum, wrapped))
+                            signal.signal(signum, wrapped)
+            except BaseException:  # Ctrl-C: the block does not begin, and will not end
+                self._restore()
+                raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for signum, wrapped in self._replaced:
-            if signal.getsignal(signum) is wrapped:
-                signal.signal(signum, wrapped.handler)
-        if self._replaced and not shield.up:
-            shield.let_through()  # what a finalizer left
+        if self._replaced:
+            self._restore()
+            if not shield.up:
+                shield.let_through()  # what a finalizer left
+
+    def _restore(self) -> None:
+        """Give signals their handlers back, all of them, also where one of these interrupts it."""
+        interrupt: BaseException | None = None
+        while self._replaced:
+            try:
+                signum, wrapped = self._replaced[-1]
+                if signal.getsignal(signum) is wrapped:
+                    signal.signal(signum, wrapped.handler)
+                self._replaced.pop()
+            except BaseException as raised:
+                interrupt = raised
+        if interrupt is not None:
+            raise interrupt
 
 
 class OtherProcess:
