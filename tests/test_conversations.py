@@ -8,7 +8,7 @@ from benchmarks.control_group import unavailable_reason
 from benchmarks.conversations.run import FINISHED, REFUSED, child_environment, measure
 from benchmarks.make_checkpoint import make_checkpoint
 from qwen3_vl_memory_optimizations.config import MemoryConfig
-from qwen3_vl_memory_optimizations.model.packing import pack_checkpoint
+from qwen3_vl_memory_optimizations.model.checkpoint.packing import pack_checkpoint
 
 pytestmark = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
 

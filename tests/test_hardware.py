@@ -7,11 +7,7 @@ import pytest
 
 from qwen3_vl_memory_optimizations import hardware
 from qwen3_vl_memory_optimizations.errors import ConfigurationError
-from qwen3_vl_memory_optimizations.hardware import (
-    GpuInfo,
-    HardwareProfile,
-    detect_hardware,
-)
+from qwen3_vl_memory_optimizations.hardware import GpuInfo, HardwareProfile, detect_hardware
 
 GIB = 2**30
 AVX512_BF16_FLAGS = "fpu sse4_2 avx avx2 fma f16c avx512f avx512bw avx512_bf16"

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from qwen3_vl_memory_optimizations import ConfigurationError, create_optimized_model
 from qwen3_vl_memory_optimizations.config import MemoryConfig
-from qwen3_vl_memory_optimizations.model.packing import CODECS_KEY, plan_path
-from qwen3_vl_memory_optimizations.model.plan import CompressionPlan, PlannedWeight
+from qwen3_vl_memory_optimizations.model.checkpoint.packing import CODECS_KEY, plan_path
+from qwen3_vl_memory_optimizations.model.checkpoint.plan import CompressionPlan, PlannedWeight
 from qwen3_vl_memory_optimizations.planning import make_plan, pack_model
 from qwen3_vl_memory_optimizations.storage import Checkpoint, PackedWriter
 

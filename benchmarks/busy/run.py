@@ -24,7 +24,7 @@ import torch  # noqa: E402
 
 from benchmarks import results  # noqa: E402
 from qwen3_vl_memory_optimizations import create_optimized_model  # noqa: E402
-from qwen3_vl_memory_optimizations.model.decode_threads import FreeProcessors  # noqa: E402
+from qwen3_vl_memory_optimizations.model.layers.decode_threads import FreeProcessors  # noqa: E402
 
 HERE = Path(__file__).parent
 TOKENS, WARM_S = 24, 1.5

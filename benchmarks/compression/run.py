@@ -19,11 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.compression.cases import SORTS, draw, exhaustive  # noqa: E402
-from qwen3_vl_memory_optimizations.compression import (  # noqa: E402
-    CompressionMethodSelector,
-    create_codec,
-    measure_codec_speeds,
-)
+from qwen3_vl_memory_optimizations.compression import CompressionMethodSelector, create_codec, measure_codec_speeds
 from qwen3_vl_memory_optimizations.compression.kernels import fastest_dtype  # noqa: E402
 from qwen3_vl_memory_optimizations.compression.selection import relative_error  # noqa: E402
 from qwen3_vl_memory_optimizations.compression.speeds import machine_name, timed  # noqa: E402

@@ -21,8 +21,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 from qwen3_vl_memory_optimizations import create_optimized_model  # noqa: E402
-from qwen3_vl_memory_optimizations.swapping import TraceRecorder, replay, replay_belady  # noqa: E402
-from qwen3_vl_memory_optimizations.swapping.system import create_swapping_algorithm  # noqa: E402
+from qwen3_vl_memory_optimizations.runtime_policy import (  # noqa: E402
+    TraceRecorder,
+    replay,
+    replay_belady,
+)
+from qwen3_vl_memory_optimizations.runtime_policy.swapping import create_swapping_algorithm  # noqa: E402
 from tests.model import tiny  # noqa: E402
 
 PERIODS = (5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27)

@@ -44,7 +44,7 @@ ANSWER_TOKENS = 16
 _DTYPE_CODE = """
 import sys
 from qwen3_vl_memory_optimizations.config import MemoryConfig
-from qwen3_vl_memory_optimizations.model.skeleton import compute_dtype_of
+from qwen3_vl_memory_optimizations.model.checkpoint.skeleton import compute_dtype_of
 from qwen3_vl_memory_optimizations.storage import Checkpoint
 print(compute_dtype_of(Checkpoint.open(sys.argv[1]).config, None, MemoryConfig()))
 """

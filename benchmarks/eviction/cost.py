@@ -27,10 +27,12 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 from benchmarks import results  # noqa: E402
 from qwen3_vl_memory_optimizations import create_optimized_model  # noqa: E402
 from qwen3_vl_memory_optimizations.collection import PredictiveGarbageCollector  # noqa: E402
-from qwen3_vl_memory_optimizations.paging.residency import Residency  # noqa: E402
+from qwen3_vl_memory_optimizations.paging.transfers.resident_set import Residency  # noqa: E402
 from qwen3_vl_memory_optimizations.prediction import LightweightMLPredictor, PassSchedule  # noqa: E402
-from qwen3_vl_memory_optimizations.swapping import PredictiveSwappingAlgorithm  # noqa: E402
-from qwen3_vl_memory_optimizations.tiering import MemoryTieringSystem  # noqa: E402
+from qwen3_vl_memory_optimizations.runtime_policy import (  # noqa: E402
+    MemoryTieringSystem,
+    PredictiveSwappingAlgorithm,  # noqa: E402
+)
 from tests.model import tiny  # noqa: E402
 
 HERE = Path(__file__).parent

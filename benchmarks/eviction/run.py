@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 from benchmarks import results  # noqa: E402
-from qwen3_vl_memory_optimizations.swapping import (  # noqa: E402
+from qwen3_vl_memory_optimizations.runtime_policy import (  # noqa: E402
     ALGORITHMS,
     Trace,
     create_swapping_algorithm,

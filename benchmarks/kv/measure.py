@@ -141,8 +141,8 @@ def perplexity(arguments: argparse.Namespace) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
     from qwen3_vl_memory_optimizations.evaluation.data import SHIPPED_TEXT
-    from qwen3_vl_memory_optimizations.model.generation import cache_maker
     from qwen3_vl_memory_optimizations.model.kv.cache import ManagedKVCache
+    from qwen3_vl_memory_optimizations.model.run.generation import cache_maker
 
     codec = arguments.codecs[0]
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()

@@ -174,7 +174,7 @@ class Watched:
     def parts(self, n_tokens: int) -> dict[str, float]:
         """Return what each part takes by itself."""
         from qwen3_vl_memory_optimizations.monitoring import take_snapshot
-        from qwen3_vl_memory_optimizations.swapping import ShadowLRU
+        from qwen3_vl_memory_optimizations.runtime_policy import ShadowLRU
 
         pager, uses = self._optimizer.pager, []
         with pager.recording(lambda *use: uses.append(use)):

@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 from qwen3_vl_memory_optimizations import MemoryConfig, MemoryOptimizer  # noqa: E402
 from qwen3_vl_memory_optimizations.paging import BlockSpace  # noqa: E402
-from qwen3_vl_memory_optimizations.paging.entry import alias_memory  # noqa: E402
+from qwen3_vl_memory_optimizations.paging.records.entry import alias_memory  # noqa: E402
 from qwen3_vl_memory_optimizations.pools import UNIT_BYTES, AdvancedMemoryPool, FramePool, round_up  # noqa: E402
 from qwen3_vl_memory_optimizations.process import rss_bytes, tame_allocator  # noqa: E402
 

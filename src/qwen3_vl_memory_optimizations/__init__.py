@@ -41,38 +41,39 @@ if TYPE_CHECKING:
     from .optimizer import MemoryOptimizer
     from .paging import ManagedTensor
     from .pools import AdvancedMemoryPool
-    from .swapping import (
+    from .runtime_policy import (
         ClockSwappingAlgorithm,
+        LightweightMLPredictor,
         LRUSwappingAlgorithm,
         MemorySwappingSystem,
+        MemoryTieringSystem,
         PredictiveSwappingAlgorithm,
     )
-    from .tiering import LightweightMLPredictor, MemoryTieringSystem
     from .tuning import adapt_parameters_based_on_usage
 
 # torch takes seconds to import; the command line and `--help` do without it.
 _LAZY = {
     "AdvancedMemoryPool": ".pools",
     "CPUCache": ".cache",
-    "ClockSwappingAlgorithm": ".swapping",
+    "ClockSwappingAlgorithm": ".runtime_policy",
     "CompressionMethodSelector": ".compression",
     "FP16QuantizationCompressor": ".compression",
     "GPUCache": ".cache",
     "HierarchicalCacheSystem": ".cache",
     "INT8QuantizationCompressor": ".compression",
-    "LRUSwappingAlgorithm": ".swapping",
-    "LightweightMLPredictor": ".tiering",
+    "LRUSwappingAlgorithm": ".runtime_policy",
+    "LightweightMLPredictor": ".runtime_policy",
     "ManagedTensor": ".paging",
     "MemoryCompressionManager": ".compression",
     "MemoryConfig": ".config",
     "MemoryOptimizer": ".optimizer",
-    "MemorySwappingSystem": ".swapping",
-    "MemoryTieringSystem": ".tiering",
+    "MemorySwappingSystem": ".runtime_policy",
+    "MemoryTieringSystem": ".runtime_policy",
     "OptimizedTextDecoder": ".integration",
     "OptimizedVisionEncoder": ".integration",
     "OptimizedVisionLanguageModel": ".integration",
     "PredictiveGarbageCollector": ".collection",
-    "PredictiveSwappingAlgorithm": ".swapping",
+    "PredictiveSwappingAlgorithm": ".runtime_policy",
     "SSDCache": ".cache",
     "SVDDecompositionCompressor": ".compression",
     "SimpleMLPredictor": ".collection",

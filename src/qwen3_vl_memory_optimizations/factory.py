@@ -18,23 +18,23 @@ from torch import nn
 from .compression import create_codec
 from .config import MemoryConfig, jsonable
 from .errors import CheckpointError, ConfigurationError, MemoryBudgetExceeded, format_bytes
-from .model.activations import FIXED_RESERVE_BYTES, with_heap
-from .model.assisted import ASSISTANT, attach_draft, require_draft
-from .model.checkpoint import needs_packing, open_checkpoint
+from .model.checkpoint.formats import needs_packing, open_checkpoint
+from .model.checkpoint.import_files import ImportFiles
+from .model.checkpoint.loading import WeightLoader
+from .model.checkpoint.packing import Progress, find_packed
+from .model.checkpoint.saving import attach_saving
+from .model.checkpoint.skeleton import build_skeleton, compute_dtype, compute_dtype_of, skeleton_of
 from .model.conversions import attach_conversions, is_offloaded
-from .model.decode_threads import FreeProcessors, attach_decode_threads
-from .model.fused import fuse_layers
-from .model.identity import ModelIdentity
-from .model.import_files import ImportFiles
-from .model.loading import WeightLoader
-from .model.packing import Progress, find_packed
-from .model.response_times import attach_response_times
-from .model.saving import attach_saving
-from .model.sessions import attach_phases
-from .model.skeleton import build_skeleton, compute_dtype, compute_dtype_of, skeleton_of
-from .model.turns import Turns
-from .model.vision_reuse import attach_vision_reuse
-from .model.vision_steps import step_vision_tower
+from .model.layers.decode_threads import FreeProcessors, attach_decode_threads
+from .model.layers.decoder_layer import fuse_layers
+from .model.layers.forward_memory import FIXED_RESERVE_BYTES, with_heap
+from .model.layers.vision_block import step_vision_tower
+from .model.reuse.identity import ModelIdentity
+from .model.reuse.vision import attach_vision_reuse
+from .model.run.assisted import ASSISTANT, attach_draft, require_draft
+from .model.run.phases import attach_phases
+from .model.run.response_times import attach_response_times
+from .model.run.turns import Turns
 from .optimizer import MemoryOptimizer
 from .paging import PAGE_BYTES, BlockSpace
 from .planning import pack_model
@@ -316,9 +316,9 @@ def _finish(source: _Source, draft: _Source | None, optimizer: MemoryOptimizer) 
         optimizer.measure_process()
         optimizer.pager.reserve(_IMPORTING, 0)
     # They import the caches of transformers, which come with its models.
-    from .model.generation import Generation, attach_forward, cache_maker
-    from .model.kv.reuse import PrefixReuse
     from .model.kv.store import KVStore
+    from .model.reuse.prefix import PrefixReuse
+    from .model.run.generation import Generation, attach_forward, cache_maker
 
     processors, turn = FreeProcessors(), Turns()
     reuses = optimizer.config.reuses_prefixes()

@@ -20,10 +20,10 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VL
 from .config import MemoryConfig
 from .errors import ConfigurationError
 from .factory import create_optimized_model
-from .model.activations import text_bytes, vision_bytes, whole_prompt_bytes, with_heap
-from .model.loading import WeightLoader
-from .model.pieces import forward_size
-from .model.skeleton import compute_dtype
+from .model.checkpoint.loading import WeightLoader
+from .model.checkpoint.skeleton import compute_dtype
+from .model.layers.forward_memory import text_bytes, vision_bytes, whole_prompt_bytes, with_heap
+from .model.run.pieces import forward_size
 from .optimizer import MemoryOptimizer
 from .paging import ManagedTensor
 

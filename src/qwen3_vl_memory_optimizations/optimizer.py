@@ -41,9 +41,8 @@ from .paging import (
 from .pools import AdvancedMemoryPool
 from .process import process_memory, rss_bytes
 from .profiles import configure
+from .runtime_policy import MemorySwappingSystem, MemoryTieringSystem, tier_memory
 from .storage import disks_first, swap_candidates
-from .swapping import MemorySwappingSystem
-from .tiering import MemoryTieringSystem, tier_memory
 from .tuning import AutoTuner, live_parameters
 
 logger = logging.getLogger(__name__)

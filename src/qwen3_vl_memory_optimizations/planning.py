@@ -13,12 +13,12 @@ from .compression import CodecSpeeds, CompressionMethodSelector
 from .compression.selection import TOLERANCES, WEIGHT_CANDIDATES
 from .config import MemoryConfig
 from .errors import CheckpointError, MemoryBudgetExceeded
-from .model.checkpoint import LogicalTensor, needs_packing, open_checkpoint, weights_of
-from .model.codec_speeds import codec_speeds
-from .model.loading import WeightLoader
-from .model.packing import Progress, find, find_packed, pack_checkpoint, plan_path
-from .model.plan import CompressionPlan, PlannedWeight
-from .model.skeleton import WeightSite, build_skeleton, compute_dtype_of, weight_sites
+from .model.checkpoint.codec_speeds import codec_speeds
+from .model.checkpoint.formats import LogicalTensor, needs_packing, open_checkpoint, weights_of
+from .model.checkpoint.loading import WeightLoader
+from .model.checkpoint.packing import Progress, find, find_packed, pack_checkpoint, plan_path
+from .model.checkpoint.plan import CompressionPlan, PlannedWeight
+from .model.checkpoint.skeleton import WeightSite, build_skeleton, compute_dtype_of, weight_sites
 from .optimizer import MemoryOptimizer
 from .profiles import configure
 from .storage import Checkpoint
@@ -129,9 +129,13 @@ def _inputs(
     source: Checkpoint, config: MemoryConfig, dtype: torch.dtype, samples: Path | None, progress: Progress | None
 ) -> tuple[Mapping[str, torch.Tensor], str]:
     """Return inputs of the layers by the name of the weight, and in words what they came from."""
-    from .model.calibration import calibration_batch, collect_inputs, most_input_bytes  # imports transformers
-    from .model.generation import attach_forward
-    from .model.turns import Turns
+    from .model.checkpoint.calibration import (  # imports transformers
+        calibration_batch,
+        collect_inputs,
+        most_input_bytes,
+    )
+    from .model.run.generation import attach_forward
+    from .model.run.turns import Turns
 
     if needs_packing(source):
         logger.info("the plan rests on the weights alone: the checkpoint cannot be run as it is")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3_vl_memory_optimizations.monitoring.run_file import RunFile, recorded_runs
+from qwen3_vl_memory_optimizations.monitoring.recording.run_file import RunFile, recorded_runs
 
 PROGRAM = [sys.executable, "-c", "from qwen3_vl_memory_optimizations.cli import main; main()"]
 

@@ -6,11 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qwen3_vl_memory_optimizations.compression import (
-    LinearInput,
-    Scratch,
-    create_codec,
-)
+from qwen3_vl_memory_optimizations.compression import LinearInput, Scratch, create_codec
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((64, 96), (1, 32), (7, 33), (3, 1), (130, 514), (4, 3, 5, 2))

@@ -6,13 +6,7 @@ import pytest
 import torch
 
 from qwen3_vl_memory_optimizations import CodecError, ConfigurationError
-from qwen3_vl_memory_optimizations.compression import (
-    KVBlock,
-    Scratch,
-    attend_plain,
-    create_kv_codec,
-    merge,
-)
+from qwen3_vl_memory_optimizations.compression import KVBlock, Scratch, attend_plain, create_kv_codec, merge
 from qwen3_vl_memory_optimizations.compression.kv_integers import INT8KV
 
 HEADS, TOKENS, SIZE = 3, 64, 32

@@ -17,7 +17,7 @@ from qwen3_vl_memory_optimizations import (
 from qwen3_vl_memory_optimizations.compression import codec_names
 from qwen3_vl_memory_optimizations.evaluation import QuestionBatches, score
 from qwen3_vl_memory_optimizations.evaluation.data import shipped_questions
-from qwen3_vl_memory_optimizations.model.processing import load_processor
+from qwen3_vl_memory_optimizations.model.inputs.processor import load_processor
 
 from ..model import tiny
 

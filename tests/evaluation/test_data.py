@@ -6,13 +6,8 @@ import torch
 
 from qwen3_vl_memory_optimizations import CheckpointError, ConfigurationError, InputError
 from qwen3_vl_memory_optimizations.evaluation import text_windows
-from qwen3_vl_memory_optimizations.evaluation.data import (
-    SHIPPED_TEXT,
-    easy_vqa_questions,
-    questions,
-    shipped_questions,
-)
-from qwen3_vl_memory_optimizations.model.processing import load_tokenizer
+from qwen3_vl_memory_optimizations.evaluation.data import SHIPPED_TEXT, easy_vqa_questions, questions, shipped_questions
+from qwen3_vl_memory_optimizations.model.inputs.processor import load_tokenizer
 
 from ..model import tiny
 

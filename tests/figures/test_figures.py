@@ -11,10 +11,10 @@ from qwen3_vl_memory_optimizations import MemoryConfig, MemoryOptimizer, create_
 from qwen3_vl_memory_optimizations.cache import CacheItem, HierarchicalCacheSystem
 from qwen3_vl_memory_optimizations.compression import EncodingLog, INT8Codec, create_kv_codec
 from qwen3_vl_memory_optimizations.figures import METRICS, MemoryFigures, allocation_speedup
-from qwen3_vl_memory_optimizations.model.loading import WeightLoader
-from qwen3_vl_memory_optimizations.model.packed_encodings import ENCODINGS_FILE, PackedEncodings
-from qwen3_vl_memory_optimizations.model.plan import CompressionPlan
-from qwen3_vl_memory_optimizations.model.response_times import ResponseTimes
+from qwen3_vl_memory_optimizations.model.checkpoint.loading import WeightLoader
+from qwen3_vl_memory_optimizations.model.checkpoint.packed_encodings import ENCODINGS_FILE, PackedEncodings
+from qwen3_vl_memory_optimizations.model.checkpoint.plan import CompressionPlan
+from qwen3_vl_memory_optimizations.model.run.response_times import ResponseTimes
 from qwen3_vl_memory_optimizations.paging import BlockSpace
 from qwen3_vl_memory_optimizations.process import rss_bytes, tame_allocator
 from tests.model.tiny import DIRECTORY

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from qwen3_vl_memory_optimizations import MemoryBudgetExceeded, create_optimized_model
-from qwen3_vl_memory_optimizations.model.admission import picture_cost, prepare_within_budget
-from qwen3_vl_memory_optimizations.model.images import OpenImage
-from qwen3_vl_memory_optimizations.model.processing import load_processor
+from qwen3_vl_memory_optimizations.model.inputs.images import OpenImage
+from qwen3_vl_memory_optimizations.model.inputs.picture_budget import picture_cost, prepare_within_budget
+from qwen3_vl_memory_optimizations.model.inputs.processor import load_processor
 from qwen3_vl_memory_optimizations.process import rss_bytes
 
 from . import tiny

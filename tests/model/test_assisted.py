@@ -14,7 +14,7 @@ from qwen3_vl_memory_optimizations import (
     TensorFreedError,
     create_optimized_model,
 )
-from qwen3_vl_memory_optimizations.model.activations import FIXED_RESERVE_BYTES
+from qwen3_vl_memory_optimizations.model.layers.forward_memory import FIXED_RESERVE_BYTES
 
 from . import tiny
 

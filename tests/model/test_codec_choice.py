@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen3_vl_memory_optimizations import CodecError, create_optimized_model
-from qwen3_vl_memory_optimizations.model import skeleton
-from qwen3_vl_memory_optimizations.model.packing import CODECS_KEY
+from qwen3_vl_memory_optimizations.model.checkpoint import skeleton
+from qwen3_vl_memory_optimizations.model.checkpoint.packing import CODECS_KEY
 from qwen3_vl_memory_optimizations.storage import Checkpoint
 
 from . import tiny

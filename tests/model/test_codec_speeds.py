@@ -6,8 +6,8 @@ import json
 import pytest
 
 from qwen3_vl_memory_optimizations.config import MemoryConfig
-from qwen3_vl_memory_optimizations.model import codec_speeds as module
-from qwen3_vl_memory_optimizations.model.codec_speeds import SPEEDS_FILE, codec_speeds
+from qwen3_vl_memory_optimizations.model.checkpoint import codec_speeds as module
+from qwen3_vl_memory_optimizations.model.checkpoint.codec_speeds import SPEEDS_FILE, codec_speeds
 
 
 @pytest.fixture

@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from qwen3_vl_memory_optimizations import create_optimized_model
-from qwen3_vl_memory_optimizations.model.decode_threads import FreeProcessors, attach_decode_threads, busy_seconds
+from qwen3_vl_memory_optimizations.model.layers.decode_threads import (
+    FreeProcessors,
+    attach_decode_threads,
+    busy_seconds,
+)
 
 from . import tiny
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from qwen3_vl_memory_optimizations import create_optimized_model
-from qwen3_vl_memory_optimizations.model.fused import joined_names
+from qwen3_vl_memory_optimizations.model.layers.decoder_layer import joined_names
 
 from . import tiny
 

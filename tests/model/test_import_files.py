@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from qwen3_vl_memory_optimizations.model.import_files import ImportFiles
+from qwen3_vl_memory_optimizations.model.checkpoint.import_files import ImportFiles
 
 from . import tiny
 

@@ -24,10 +24,10 @@ from qwen3_vl_memory_optimizations import (
     create_optimized_model,
 )
 from qwen3_vl_memory_optimizations.config import MemoryConfig
-from qwen3_vl_memory_optimizations.model.activations import vision_bytes
-from qwen3_vl_memory_optimizations.model.packed_encodings import PackedEncodings
-from qwen3_vl_memory_optimizations.model.packing import pack_checkpoint
-from qwen3_vl_memory_optimizations.model.pieces import forward_size
+from qwen3_vl_memory_optimizations.model.checkpoint.packed_encodings import PackedEncodings
+from qwen3_vl_memory_optimizations.model.checkpoint.packing import pack_checkpoint
+from qwen3_vl_memory_optimizations.model.layers.forward_memory import vision_bytes
+from qwen3_vl_memory_optimizations.model.run.pieces import forward_size
 from qwen3_vl_memory_optimizations.storage import Checkpoint
 
 from . import tiny

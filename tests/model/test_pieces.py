@@ -7,7 +7,7 @@ import torch
 
 from qwen3_vl_memory_optimizations import create_optimized_model
 from qwen3_vl_memory_optimizations.model.kv.cache import ManagedKVCache
-from qwen3_vl_memory_optimizations.model.run_budget import RunBudget
+from qwen3_vl_memory_optimizations.model.run.run_budget import RunBudget
 
 from . import tiny
 from .test_kv_cache import CACHE, ids

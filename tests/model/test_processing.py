@@ -12,10 +12,10 @@ from PIL import Image
 
 import qwen3_vl_memory_optimizations
 from qwen3_vl_memory_optimizations.errors import CheckpointError, InputError
-from qwen3_vl_memory_optimizations.model.images import load_image
-from qwen3_vl_memory_optimizations.model.media import FrameSampling
-from qwen3_vl_memory_optimizations.model.processing import load_processor
-from qwen3_vl_memory_optimizations.model.video import VideoSettings
+from qwen3_vl_memory_optimizations.model.inputs.images import load_image
+from qwen3_vl_memory_optimizations.model.inputs.processor import load_processor
+from qwen3_vl_memory_optimizations.model.inputs.video_files import FrameSampling
+from qwen3_vl_memory_optimizations.model.inputs.video_patches import VideoSettings
 
 TINY = Path(qwen3_vl_memory_optimizations.__file__).parent / "assets" / "tiny-qwen3vl"
 TEMPLATE = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwen3_vl_memory_optimizations.model.response_times import ResponseTimes, attach_response_times
+from qwen3_vl_memory_optimizations.model.run.response_times import ResponseTimes, attach_response_times
 from tests.model.tiny import reference
 
 

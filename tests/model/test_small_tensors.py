@@ -6,8 +6,8 @@ from safetensors.torch import save_file
 
 from qwen3_vl_memory_optimizations import CorruptDataError
 from qwen3_vl_memory_optimizations.config import MemoryConfig
-from qwen3_vl_memory_optimizations.model.packing import pack_checkpoint
-from qwen3_vl_memory_optimizations.model.small_tensors import read_small_tensors
+from qwen3_vl_memory_optimizations.model.checkpoint.packing import pack_checkpoint
+from qwen3_vl_memory_optimizations.model.checkpoint.small_tensors import read_small_tensors
 from qwen3_vl_memory_optimizations.storage import Checkpoint, DirectFile, read_header
 
 from . import tiny

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qwen3_vl_memory_optimizations import create_optimized_model
-from qwen3_vl_memory_optimizations.model.turns import Turns
+from qwen3_vl_memory_optimizations.model.run.turns import Turns
 from qwen3_vl_memory_optimizations.process import rss_bytes
 
 from . import tiny

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwen3_vl_memory_optimizations import create_optimized_model
-from qwen3_vl_memory_optimizations.model import vision_steps
+from qwen3_vl_memory_optimizations.model.layers import vision_block as vision_steps
 from qwen3_vl_memory_optimizations.paging import products
 from tests.paging.weights import settle
 

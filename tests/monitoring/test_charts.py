@@ -5,10 +5,10 @@ import torch
 
 import qwen3_vl_memory_optimizations as q
 from qwen3_vl_memory_optimizations.monitoring import Recorder
-from qwen3_vl_memory_optimizations.monitoring.charts import CHARTS, Chart, Series, lines_of
-from qwen3_vl_memory_optimizations.monitoring.exports import state_of
-from qwen3_vl_memory_optimizations.monitoring.show import show
-from qwen3_vl_memory_optimizations.monitoring.svg import chart_as_svg
+from qwen3_vl_memory_optimizations.monitoring.rendering.charts import CHARTS, Chart, Series, lines_of
+from qwen3_vl_memory_optimizations.monitoring.rendering.formatting import show
+from qwen3_vl_memory_optimizations.monitoring.rendering.svg import chart_as_svg
+from qwen3_vl_memory_optimizations.monitoring.run_export import state_of
 from tests.model.tiny import DIRECTORY, cases
 
 

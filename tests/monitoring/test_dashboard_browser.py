@@ -14,8 +14,8 @@ import torch
 
 import qwen3_vl_memory_optimizations as q
 from qwen3_vl_memory_optimizations.monitoring import AlertLimits, AlertMonitor, start_dashboard
-from qwen3_vl_memory_optimizations.monitoring.charts import CHARTS
 from qwen3_vl_memory_optimizations.monitoring.dashboard import serve_run
+from qwen3_vl_memory_optimizations.monitoring.rendering.charts import CHARTS
 from tests.model.tiny import DIRECTORY, cases
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

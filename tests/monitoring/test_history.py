@@ -2,8 +2,8 @@
 
 import json
 
-from qwen3_vl_memory_optimizations.monitoring.history import History, to_line
-from qwen3_vl_memory_optimizations.monitoring.run_record import RunState, merge_samples
+from qwen3_vl_memory_optimizations.monitoring.recording.history import History, to_line
+from qwen3_vl_memory_optimizations.monitoring.recording.run_state import RunState, merge_samples
 
 
 def sample(t):

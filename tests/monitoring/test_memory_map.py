@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3_vl_memory_optimizations.monitoring.memory_map import MapWriter, MemoryMap, merge_changes, shorten
+from qwen3_vl_memory_optimizations.monitoring.rendering.memory_map import MapWriter, MemoryMap, merge_changes, shorten
 from qwen3_vl_memory_optimizations.paging import TensorPages
 
 TENSORS = st.builds(

@@ -11,9 +11,9 @@ import torch
 import qwen3_vl_memory_optimizations as q
 from qwen3_vl_memory_optimizations import ConfigurationError, MemoryOptimizer
 from qwen3_vl_memory_optimizations.monitoring import AlertLimits, AlertMonitor, Recorder
-from qwen3_vl_memory_optimizations.monitoring.exports import state_of
-from qwen3_vl_memory_optimizations.monitoring.recorder import PhaseTimes
-from qwen3_vl_memory_optimizations.monitoring.run_file import RunFile, RunWriter
+from qwen3_vl_memory_optimizations.monitoring.recording.recorder import PhaseTimes
+from qwen3_vl_memory_optimizations.monitoring.recording.run_file import RunFile, RunWriter
+from qwen3_vl_memory_optimizations.monitoring.run_export import state_of
 from tests.model.tiny import DIRECTORY, cases
 
 MIB = 2**20

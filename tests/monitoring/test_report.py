@@ -8,7 +8,7 @@ import torch
 from qwen3_vl_memory_optimizations import StorageError
 from qwen3_vl_memory_optimizations.errors import format_bytes
 from qwen3_vl_memory_optimizations.monitoring import Recorder, write_report
-from qwen3_vl_memory_optimizations.monitoring.charts import CHARTS
+from qwen3_vl_memory_optimizations.monitoring.rendering.charts import CHARTS
 
 MIB = 2**20
 

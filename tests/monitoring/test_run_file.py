@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from qwen3_vl_memory_optimizations import ConfigurationError, StorageError
-from qwen3_vl_memory_optimizations.monitoring import run_file
-from qwen3_vl_memory_optimizations.monitoring.run_file import (
+from qwen3_vl_memory_optimizations.monitoring.recording import run_file
+from qwen3_vl_memory_optimizations.monitoring.recording.run_file import (
     KEPT_RUNS,
     RunFile,
     RunWriter,
@@ -18,7 +18,7 @@ from qwen3_vl_memory_optimizations.monitoring.run_file import (
     new_run_path,
     recorded_runs,
 )
-from qwen3_vl_memory_optimizations.monitoring.run_record import FORMAT, VERSION
+from qwen3_vl_memory_optimizations.monitoring.recording.run_state import FORMAT, VERSION
 
 HEADER = {"format": FORMAT, "version": VERSION, "started_s": 1.0, "pid": 1, "period_s": 0.5}
 
@@ -57,7 +57,7 @@ def test_a_process_that_was_killed_leaves_a_run_that_can_be_read(tmp_path):
     path = tmp_path / "run.jsonl"
     code = (
         "import os, signal, sys, pathlib\n"
-        "from qwen3_vl_memory_optimizations.monitoring.run_file import RunWriter\n"
+        "from qwen3_vl_memory_optimizations.monitoring.recording.run_file import RunWriter\n"
         f"writer = RunWriter(pathlib.Path(sys.argv[1]), {HEADER!r})\n"
         "writer.append({'t': 0.0, 'set': {'count': 7}})\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -3,7 +3,8 @@
 import pytest
 
 from qwen3_vl_memory_optimizations import MemoryBudgetExceeded
-from qwen3_vl_memory_optimizations.paging import Ledger, Pager, ProcessAccounts, accounts
+from qwen3_vl_memory_optimizations.paging import Ledger, Pager, ProcessAccounts
+from qwen3_vl_memory_optimizations.paging.budget import process_accounts as accounts
 from qwen3_vl_memory_optimizations.process import GroupMemory
 
 MIB = 2**20

@@ -6,9 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qwen3_vl_memory_optimizations import (
-    TensorFreedError,
-)
+from qwen3_vl_memory_optimizations import TensorFreedError
 from qwen3_vl_memory_optimizations.process import rss_bytes
 from tests.paging.weights import COLUMNS, FRAMES_BYTES, random_weights, register, settle
 

@@ -6,12 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qwen3_vl_memory_optimizations import (
-    CorruptDataError,
-    InsufficientDiskSpaceError,
-    ShortIOError,
-    StorageError,
-)
+from qwen3_vl_memory_optimizations import CorruptDataError, InsufficientDiskSpaceError, ShortIOError, StorageError
 from qwen3_vl_memory_optimizations.storage import SwapFile
 from tests.paging.weights import COLUMNS, FRAMES_BYTES, ROWS, random_weights, register, settle, state
 

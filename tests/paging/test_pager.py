@@ -7,9 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qwen3_vl_memory_optimizations import (
-    MemoryBudgetExceeded,
-)
+from qwen3_vl_memory_optimizations import MemoryBudgetExceeded
 from qwen3_vl_memory_optimizations.compression import LinearInput, RawCodec
 from qwen3_vl_memory_optimizations.paging import ManagedTensor, PageState, TensorEntry
 from qwen3_vl_memory_optimizations.pools import reserve

@@ -7,11 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qwen3_vl_memory_optimizations import (
-    MemoryBudgetExceeded,
-    StorageError,
-    UnknownTensorError,
-)
+from qwen3_vl_memory_optimizations import MemoryBudgetExceeded, StorageError, UnknownTensorError
 from qwen3_vl_memory_optimizations.compression import RawCodec
 from qwen3_vl_memory_optimizations.paging import PROCESS, BlockSpace, Ledger, Pager, TensorEntry
 from qwen3_vl_memory_optimizations.pools import reserve

@@ -9,7 +9,8 @@ import weakref
 import pytest
 import torch
 
-from qwen3_vl_memory_optimizations.paging import Ledger, Pager, PressureMonitor, pressure
+from qwen3_vl_memory_optimizations.paging import Ledger, Pager, PressureMonitor
+from qwen3_vl_memory_optimizations.paging.budget import pressure
 from qwen3_vl_memory_optimizations.process import GroupMemory, MemoryStalls
 from tests.paging.weights import FRAMES_BYTES, random_weights, register, run_pass, settle
 

@@ -6,9 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qwen3_vl_memory_optimizations import (
-    UnknownTensorError,
-)
+from qwen3_vl_memory_optimizations import UnknownTensorError
 from qwen3_vl_memory_optimizations.paging import PageState
 from tests.paging.weights import COLUMNS, FRAMES_BYTES, ROWS, random_weights, register, run_pass, settle
 

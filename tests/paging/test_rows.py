@@ -6,9 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qwen3_vl_memory_optimizations import (
-    TensorFreedError,
-)
+from qwen3_vl_memory_optimizations import TensorFreedError
 from tests.paging.weights import COLUMNS, register, settle
 
 MIB = 2**20

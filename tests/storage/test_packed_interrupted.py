@@ -11,13 +11,7 @@ import pytest
 from safetensors import safe_open
 
 from qwen3_vl_memory_optimizations.errors import InsufficientDiskSpaceError
-from qwen3_vl_memory_optimizations.storage import (
-    Checkpoint,
-    PackedEntry,
-    PackedLayout,
-    PackedWriter,
-    pack_lock,
-)
+from qwen3_vl_memory_optimizations.storage import Checkpoint, PackedEntry, PackedLayout, PackedWriter, pack_lock
 
 PACK = """
 import random, sys, time

@@ -12,16 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from qwen3_vl_memory_optimizations import (
-    MemoryBudgetExceeded,
-    MemoryOptimizer,
-    StorageError,
-    UnknownTensorError,
-)
+from qwen3_vl_memory_optimizations import MemoryBudgetExceeded, MemoryOptimizer, StorageError, UnknownTensorError
 from qwen3_vl_memory_optimizations.cache import CacheItem
 from qwen3_vl_memory_optimizations.optimizer import TENSOR_KINDS
 from qwen3_vl_memory_optimizations.paging import Block, BlockSpace, ManagedTensor
-from qwen3_vl_memory_optimizations.paging.ledger import PROCESS, TENSORS
+from qwen3_vl_memory_optimizations.paging.budget.ledger import PROCESS, TENSORS
 from tests.paging.weights import COLUMNS
 from tests.stress.contents import content, digest
 

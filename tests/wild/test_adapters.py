@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen3_vl_memory_optimizations import CheckpointError
-from qwen3_vl_memory_optimizations.model.checkpoint import open_checkpoint, weights_of
-from qwen3_vl_memory_optimizations.model.processing import load_processor
+from qwen3_vl_memory_optimizations.model.checkpoint.formats import open_checkpoint, weights_of
+from qwen3_vl_memory_optimizations.model.inputs.processor import load_processor
 
 from ..model import tiny
 from .quantized import FORMATS, TEXT, UP, check_loaded, quantised

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from qwen3_vl_memory_optimizations import CheckpointError, create_optimized_model
-from qwen3_vl_memory_optimizations.model.checkpoint import open_checkpoint, weights_of
-from qwen3_vl_memory_optimizations.model.processing import load_processor
+from qwen3_vl_memory_optimizations.model.checkpoint.formats import open_checkpoint, weights_of
+from qwen3_vl_memory_optimizations.model.inputs.processor import load_processor
 from qwen3_vl_memory_optimizations.storage import read_gguf_header
 
 from ..model import tiny

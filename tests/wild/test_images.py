@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from qwen3_vl_memory_optimizations import InputError, MemoryBudgetExceeded, create_optimized_model
-from qwen3_vl_memory_optimizations.model.admission import prepare_within_budget
-from qwen3_vl_memory_optimizations.model.images import fetched, listed, load_image, open_image
-from qwen3_vl_memory_optimizations.model.media import FrameSampling, load_video
-from qwen3_vl_memory_optimizations.model.processing import load_processor
+from qwen3_vl_memory_optimizations.model.inputs.images import fetched, listed, load_image, open_image
+from qwen3_vl_memory_optimizations.model.inputs.picture_budget import prepare_within_budget
+from qwen3_vl_memory_optimizations.model.inputs.processor import load_processor
+from qwen3_vl_memory_optimizations.model.inputs.video_files import FrameSampling, load_video
 from qwen3_vl_memory_optimizations.process import rss_bytes
 
 from ..model import tiny

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from qwen3_vl_memory_optimizations import MemoryBudgetExceeded
 from qwen3_vl_memory_optimizations.config import MemoryConfig
-from qwen3_vl_memory_optimizations.model.checkpoint import needs_packing, open_checkpoint, weights_of
-from qwen3_vl_memory_optimizations.model.packing import pack_checkpoint
+from qwen3_vl_memory_optimizations.model.checkpoint.formats import needs_packing, open_checkpoint, weights_of
+from qwen3_vl_memory_optimizations.model.checkpoint.packing import pack_checkpoint
 from qwen3_vl_memory_optimizations.storage import Checkpoint
 
 from ..model import tiny
@@ -52,8 +52,8 @@ def test_it_is_encoded_again_and_runs_within_a_budget(tmp_path):
 
 def test_small_chunks_give_the_same(tmp_path, monkeypatch):
     """Of each format that counts rows: chunks that end anywhere."""
-    monkeypatch.setattr("qwen3_vl_memory_optimizations.model.checkpoint.tensors._CHUNK_BYTES", 4 * 128 * 29)
-    monkeypatch.setattr("qwen3_vl_memory_optimizations.model.checkpoint.tensors._BLOCK_VALUES", 128 * 13)
+    monkeypatch.setattr("qwen3_vl_memory_optimizations.model.checkpoint.formats.tensors._CHUNK_BYTES", 4 * 128 * 29)
+    monkeypatch.setattr("qwen3_vl_memory_optimizations.model.checkpoint.formats.tensors._BLOCK_VALUES", 128 * 13)
     for which in ("fp8 cut blocks", "fp4 odd blocks", "gptq", "awq", "int4 zeros and order"):
         decoded = quantised(tmp_path / which, *FORMATS[which])[f"{UP}.weight"]
         found = weights_of(open_checkpoint(tmp_path / which))[f"{UP}.weight"].whole()

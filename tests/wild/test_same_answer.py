@@ -13,8 +13,8 @@ import torch
 from qwen3_vl_memory_optimizations import create_optimized_model
 from qwen3_vl_memory_optimizations.compression import kernels
 from qwen3_vl_memory_optimizations.config import MemoryConfig
-from qwen3_vl_memory_optimizations.model.machine import MACHINE_FILE, recall_bf16_cost
-from qwen3_vl_memory_optimizations.model.skeleton import compute_dtype
+from qwen3_vl_memory_optimizations.model.checkpoint.compute_dtype import MACHINE_FILE, recall_bf16_cost
+from qwen3_vl_memory_optimizations.model.checkpoint.skeleton import compute_dtype
 
 from ..model import tiny
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen3_vl_memory_optimizations import CheckpointError, create_optimized_model
-from qwen3_vl_memory_optimizations.model.checkpoint import open_checkpoint, weights_of
+from qwen3_vl_memory_optimizations.model.checkpoint.formats import open_checkpoint, weights_of
 
 from ..model import tiny
 from .quantized import AWQ, FORMATS, GPTQ, UP, compressed, quantised, tiny_copy

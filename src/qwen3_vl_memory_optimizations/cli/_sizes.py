@@ -128,7 +128,7 @@ def least_budgets(shape: ModelShape, itemsize: int) -> dict[str, int]:
     """
     from types import SimpleNamespace
 
-    from ..model.needs import least_budget_bytes
+    from ..model.run.needs import least_budget_bytes
 
     text = SimpleNamespace(
         hidden_size=shape.hidden,

@@ -30,7 +30,7 @@ def dashboard(
     Example: qwen3vl-mem dashboard
     """
     from ..monitoring.dashboard import serve_run
-    from ..monitoring.run_file import find_run
+    from ..monitoring.recording.run_file import find_run
 
     path = find_run(run, _runs_dir(cache_dir))
     with serve_run(path, port) as page:
@@ -44,6 +44,6 @@ def dashboard(
 
 def _runs_dir(cache_dir: Path | None) -> Path:
     from ..config import MemoryConfig
-    from ..monitoring.run_file import runs_dir
+    from ..monitoring.recording.run_file import runs_dir
 
     return runs_dir(MemoryConfig(cache_dir=cache_dir))

@@ -23,7 +23,7 @@ from ._output import (
     progress_bar,
     working,
 )
-from ._watching import DashboardOption, RecordOption, check_watching, watched
+from ._recording import DashboardOption, RecordOption, check_watching, watched
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -103,10 +103,10 @@ def _ask_managed(
     import dataclasses
 
     from .. import create_optimized_model
-    from ..model.processing import load_processor
+    from ..model.inputs.processor import load_processor
     from ..planning import pack_model
     from ..storage import Checkpoint
-    from ._plain import answer_all
+    from ._plain_transformers import answer_all
 
     processor = load_processor(_MODEL)
     codec = config.weight_codec()

@@ -57,7 +57,7 @@ def _examine(directory: Path, budget_bytes: int | None, profile: str, *, quick: 
     from ..compression.kernels import fastest_dtype
     from ..figures import memory_bandwidth
     from ..hardware import detect_hardware
-    from ._machine import energy_report, profile_report
+    from ._machine_report import energy_report, profile_report
     from ._measure import product_speeds
     from ._sizes import MODELS, encoded_bytes, estimate, least_budgets
 
@@ -117,7 +117,7 @@ def _ssd_bandwidth(directory: Path, total_bytes: int) -> tuple[float | None, str
 def _show(report: dict[str, Any], screen: Console) -> None:
     from rich.table import Table
 
-    from ._machine import show_energy, show_profile
+    from ._machine_report import show_energy, show_profile
 
     measured = report["measured"]
     screen.print("[bold]This machine[/bold]")

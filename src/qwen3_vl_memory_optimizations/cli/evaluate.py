@@ -9,16 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._output import (
-    CacheDirOption,
-    DebugOption,
-    JsonOption,
-    TensorBudgetOption,
-    console,
-    print_json,
-    progress_bar,
-)
-from ._watching import DashboardOption, check_watching, watched
+from ._output import CacheDirOption, DebugOption, JsonOption, TensorBudgetOption, console, print_json, progress_bar
+from ._recording import DashboardOption, check_watching, watched
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -123,15 +115,15 @@ def _tasks(directory: Path, text: Path | None, tokens: int, images: int | None) 
     from ..errors import ConfigurationError, InputError
     from ..evaluation.checkpoint import Task
     from ..evaluation.data import SHIPPED_TEXT, QuestionBatches, questions, text_windows
-    from ..model.checkpoint import open_checkpoint
-    from ..model.processing import load_tokenizer
+    from ..model.checkpoint.formats import open_checkpoint
+    from ..model.inputs.processor import load_tokenizer
 
     sees = "vision_config" in open_checkpoint(directory).config
     if images is not None and not sees:
         raise ConfigurationError(f"--images: {directory} is a language model; give it a --text")
     tasks = []
     if images is not None or (sees and text is None):
-        from ..model.processing import load_processor
+        from ..model.inputs.processor import load_processor
 
         chosen = questions(images or _DEFAULT_IMAGES)
         tasks.append(Task("images", QuestionBatches(load_processor(directory), chosen)))

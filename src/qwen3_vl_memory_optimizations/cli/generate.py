@@ -26,10 +26,10 @@ from ._output import (
     progress_bar,
     typed,
 )
-from ._watching import DashboardOption, RecordOption, check_watching, watched
+from ._recording import DashboardOption, RecordOption, check_watching, watched
 
 if TYPE_CHECKING:
-    from ..model.processing import AnswerStreamer
+    from ..model.inputs.processor import AnswerStreamer
     from ..monitoring import MetricsExporter
     from ..optimizer import MemoryOptimizer
 
@@ -123,9 +123,9 @@ def generate(
     from .. import create_optimized_model
     from ..energy import Cost, EnergyMeter
     from ..factory import local_directory as local_directory
-    from ..model.admission import prepare_within_budget
-    from ..model.images import fetched
-    from ..model.processing import load_processor
+    from ..model.inputs.images import fetched
+    from ..model.inputs.picture_budget import prepare_within_budget
+    from ..model.inputs.processor import load_processor
 
     directory = local_directory(model)
     processor = load_processor(directory)

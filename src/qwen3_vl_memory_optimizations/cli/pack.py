@@ -22,7 +22,7 @@ from ._output import (
 )
 
 if TYPE_CHECKING:
-    from ..model.plan import CompressionPlan
+    from ..model.checkpoint.plan import CompressionPlan
 
 _MOST_NAMED = 12
 
@@ -69,9 +69,9 @@ def pack(
     if codec != "auto" and (plan or calibration):
         raise ConfigurationError(f"--plan and --calibration are for codec auto, not {codec!r}")
 
-    from ..model.checkpoint import needs_packing, open_checkpoint
-    from ..model.packing import packed_directory, plan_path
-    from ..model.plan import CompressionPlan
+    from ..model.checkpoint.formats import needs_packing, open_checkpoint
+    from ..model.checkpoint.packing import packed_directory, plan_path
+    from ..model.checkpoint.plan import CompressionPlan
     from ..planning import pack_model
     from ..storage import Checkpoint
 

@@ -27,8 +27,8 @@ def report(
 
     Example: qwen3vl-mem report -o run.html
     """
-    from ..monitoring.report import write_report
-    from ..monitoring.run_file import find_run
+    from ..monitoring.recording.run_file import find_run
+    from ..monitoring.rendering.report import write_report
 
     path = find_run(run, _runs_dir(cache_dir))
     written = write_report(path, output or Path(f"{path.stem}.html"))

@@ -14,7 +14,7 @@ from .dashboard import RunArgument, _runs_dir
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ..monitoring.run_file import RunFile
+    from ..monitoring.recording.run_file import RunFile
 
 _LOOK_S = 0.5
 _MAP_ROWS = 4
@@ -43,7 +43,7 @@ def top(
 
     Example: qwen3vl-mem top
     """
-    from ..monitoring.run_file import RunFile, find_run
+    from ..monitoring.recording.run_file import RunFile, find_run
 
     followed = RunFile(find_run(run, _runs_dir(cache_dir)), limit=4)
     if as_json:
@@ -106,8 +106,8 @@ def frame(followed: RunFile, before: Sample | None, width: int) -> RenderableTyp
 def _figures(t: float, snapshot: Mapping[str, Any], before: Sample | None) -> RenderableType:
     from rich.table import Table
 
-    from ..monitoring.charts import figure_at
-    from ..monitoring.show import show
+    from ..monitoring.rendering.charts import figure_at
+    from ..monitoring.rendering.formatting import show
 
     def now(path: str, unit: str = "share") -> str:
         return show(figure_at(snapshot, path.split(".")), unit)

@@ -15,8 +15,8 @@ import torch
 from ..compression import codec_names, create_codec
 from ..config import MemoryConfig
 from ..factory import create_optimized_model
-from ..model.checkpoint import needs_packing, open_checkpoint
-from ..model.packing import Progress
+from ..model.checkpoint.formats import needs_packing, open_checkpoint
+from ..model.checkpoint.packing import Progress
 from ..paging import ManagedTensor
 from ..profiles import configure
 from .comparison import AccuracyImpact, evaluate_accuracy_impact

@@ -14,7 +14,7 @@ from ..errors import ConfigurationError, InputError
 from .metrics import IGNORED_LABEL
 
 if TYPE_CHECKING:
-    from ..model.processing import Processor
+    from ..model.inputs.processor import Processor
 
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SHIPPED_TEXT = _ASSETS / "text" / "pride_and_prejudice.txt"

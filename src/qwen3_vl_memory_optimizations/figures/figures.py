@@ -12,14 +12,14 @@ from typing import Protocol
 from ..cache import HierarchicalCacheSystem
 from ..compression import EncodingCounters, EncodingLog
 from ..errors import ConfigurationError, MemoryBudgetExceeded
-from ..model.packed_encodings import PackedEncodings
-from ..model.packing import plan_path_of
-from ..model.plan import CompressionPlan
-from ..model.response_times import ResponseTimes
+from ..model.checkpoint.packed_encodings import PackedEncodings
+from ..model.checkpoint.packing import plan_path_of
+from ..model.checkpoint.plan import CompressionPlan
+from ..model.run.response_times import ResponseTimes
 from ..paging import PROCESS, TENSORS, Pager, TensorUse
 from ..pools import AdvancedMemoryPool
 from ..process import process_memory, usable_memory
-from ..swapping import ShadowLRU
+from ..runtime_policy import ShadowLRU
 from .measured import BANDWIDTH_BYTES, BLOCK_BYTES, allocation_speedup, memory_bandwidth
 
 METRICS = (

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .alerts import ALERTS, Alert, AlertLimits, AlertMonitor, AlertWatch, alert_rows
     from .dashboard import Dashboard, start_dashboard
-    from .exporter import MetricsExporter, exported_names
     from .metrics import get_memory_performance_metrics
-    from .recorder import Recorder
-    from .report import write_report
+    from .prometheus import MetricsExporter, exported_names
+    from .recording.recorder import Recorder
+    from .rendering.report import write_report
     from .snapshot import take_snapshot
 
 # Whoever looks at a recorded run needs no torch.
@@ -19,14 +19,14 @@ _LAZY = {
     "AlertMonitor": ".alerts",
     "AlertWatch": ".alerts",
     "Dashboard": ".dashboard",
-    "MetricsExporter": ".exporter",
-    "Recorder": ".recorder",
+    "MetricsExporter": ".prometheus",
+    "Recorder": ".recording.recorder",
     "alert_rows": ".alerts",
-    "exported_names": ".exporter",
+    "exported_names": ".prometheus",
     "get_memory_performance_metrics": ".metrics",
     "start_dashboard": ".dashboard",
     "take_snapshot": ".snapshot",
-    "write_report": ".report",
+    "write_report": ".rendering.report",
 }
 
 __all__ = [

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..compression import EncodingCounters
-from ..model.response_times import Response
+from ..model.run.response_times import Response
 from ..optimizer import MemoryOptimizer
 
 SCHEMA = 1

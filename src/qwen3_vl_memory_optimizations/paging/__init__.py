@@ -1,19 +1,19 @@
 """Managed tensors, their residency, the budget, and the only module that moves bytes."""
 
-from .accounts import ProcessAccounts
-from .audit import MemoryAudit
 from .blocks import Block, BlockSpace, Pinned, page_checksums, stored_bytes
-from .compaction import Compactor
-from .entry import PAGE_BYTES, FileSource, Page, PageState, TensorEntry, alias_memory
+from .budget.audit import MemoryAudit
+from .budget.compaction import Compactor
+from .budget.ledger import PROCESS, TENSORS, Ledger
+from .budget.pressure import PressureMonitor
+from .budget.process_accounts import ProcessAccounts
 from .frozen import runs_as_written
-from .joined import JoinedEntries, join
-from .ledger import PROCESS, TENSORS, Ledger
 from .managed_tensor import ManagedTensor, linear_joined, whole_linears
 from .pager import Pager
-from .pressure import PressureMonitor
-from .residency import READ_AHEAD_BYTES
-from .stats import PagingStats
-from .views import PINNED, TensorPages, TensorUse
+from .records.entry import PAGE_BYTES, FileSource, Page, PageState, TensorEntry, alias_memory
+from .records.joined import JoinedEntries, join
+from .records.stats import PagingStats
+from .records.views import PINNED, TensorPages, TensorUse
+from .transfers.resident_set import READ_AHEAD_BYTES
 
 __all__ = [
     "PAGE_BYTES",

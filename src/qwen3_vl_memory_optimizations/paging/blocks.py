@@ -19,8 +19,8 @@ from ..errors import MemoryBudgetExceeded, TensorFreedError
 from ..interrupts import shield
 from ..pools import FRAME_BYTES, reserve, unreserve
 from ..storage import DirectFile
-from .entry import PAGE_BYTES, FileSource, TensorEntry
 from .pager import Pager
+from .records.entry import PAGE_BYTES, FileSource, TensorEntry
 
 _HELD_SHARE = 8
 _READ_AHEAD_BYTES = 4 * PAGE_BYTES

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .entry import TensorEntry
 from .products import Products
+from .records.entry import TensorEntry
 
 
 def tracks(*tensors: torch.Tensor | None) -> bool:

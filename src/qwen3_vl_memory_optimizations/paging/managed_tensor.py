@@ -22,11 +22,11 @@ from torch.utils import _pytree
 from ..compression import RawCodec, columns_of
 from ..errors import ConfigurationError
 from ..interrupts import shield
-from .entry import PageState, TensorEntry
+from .budget.ledger import PROCESS
 from .frozen import frozen_linear, tracks
-from .ledger import PROCESS
 from .pager import Pager
 from .products import Products
+from .records.entry import PageState, TensorEntry
 
 _Tensor = torch.Tensor
 

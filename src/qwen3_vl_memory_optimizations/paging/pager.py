@@ -31,20 +31,20 @@ from ..interrupts import ShieldedLock, shield
 from ..pools import FramePool, TensorPool
 from ..prediction import PassSchedule
 from ..storage import BACKGROUND, PREFETCH, SwapFile
-from .access import Access
-from .check import check
-from .entry import PageState, TensorEntry, alias_memory
-from .finalizers import FinalizerQueue
-from .ledger import PROCESS, TENSORS, Ledger
-from .moves import PageMover
+from .budget.ledger import PROCESS, TENSORS, Ledger
+from .budget.workspace import Workspaces
 from .products import Products
-from .registry import Lives, Registry
-from .residency import Residency, VictimOrder
-from .room import Room
-from .runtime import RuntimeTensors
-from .stats import PagingStats
-from .views import TensorPages, TensorUse, describe_pages, describe_use
-from .workspace import Workspaces
+from .records.check import check
+from .records.entry import PageState, TensorEntry, alias_memory
+from .records.stats import PagingStats
+from .records.tensor_table import Lives, Registry
+from .records.views import TensorPages, TensorUse, describe_pages, describe_use
+from .runtime_tensors import RuntimeTensors
+from .transfers.access import Access
+from .transfers.finalizers import FinalizerQueue
+from .transfers.moves import PageMover
+from .transfers.resident_set import Residency, VictimOrder
+from .transfers.room import Room
 
 
 class Pager:

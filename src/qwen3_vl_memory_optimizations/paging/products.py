@@ -12,8 +12,8 @@ import torch
 from ..compression import LinearInput, Scratch, columns_of
 from ..interrupts import shield
 from ..pools import FramePool
-from .access import Access
-from .entry import TensorEntry
+from .records.entry import TensorEntry
+from .transfers.access import Access
 
 _WHOLE_SHARE = 4
 

@@ -1,15 +1,8 @@
 """Page-aligned address ranges and the page frames behind them. Knows bytes and lifetimes of blocks, nothing else."""
 
-from .blocks import BlockAllocator
+from .allocator import BlockAllocator
 from .frames import UNIT_BYTES, FramePool, round_up, units_of
-from .typed import (
-    AdvancedMemoryPool,
-    GeneralTensorPool,
-    KVCachePool,
-    TensorPool,
-    TextEmbeddingPool,
-    VisionFeaturePool,
-)
+from .typed import AdvancedMemoryPool, GeneralTensorPool, KVCachePool, TensorPool, TextEmbeddingPool, VisionFeaturePool
 from .virtual import FRAME_BYTES, reserve, unreserve
 
 __all__ = [

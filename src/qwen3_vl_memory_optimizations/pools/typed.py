@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from ..errors import TensorFreedError
-from .blocks import BlockAllocator
+from .allocator import BlockAllocator
 from .virtual import FRAME_BYTES, reserve, unreserve
 
 

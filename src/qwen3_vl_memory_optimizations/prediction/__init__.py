@@ -1,9 +1,9 @@
 """Access history -> next use. Pure: fed events, asked questions; no I/O, no lock, no clock."""
 
+from .cyclic_scan import choose_kept
 from .lifetime import SimpleMLPredictor, Situation
 from .mlp import LightweightMLPredictor
 from .next_use import NextUse, UseHistory
-from .residency import choose_kept
 from .reuse import UseCounts, choose_victims, worth
 from .schedule import PassSchedule
 

@@ -11,14 +11,7 @@ from typing import Any
 from ..errors import CheckpointError, CorruptDataError
 from .checksums import PageChecksums
 from .direct_io import BLOCK_BYTES, AlignedBuffer, DirectFile
-from .safetensors_file import (
-    FORMAT_KEY,
-    PADDING_PREFIX,
-    SafetensorsHeader,
-    TensorExtent,
-    read_header,
-    unreadable,
-)
+from .safetensors_file import FORMAT_KEY, PADDING_PREFIX, SafetensorsHeader, TensorExtent, read_header, unreadable
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -20,15 +20,7 @@ from types import TracebackType
 from ..errors import InsufficientDiskSpaceError, ShortIOError, StorageError
 from .checkpoint import SINGLE_FILE
 from .checksums import PageChecksums
-from .direct_io import (
-    BLOCK_BYTES,
-    DISK_FULL,
-    AlignedBuffer,
-    DirectFile,
-    disk_full_error,
-    free_disk_bytes,
-    round_up,
-)
+from .direct_io import BLOCK_BYTES, DISK_FULL, AlignedBuffer, DirectFile, disk_full_error, free_disk_bytes, round_up
 from .packed_layout import PackedEntry, PackedLayout, compact_json
 
 __all__ = ["PackedEntry", "PackedLayout", "PackedWriter", "pack_lock"]

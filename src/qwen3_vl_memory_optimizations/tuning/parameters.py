@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from ..cache import CPUCache, HierarchicalCacheSystem
 from ..errors import ConfigurationError
 from ..paging import PAGE_BYTES, Compactor, Pager
-from ..swapping import MemorySwappingSystem
-from ..tiering import MemoryTieringSystem
+from ..runtime_policy import MemorySwappingSystem, MemoryTieringSystem
 
 LEAST_L2_BYTES = 1 << 20
 MOST_READ_AHEAD_BYTES = 64 * PAGE_BYTES

@@ -17,9 +17,9 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..charts import charts_as_rows
-from ..exports import as_csv, as_json, state_of
-from ..history import to_line
+from ..recording.history import to_line
+from ..rendering.charts import charts_as_rows
+from ..run_export import as_csv, as_json, state_of
 from .files import STATIC
 from .source import RunSource, newest, run_id
 

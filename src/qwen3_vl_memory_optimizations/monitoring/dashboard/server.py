@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigurationError
-from ..run_file import RunFile
+from ..recording.run_file import RunFile
 from .source import RunSource
 
 if TYPE_CHECKING:
     from ...optimizer import MemoryOptimizer
     from ..alerts import AlertMonitor
-    from ..recorder import Recorder
+    from ..recording.recorder import Recorder
 
 ADDRESS = "127.0.0.1"
 
@@ -102,7 +102,7 @@ def start_dashboard(
         StorageError: the file cannot be made.
     """
     check_installed()
-    from ..recorder import Recorder
+    from ..recording.recorder import Recorder
 
     optimizer = optimizer_of(model_or_optimizer)
     recorder = Recorder(optimizer, path=path, monitor=monitor, about=about)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from ..history import History
-from ..run_record import Record, RunState
+from ..recording.history import History
+from ..recording.run_state import Record, RunState
 
 
 class RunSource(Protocol):

@@ -1,0 +1,55 @@
+"""What was measured of this machine and decides how it computes: kept, so that each process computes alike."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+from ...compression.kernels import bf16_cost, use_bf16_cost
+from ...compression.speeds import machine_name
+from ...config import MemoryConfig
+
+logger = logging.getLogger(__name__)
+
+MACHINE_FILE = "machine.json"
+
+
+def recall_bf16_cost(config: MemoryConfig) -> None:
+    """Use the cost of bf16 products that the first process on this machine measured; the first one leaves it.
+
+    Kept for each machine, instruction set and version of torch in `machine.json` in the directory of caches. Nothing is
+    written where `private` is set. What cannot be read or written is logged, and measured in this process.
+
+    Args:
+        config: says where the caches lie.
+    """
+    path = config.base_dir / MACHINE_FILE
+    kept, name = _read(path), machine_name()
+    if name in kept:
+        use_bf16_cost(kept[name])
+    elif not config.private:
+        _write(path, {**kept, name: bf16_cost()})
+
+
+def _read(path: Path) -> dict[str, float]:
+    try:
+        return {str(name): float(cost) for name, cost in json.loads(path.read_bytes())["bf16_cost"].items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s cannot be used (%s: %s); it is made again", path, type(error).__name__, str(error))
+        return {}
+
+
+def _write(path: Path, costs: dict[str, float]) -> None:
+    """Replace the file in one step: processes that start at once leave the figures of one of them."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            json.dump({"bf16_cost": costs}, file, indent=1)
+        os.replace(file.name, path)
+    except OSError as error:
+        logger.warning("%s: what was measured of this machine is not kept: %s", path, str(error))

@@ -1,0 +1,17 @@
+"""What a model's weights are read from: plain and quantised checkpoints, GGUF files, adapters on a base."""
+
+from .opening import config_of, files_directory, needs_packing, open_checkpoint, side_files, weights_of
+from .tensors import PLAIN_FLOATS, TORCH_DTYPES, LogicalTensor, PlainTensor
+
+__all__ = [
+    "PLAIN_FLOATS",
+    "TORCH_DTYPES",
+    "LogicalTensor",
+    "PlainTensor",
+    "config_of",
+    "files_directory",
+    "needs_packing",
+    "open_checkpoint",
+    "side_files",
+    "weights_of",
+]

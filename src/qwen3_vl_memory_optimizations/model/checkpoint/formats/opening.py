@@ -1,0 +1,132 @@
+"""From a path to a checkpoint in any form that is read, its weights and the files beside them."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from ....errors import CheckpointError
+from ....storage import CONFIG_FILE, Checkpoint
+from .adapter import ADAPTER_CONFIG, AdapterCheckpoint, base_directory, open_adapter, read_adapter_config
+from .gguf import SUFFIX, GGUFCheckpoint, open_gguf
+from .schemes import plain_config, safetensors_weights
+from .tensors import LogicalTensor, PlainTensor
+
+_SIDE_FILE_MOST_BYTES = 64 << 20
+_WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx)(\.index\.json)?$")
+_PREPARING = re.compile(
+    r"(tokenizer.*|special_tokens_map|added_tokens|vocab|merges|(video_)?preprocessor_config|processor_config"
+    r"|chat_template)\.(json|txt|jinja|model)"
+)
+_TOKENIZER = "tokenizer_config.json"
+_NEEDED = ("config.json", "tokenizer.json", _TOKENIZER, "preprocessor_config.json")
+
+
+def open_checkpoint(path: str | Path | Checkpoint) -> Checkpoint:
+    """Open a checkpoint directory, an adapter directory, a directory of GGUF files, or a `.gguf` file.
+
+    An opened checkpoint is returned as it is.
+
+    Raises:
+        CheckpointError: it is none of these, or of a format that is not read.
+    """
+    if isinstance(path, Checkpoint):
+        return path
+    path = Path(path)
+    if path.suffix == SUFFIX and path.is_file():
+        checkpoint: Checkpoint = open_gguf(path)
+    elif _is_adapter(path):
+        settings = read_adapter_config(path)
+        base = base_directory(path, settings)
+        if _is_adapter(base):
+            raise CheckpointError(f"{base}: an adapter as the base of another; merge it with peft first", path=base)
+        checkpoint = open_adapter(path, open_checkpoint(base), settings)
+    elif path.is_dir() and not _has_safetensors(path) and any(path.glob(f"*{SUFFIX}")):
+        checkpoint = open_gguf(path)
+    else:
+        checkpoint = Checkpoint.open(path)
+    weights_of(checkpoint)  # refuses what is not read
+    return checkpoint
+
+
+def weights_of(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
+    """Return the weights of a checkpoint by the names of the model; no values are read.
+
+    Of a packed checkpoint: its tensors as they are stored.
+
+    Raises:
+        CheckpointError: they are stored in a format that is not read.
+    """
+    if isinstance(checkpoint, AdapterCheckpoint):
+        return checkpoint.weights(weights_of(checkpoint.base))
+    if isinstance(checkpoint, GGUFCheckpoint):
+        return checkpoint.weights()
+    if checkpoint.packed:
+        return {name: PlainTensor(extent) for name, extent in checkpoint.tensors.items()}
+    return safetensors_weights(checkpoint)
+
+
+def needs_packing(checkpoint: Checkpoint) -> bool:
+    """Whether weights cannot be paged from the files: they are quantised by others, or merged as they are read."""
+    if checkpoint.packed:
+        return False
+    if isinstance(checkpoint, AdapterCheckpoint | GGUFCheckpoint):
+        return True
+    return any(not isinstance(weight, PlainTensor) for weight in weights_of(checkpoint).values())
+
+
+def config_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Return the `config.json` of the model as it is once packed; `None`: that in the directory, as it is."""
+    config = plain_config(checkpoint.config)
+    if type(checkpoint) is Checkpoint and config == checkpoint.config:
+        return None
+    return config
+
+
+def side_files(checkpoint: Checkpoint) -> list[Path]:
+    """Return the small files that are not weights: configuration, tokenizer, processors.
+
+    Those of an adapter are its own and, where it has none of that name, those of its base.
+    """
+    if isinstance(checkpoint, AdapterCheckpoint):
+        files = {path.name: path for path in side_files(checkpoint.base)}
+        own = (path for path in sorted(checkpoint.directory.iterdir()) if path.is_file())
+        files |= {path.name: path for path in own if _PREPARING.fullmatch(path.name)}
+        return list(files.values())
+    return [
+        path
+        for path in sorted(checkpoint.directory.iterdir())
+        if path.is_file() and not _WEIGHT_FILE.match(path.name) and os.path.getsize(path) <= _SIDE_FILE_MOST_BYTES
+    ]
+
+
+def files_directory(path: str | Path) -> Path:
+    """Return where the tokenizer and the processors of a model lie, for any path that `open_checkpoint` takes.
+
+    Raises:
+        CheckpointError: the files are not beside a GGUF file, or an adapter's base is not on this machine.
+    """
+    path = Path(path)
+    if _is_adapter(path):
+        with_own = (path / _TOKENIZER).is_file() and (path / CONFIG_FILE).is_file()
+        return path if with_own else files_directory(base_directory(path, read_adapter_config(path)))
+    directory = path.parent if path.suffix == SUFFIX and path.is_file() else path
+    if directory.is_dir() and not _has_safetensors(directory) and any(directory.glob(f"*{SUFFIX}")):
+        missing = [name for name in _NEEDED if not (directory / name).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{directory}: of GGUF files the tokenizer is not read; put {', '.join(missing)} of the original "
+                "model beside them",
+                path=directory,
+            )
+    return directory
+
+
+def _is_adapter(path: Path) -> bool:
+    return (path / ADAPTER_CONFIG).is_file() and not _has_safetensors(path)
+
+
+def _has_safetensors(directory: Path) -> bool:
+    return any((directory / f"model.safetensors{end}").is_file() for end in ("", ".index.json"))

@@ -1,0 +1,225 @@
+"""The transformers model without its weights, and which of them will be managed."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...compression import ROW_MULTIPLE, Codec, columns_of
+from ...compression.kernels import fastest_dtype
+from ...config import MemoryConfig
+from ...errors import CheckpointError, CodecError
+from ...paging import PAGE_BYTES
+from ...pools import FRAME_BYTES, UNIT_BYTES
+from ...storage import Checkpoint
+from .compute_dtype import recall_bf16_cost
+from .formats import config_of
+from .tied_weights import untie_by_files
+
+logger = logging.getLogger(__name__)
+
+MANAGED_LEAST_BYTES = 16 * 1024
+_VISION_MODELS = ("qwen3_vl", "qwen3_vl_moe")
+_SUPPORTED = "Qwen3-VL and transformers' causal language models are supported"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSite:
+    """A parameter and every module that holds it (tied weights have several).
+
+    Attributes:
+        name: its first name in the state dict, under which checkpoints store it.
+        holders: (module, attribute) pairs.
+        aliases: its other names; a checkpoint may have it under one of them.
+        managed: a large matrix of a linear or embedding layer; the others stay ordinary tensors.
+        vocabulary: an embedding, which is looked up row by row, or the head.
+    """
+
+    name: str
+    holders: tuple[tuple[nn.Module, str], ...]
+    shape: tuple[int, ...]
+    managed: bool
+    vocabulary: bool = False
+    aliases: tuple[str, ...] = ()
+
+
+def compute_dtype(stored: str, dtype: torch.dtype | None, memory_config: MemoryConfig) -> torch.dtype:
+    """Return the dtype to compute in: the one asked for, or fp32 for weights in fp32, else the fastest here."""
+    if dtype is None and stored in ("float32", "F32"):
+        dtype = torch.float32
+    if dtype is None or dtype == torch.bfloat16:
+        recall_bf16_cost(memory_config)
+    return fastest_dtype() if dtype is None else dtype
+
+
+def compute_dtype_of(config: dict[str, Any], dtype: torch.dtype | None, memory_config: MemoryConfig) -> torch.dtype:
+    """Return the dtype to compute in for a checkpoint with this `config.json` (see `compute_dtype`)."""
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    return compute_dtype(stored, dtype, memory_config)
+
+
+def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, model_class: Any = None) -> nn.Module:
+    """Build the transformers model of a checkpoint on the meta device; buffers that are computed are real.
+
+    Args:
+        checkpoint: read for `config.json`, and for whether weights that this ties are one.
+        compute_dtype: dtype of parameters and activations.
+        model_class: derived from the class that the checkpoint is of, to build instead of it.
+
+    Raises:
+        CheckpointError: the architecture is none that generates text with this version of transformers, or
+            not the one of `model_class`.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    directory = checkpoint.directory
+    changed = config_of(checkpoint)
+    try:
+        if changed is None:
+            config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        else:  # with a quantization_config transformers would make modules of that quantiser
+            config = CONFIG_MAPPING[changed["model_type"]].from_dict(changed)
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(
+            f"{directory}: transformers does not know the model type {checkpoint.config.get('model_type')!r}: {error}",
+            path=directory,
+        ) from error
+    model = skeleton_of(config, compute_dtype, directory, model_class)
+    untie_by_files(model, checkpoint)
+    return model
+
+
+def skeleton_of(
+    config: Any, compute_dtype: torch.dtype, directory: Path | str = ".", model_class: Any = None
+) -> nn.Module:
+    """Build the model of a configuration on the meta device (see `build_skeleton`)."""
+    named = _model_class(config, directory)
+    model_class = model_class or named
+    if not issubclass(model_class, named):
+        raise CheckpointError(
+            f"{directory}: a model of {named.__name__}, which {model_class.__name__} is not", path=directory
+        )
+    with torch.device("meta"):
+        model = model_class._from_config(config, dtype=compute_dtype)
+    materialize_buffers(model)
+    model.eval()
+    return model
+
+
+def _model_class(config: Any, directory: Path | str) -> Any:
+    import transformers
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    if sees and config.model_type not in _VISION_MODELS:
+        architectures = ", ".join(getattr(config, "architectures", None) or ["none named"])
+        raise CheckpointError(
+            f"{directory}: model type {config.model_type!r} (architecture {architectures}) is another vision-language "
+            f"model; {_SUPPORTED}. Use a Qwen3-VL checkpoint, or transformers for this one",
+            path=directory,
+        )
+    for name in getattr(config, "architectures", None) or []:
+        known = getattr(transformers, name, None)
+        if known is not None and hasattr(known, "generate") and hasattr(known, "_from_config"):
+            return known
+    if not getattr(config, "architectures", None):
+        if config.model_type == "qwen3_vl":
+            return transformers.Qwen3VLForConditionalGeneration
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    architectures = ", ".join(getattr(config, "architectures", None) or ["none named"])
+    raise CheckpointError(
+        f"{directory}: model type {config.model_type!r} (architecture {architectures}) does not generate text; "
+        f"{_SUPPORTED}",
+        path=directory,
+    )
+
+
+def materialize_buffers(model: nn.Module) -> None:
+    """Compute the buffers that checkpoints do not store (rotary frequencies), which the meta device left empty."""
+    for module in model.modules():
+        computed = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        if not computed:
+            continue
+        for name in computed:
+            module._buffers[name] = torch.empty_like(module.get_buffer(name), device="cpu")
+        model._init_weights(module)  # type: ignore[operator]
+
+
+def weight_sites(model: nn.Module, stored_itemsize: int = 2) -> list[WeightSite]:
+    """Return the parameters in the order of the modules, which is the order of the first forward."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    names: dict[int, list[str]] = {}
+    parameters: dict[int, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            key = id(parameter)
+            names.setdefault(key, []).append(f"{prefix}.{attribute}" if prefix else attribute)
+            parameters[key] = parameter
+            holders.setdefault(key, []).append((module, attribute))
+    sites = []
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    for key, (name, *aliases) in names.items():
+        shape = tuple(parameters[key].shape)
+        large = math.prod(shape) * stored_itemsize >= MANAGED_LEAST_BYTES
+        managed = large and all(
+            attribute == "weight" and isinstance(module, nn.Linear | nn.Embedding) for module, attribute in holders[key]
+        )
+        vocabulary = any(module is head or isinstance(module, nn.Embedding) for module, _ in holders[key])
+        sites.append(WeightSite(name, tuple(holders[key]), shape, managed, vocabulary, tuple(aliases)))
+    return sites
+
+
+def codec_for(
+    site: WeightSite,
+    dtype: torch.dtype,
+    codec: Codec,
+    create: Callable[[str], Codec],
+    values: Callable[[], torch.Tensor],
+) -> Codec:
+    """Return the codec for a weight: `codec`, or the first in the line of its fallbacks that takes the weight.
+
+    Rows of the vocabulary are looked up one by one, and its matrices are the most sensitive: they go to a codec that
+    encodes single rows, which leaves out those of very few bits.
+
+    Args:
+        site: a managed weight.
+        dtype: that it is stored in.
+        codec: the wanted one.
+        create: makes a codec by its name.
+        values: gives the weight, for codecs that must look at it.
+    """
+    while True:
+        if codec.supports(site.shape, dtype) and not (site.vocabulary and codec.row_block(site.shape) > 1):
+            try:
+                return codec.fit(values)
+            except CodecError as error:
+                logger.info("%s: %s; stored with %r", site.name, error, codec.fallback)
+        codec = create(codec.fallback)
+
+
+def rows_per_page(shape: tuple[int, ...], itemsize: int, row_block: int = 1) -> int:
+    """Return how many rows of a matrix, a multiple of `row_block`, make a page of about `PAGE_BYTES`.
+
+    Pages of whole units of frames are cheapest to move; where rows do not divide so, whole frames, else any.
+    """
+    row_bytes = columns_of(shape) * itemsize
+    n_pages = max(1, -(-shape[0] * row_bytes // PAGE_BYTES))
+    rows = -(-shape[0] // n_pages)
+    for granularity in (UNIT_BYTES, FRAME_BYTES, 1):
+        multiple = math.lcm(granularity // math.gcd(granularity, row_bytes), ROW_MULTIPLE, row_block)
+        if multiple * row_bytes <= PAGE_BYTES // 2 or granularity == 1:
+            break
+    return -(-rows // multiple) * multiple

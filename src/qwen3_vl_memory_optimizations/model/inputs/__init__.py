@@ -1,0 +1,1 @@
+"""Images, videos and text to the tensors a model takes, within the budget."""

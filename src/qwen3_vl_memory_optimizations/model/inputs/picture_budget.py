@@ -1,0 +1,294 @@
+"""Pictures are let in when the budget has room for what they cost, told from their sizes before any work is done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from PIL import Image
+
+from ...errors import MemoryBudgetExceeded, format_bytes
+from ..layers.forward_memory import feature_bytes, text_bytes, vision_bytes, with_heap
+from .images import ImageSource, OpenImage, listed
+from .processor import Processor
+from .video_files import VideoSource, video_bytes
+
+_USABLE = 0.8
+"""Share of what is free that pictures may take: the estimates are not exact, and decoding wants some weights."""
+_STEP = 1.05
+_TEXT_TOKENS_OF_A_PICTURE = 2
+_PIECE_TOKENS = 256
+_VIDEO_BYTES = 64 << 20
+"""Set aside for frames that are kept, while others are read."""
+_PROCESSED_BYTES = 12
+"""Of a pixel: a picture of four bytes, and what scaling it and cutting it into patches take beside it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PictureCost:
+    """What images or a video make the first pass cost.
+
+    Attributes:
+        patches: rows of the vision tower.
+        tokens: positions of the prompt, its text included.
+        n_bytes: the most that pixels, features, activations, keys and values take at a time.
+    """
+
+    patches: int
+    tokens: int
+    n_bytes: int
+
+
+def picture_cost(config: Any, grids: Sequence[Sequence[int]], *, text_tokens: int, itemsize: int) -> PictureCost:
+    """Return what pictures cost.
+
+    Args:
+        config: of the model.
+        grids: for each image or video its groups of frames, rows and columns of patches.
+        text_tokens: of the rest of the prompt.
+        itemsize: bytes of an activation.
+    """
+    vision = config.vision_config
+    patches = sum(math.prod(grid) for grid in grids)
+    shown = patches // vision.spatial_merge_size**2
+    tokens = shown + text_tokens
+    pixels = patches * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * (4 + itemsize)
+    features = feature_bytes(config, tokens=shown, itemsize=itemsize)
+    # The tower runs before the decoder, not beside it; the prompt runs in pieces.
+    piece = min(tokens, _PIECE_TOKENS)
+    text = text_bytes(config, tokens=piece, logit_rows=1, itemsize=itemsize, cached_tokens=tokens)
+    activations = with_heap(max(vision_bytes(config, patches=patches, itemsize=itemsize), text) + features)
+    return PictureCost(patches, tokens, pixels + activations)
+
+
+def prepare_within_budget(
+    processor: Processor,
+    model: Any,
+    prompt: str,
+    images: Sequence[ImageSource] = (),
+    video: VideoSource | None = None,
+    system: str | None = None,
+    *,
+    max_pixels: int | None = None,
+    fetch: bool = False,
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Return what `Processor.prepare` does, with pictures as large as the budget of the model has room for.
+
+    Args:
+        processor: of the checkpoint.
+        model: of `create_optimized_model`; its setting `image_policy` says whether pictures that are too large are
+            scaled down (`downsize`) or refused (`refuse`). Without `ram_budget` they are taken as they are.
+        prompt, images, video, system, max_pixels, fetch: see `Processor.prepare`.
+
+    Returns:
+        The arguments of `generate`, and a sentence for each picture that was scaled down.
+
+    Raises:
+        InputError: a picture cannot be used.
+        MemoryBudgetExceeded: too large, and the policy is `refuse`; or even the smallest form does not fit.
+    """
+    optimizer, config = model.memory_optimizer, model.config
+    images = listed(images)
+    if not images and video is None:
+        return processor.prepare(prompt, images, video, system, max_pixels=max_pixels), []
+    opened = processor.open_images(images, fetch=fetch)
+    optimizer.measure_process()
+    free = optimizer.free_for_activations()
+    text_tokens = _text_tokens(processor, prompt, system)
+
+    def cost(grids: Sequence[Sequence[int]]) -> PictureCost:
+        tokens = text_tokens + _TEXT_TOKENS_OF_A_PICTURE * len(grids)
+        return picture_cost(config, grids, text_tokens=tokens, itemsize=model.dtype.itemsize)
+
+    def grids(limit: int | None) -> list[tuple[int, int, int]]:
+        return [(1, *processor.image_grid(each.width, each.height, max_pixels=limit)) for each in opened]
+
+    def fits(limit: int | None) -> bool:
+        return free is None or cost(grids(limit)).n_bytes <= _USABLE * free
+
+    limit = max_pixels
+    if opened and not fits(limit):
+        limit = _largest_that_fits(processor, opened, limit, fits)
+        _require(limit, optimizer, cost(grids(max_pixels)), free)
+    notes: list[str] = []
+    patch = processor.image_processor.patch_size
+    sizes = [(columns * patch, rows * patch) for _, rows, columns in grids(limit)]
+    pictures = _decoded(optimizer, opened, sizes, free, notes)
+    wanted = cost(grids(limit)).n_bytes
+    if video is not None:
+        wanted += _room_for_video(optimizer, video, free)
+    _set_aside(optimizer, wanted)
+    tensors = processor.prepare(prompt, pictures, video, system, max_pixels=limit)
+    if video is not None and free is not None:
+        tensors, limit = _with_smaller_video(processor, model, prompt, pictures, video, system, limit, tensors, free)
+    for each, before, after in zip(opened, grids(max_pixels), grids(limit), strict=True):
+        if after != before:
+            notes.append(
+                f"{each.name}: {each.width} x {each.height} is scaled to {after[2] * patch} x {after[1] * patch}: "
+                "the memory budget has no room for more"
+            )
+    if video is not None and limit != max_pixels:
+        notes.append(f"{video}: frames are scaled to {limit} pixels: the memory budget has no room for more")
+    return tensors, notes
+
+
+def _set_aside(optimizer: Any, n_bytes: int) -> None:
+    """Have memory free before it is taken: weights fill all that nobody has set aside."""
+    free = optimizer.free_for_activations()
+    if free is not None:
+        held = optimizer.pager.ledger.held_bytes("activations")
+        optimizer.reserve_activations(max(held, min(n_bytes, free)))
+
+
+def _decoded(
+    optimizer: Any, opened: Sequence[OpenImage], sizes: Sequence[tuple[int, int]], free: int | None, notes: list[str]
+) -> list[Any]:
+    """Return pictures: as they are where all fit beside each other, else each decoded and scaled for itself.
+
+    Args:
+        optimizer: whose budget it is.
+        opened: what is decoded.
+        sizes: width and height that the model gets of each.
+        free: bytes; `None`: without a limit.
+        notes: gets a sentence for each picture that was not decoded at its size.
+
+    Raises:
+        MemoryBudgetExceeded: one cannot be decoded in what is free.
+    """
+    kept = sum(each.width * each.height for each in opened) * 4
+    most = max((_bytes_to_decode(each, None) for each in opened), default=0)
+    if free is None or kept + most <= _USABLE * free:
+        _set_aside(optimizer, kept + most)
+        return [each.decode() for each in opened]
+    usable = int(_USABLE * free) - sum(width * height for width, height in sizes) * 4
+    pictures = []
+    for each, (width, height) in zip(opened, sizes, strict=True):
+        # Twice as large, where there is room: scaling it from there is as good as from the whole.
+        choices = (None, (2 * width, 2 * height), (width, height))
+        fitting = [choice for choice in choices if _bytes_to_decode(each, choice) <= usable]
+        if not fitting:
+            _refuse(each, _bytes_to_decode(each, choices[-1]), usable, optimizer)
+        _set_aside(optimizer, int(_USABLE * free) - usable + _bytes_to_decode(each, fitting[0]))
+        picture = each.decode(fitting[0])
+        if picture.width * picture.height < each.width * each.height:
+            notes.append(
+                f"{each.name}: {each.width} x {each.height} is decoded as {picture.width} x {picture.height}: the "
+                "memory budget has no room for all of it"
+            )
+        if (picture.width > picture.height) == (each.width > each.height):  # else it was turned, and nobody had said so
+            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        pictures.append(picture)
+        del picture
+    return pictures
+
+
+def _bytes_to_decode(opened: OpenImage, at_least: tuple[int, int] | None) -> int:
+    """Return what decoding a picture takes, or then scaling it."""
+    pixels = opened.width * opened.height
+    decoded = opened.decode_bytes(at_least)
+    return max(decoded, _PROCESSED_BYTES * pixels) if at_least is None else decoded
+
+
+def _refuse(opened: OpenImage, n_bytes: int, usable: int, optimizer: Any) -> NoReturn:
+    pixels = opened.width * opened.height
+    least = int(pixels * max(usable, 0) / n_bytes)
+    raise MemoryBudgetExceeded(
+        f"{opened.name}: decoding its {opened.width} x {opened.height} pixels takes {format_bytes(n_bytes)}; "
+        f"{format_bytes(max(usable, 0))} of the budget of {format_bytes(optimizer.config.ram_budget)} are free for it; "
+        f"scale it down to {least} pixels, or raise the budget",
+        requested_bytes=n_bytes,
+        available_bytes=max(usable, 0),
+        budget_bytes=optimizer.config.ram_budget,
+        owner="image",
+    )
+
+
+def _room_for_video(optimizer: Any, video: VideoSource, free: int | None) -> int:
+    """Return what reading a video takes.
+
+    Raises:
+        MemoryBudgetExceeded: its frames cannot be decoded in what is free.
+    """
+    n_bytes = video_bytes(video)
+    if free is not None and n_bytes > _USABLE * free:
+        raise MemoryBudgetExceeded(
+            f"{str(video)[:200]}: decoding its frames takes {format_bytes(n_bytes)}; "
+            f"{format_bytes(int(_USABLE * free))} of the budget of {format_bytes(optimizer.config.ram_budget)} are "
+            "free for it; scale it down, or raise the budget",
+            requested_bytes=n_bytes,
+            available_bytes=int(_USABLE * free),
+            budget_bytes=optimizer.config.ram_budget,
+            owner="video",
+        )
+    return _VIDEO_BYTES + n_bytes
+
+
+def _text_tokens(processor: Processor, prompt: str, system: str | None) -> int:
+    return int(processor.prepare(prompt or ".", (), None, system)["input_ids"].shape[1])
+
+
+def _largest_that_fits(processor: Processor, pictures: Sequence[OpenImage], limit: int | None, fits: Any) -> int | None:
+    """Return the most pixels of an image, to a twentieth, with which all fit; `None`: not even with one token each."""
+    least = processor.least_pixels
+    pixels = max(picture.width * picture.height for picture in pictures)
+    pixels = int(min(pixels, limit or pixels, processor.image_processor.size["longest_edge"]) / _STEP)
+    while pixels >= least:
+        if fits(pixels):
+            return pixels
+        pixels = int(pixels / _STEP)
+    return None
+
+
+def _require(limit: int | None, optimizer: Any, wanted: PictureCost, free: int | None) -> None:
+    """Refuse pictures that the budget or the policy does not let in.
+
+    Raises:
+        MemoryBudgetExceeded: with what they take and what there is.
+    """
+    assert free is not None
+    refuses = optimizer.config.image_policy == "refuse"
+    if limit is not None and not refuses:
+        return
+    remedy = "raise the budget"
+    if limit is not None:
+        remedy = f"scale them to at most {limit} pixels (max_pixels), set image_policy='downsize', or raise the budget"
+    raise MemoryBudgetExceeded(
+        f"the pictures make {wanted.patches} patches and {wanted.tokens} tokens, which take "
+        f"{format_bytes(wanted.n_bytes)}; {format_bytes(int(_USABLE * free))} of the budget of "
+        f"{format_bytes(optimizer.config.ram_budget)} are free for them; {remedy}",
+        requested_bytes=wanted.n_bytes,
+        available_bytes=int(_USABLE * free),
+        budget_bytes=optimizer.config.ram_budget,
+        owner="activations",
+    )
+
+
+def _with_smaller_video(
+    processor: Processor,
+    model: Any,
+    prompt: str,
+    pictures: Sequence[Any],
+    video: VideoSource,
+    system: str | None,
+    limit: int | None,
+    tensors: dict[str, torch.Tensor],
+    free: int,
+) -> tuple[dict[str, torch.Tensor], int | None]:
+    """Scale a video down until all fits. Its size is known once frames were chosen: they are read again, smaller."""
+    while True:
+        grids = [grid for name in ("image_grid_thw", "video_grid_thw") for grid in tensors.get(name, ())]
+        rows = [[int(extent) for extent in grid] for grid in grids]
+        merged = model.config.vision_config.spatial_merge_size**2
+        text_tokens = tensors["input_ids"].shape[1] - sum(math.prod(row) for row in rows) // merged
+        cost = picture_cost(model.config, rows, text_tokens=text_tokens, itemsize=model.dtype.itemsize)
+        if cost.n_bytes <= _USABLE * free:
+            return tensors, limit
+        frame = rows[-1][1] * rows[-1][2] * processor.video.patch_size**2
+        smaller = int(frame * _USABLE * _USABLE * free / cost.n_bytes)
+        fitting = smaller if smaller >= processor.least_pixels else None
+        _require(fitting, model.memory_optimizer, cost, free)
+        limit = min(smaller, limit or smaller)
+        tensors = processor.prepare(prompt, pictures, video, system, max_pixels=limit)

@@ -1,0 +1,398 @@
+"""A question, images and a video to the tensors that a Qwen3-VL model takes, and token ids back to text.
+
+Image pixels come from the image processor that transformers ships: its torchvision back end where torchvision
+is usable, else its PIL back end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.generation.streamers import TextStreamer
+
+from ...errors import CheckpointError, InputError
+from ..checkpoint.formats import files_directory
+from .images import ImageSource, OpenImage, listed, open_image
+from .video_files import VideoSource, load_video
+from .video_patches import MAX_ASPECT_RATIO, VideoSettings, group_seconds, video_tensors
+
+_PROMPT_PLACE, _SYSTEM_PLACE = "\uf8f1\uf8f0", "\uf8f1\uf8f2"  # for private use, and in no text
+_PLAIN_SYSTEM = "<|im_start|>system\n{}<|im_end|>\n"
+_PLAIN_QUESTION = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def load_processor(directory: str | Path) -> Processor:
+    """Return the processor of a checkpoint, given by any path that `open_checkpoint` takes.
+
+    Raises:
+        CheckpointError: a file of the tokenizer or of the image processor is missing or cannot be read.
+    """
+    directory = files_directory(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: there is no such directory", path=directory)
+    _check_torchvision(directory)
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    config = _read_json(directory, "config.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        image_processor = AutoImageProcessor.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory}: the tokenizer or image processor cannot be loaded ({error}); a checkpoint needs "
+            "tokenizer.json, tokenizer_config.json and preprocessor_config.json",
+            path=directory,
+        ) from error
+    return Processor(
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        tokens=VisionTokens.of(config, tokenizer, directory),
+        video=_video_settings(directory),
+        chat_template=_chat_template(directory, tokenizer),
+    )
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Return the tokenizer of a checkpoint, given by any path that `open_checkpoint` takes.
+
+    Raises:
+        CheckpointError: there is none that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    directory = files_directory(directory)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory}: the tokenizer cannot be loaded ({error})", path=directory) from error
+    if not tokenizer("a text", add_special_tokens=False)["input_ids"]:
+        # Where the files are missing, transformers makes one that knows no words.
+        raise CheckpointError(f"{directory}: there is no tokenizer (tokenizer.json is missing?)", path=directory)
+    return tokenizer
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class VisionTokens:
+    """The tokens that stand for pictures in a prompt; the ids are those of the model's configuration."""
+
+    image: str
+    video: str
+    start: str
+    end: str
+    image_id: int
+    video_id: int
+
+    @classmethod
+    def of(cls, config: dict[str, Any], tokenizer: Any, directory: Path) -> VisionTokens:
+        """Return the vision tokens of a checkpoint.
+
+        Raises:
+            CheckpointError: the configuration names no vision tokens, or the tokenizer does not have them.
+        """
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        missing = [name for name in names if not isinstance(config.get(name), int)]
+        if missing:
+            message = f"{directory}: config.json has no {', '.join(missing)}; this is no vision-language checkpoint"
+            raise CheckpointError(message, path=directory)
+        image, video, start, end = tokenizer.convert_ids_to_tokens([config[name] for name in names])
+        if None in (image, video, start, end):
+            message = f"{directory}: the tokenizer lacks the vision tokens that config.json names"
+            raise CheckpointError(message, path=directory)
+        ids = {"image_id": config["image_token_id"], "video_id": config["video_token_id"]}
+        return cls(image=image, video=video, start=start, end=end, **ids)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Processor:
+    """What stands between people and the model. Made by `load_processor`."""
+
+    tokenizer: Any
+    image_processor: Any
+    tokens: VisionTokens
+    video: VideoSettings
+    chat_template: str | None
+
+    def prepare(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] = (),
+        video: VideoSource | None = None,
+        system: str | None = None,
+        *,
+        max_pixels: int | None = None,
+        video_fps: float | None = None,
+        fetch: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """Return the keyword arguments of the model's `generate` for one question.
+
+        Args:
+            prompt: the question. Text stays text: what is spelled like a control token is none.
+            images: one or several in any form (`model.images.ImageSource`), shown before the question in this order.
+            video: a video file, a directory of frames, or frames; shown after the images.
+            system: what the model is told to be.
+            max_pixels: the most pixels of an image, and of a frame; larger ones are scaled down. One token
+                stands for `(patch_size * merge_size) ** 2` pixels.
+            video_fps: the rate at which frames that are given as images were taken.
+            fetch: `http(s):` addresses of images are fetched.
+
+        Returns:
+            `input_ids`, `attention_mask` and `mm_token_type_ids` of shape (1, tokens); with images
+            `pixel_values` (patches, values) and `image_grid_thw` (images, 3); with a video
+            `pixel_values_videos` and `video_grid_thw`.
+
+        Raises:
+            InputError: nothing to ask, or an image or video that cannot be used.
+        """
+        images = listed(images)
+        self._check(prompt, images, video, system, max_pixels)
+        tensors: dict[str, torch.Tensor] = {}
+        image_texts: list[str] = []
+        video_text = ""
+        if images:
+            tensors |= self._image_tensors(images, max_pixels, fetch)
+            merged = self.image_processor.merge_size**2
+            grids = tensors["image_grid_thw"].tolist()
+            image_texts = [self.tokens.image * (math.prod(grid) // merged) for grid in grids]
+        if video is not None:
+            settings = self.video.limited_to(max_pixels)
+            frames = load_video(video, settings.sampling, settings.frame_size, fps=video_fps)
+            tensors |= video_tensors(frames, settings)
+            _, rows, columns = tensors["video_grid_thw"][0].tolist()
+            pads = self.tokens.video * (rows * columns // settings.merge_size**2)
+            shown = f"{self.tokens.start}{pads}{self.tokens.end}"
+            video_text = "".join(f"<{second:.1f} seconds>{shown}" for second in group_seconds(frames, settings))
+        texts = {} if self._is_plain(prompt, system or "") else {_PROMPT_PLACE: prompt, _SYSTEM_PLACE: system or ""}
+        if texts:
+            prompt, system = _PROMPT_PLACE, system and _SYSTEM_PLACE
+        chat = self._chat_text(prompt, len(images), video is not None, system)
+        return self._text_tensors(self._with_placeholders(chat, image_texts, video_text), texts) | tensors
+
+    def check(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource] = (),
+        video: VideoSource | None = None,
+        system: str | None = None,
+        *,
+        max_pixels: int | None = None,
+        fetch: bool = False,
+    ) -> None:
+        """Raise what `prepare` would, before a model is loaded; of a video only whether it is there.
+
+        Images are not decoded at their size: there may be no memory for that.
+
+        Raises:
+            InputError: see `prepare`.
+        """
+        images = listed(images)
+        self._check(prompt, images, video, system, max_pixels)
+        for opened in self.open_images(images, fetch=fetch):
+            opened.check()
+        if isinstance(video, str | os.PathLike) and not Path(video).exists():
+            load_video(video, self.video.sampling, self.video.frame_size)  # it says what is wrong
+
+    def _check(
+        self,
+        prompt: str,
+        images: Sequence[ImageSource],
+        video: VideoSource | None,
+        system: str | None,
+        max_pixels: int | None,
+    ) -> None:
+        if not (prompt.strip() or images or video is not None):
+            raise InputError("there is nothing to ask: the prompt is empty and there is no image")
+        for name, text in (("prompt", prompt), ("system", system or "")):
+            if not text.isprintable() and any(0xD800 <= ord(letter) < 0xE000 for letter in text):
+                raise InputError(f"{name}: it is not valid text (bytes that are not UTF-8?)")
+        self._check_max_pixels(max_pixels)
+
+    def open_images(self, images: Sequence[ImageSource], *, fetch: bool = False) -> list[OpenImage]:
+        """Read the headers of images.
+
+        Raises:
+            InputError: one cannot be used.
+        """
+        opened = [open_image(source, number, fetch=fetch) for number, source in enumerate(images, 1)]
+        for each in opened:
+            if max(each.width, each.height) > MAX_ASPECT_RATIO * min(each.width, each.height):
+                size = f"{each.width} x {each.height}"
+                raise InputError(f"{each.name}: {size} is more than {MAX_ASPECT_RATIO} times as long as wide; cut it")
+        return opened
+
+    def decode(self, token_ids: Any) -> str:
+        """Return the text of token ids (a list, or a tensor of one dimension), without special tokens."""
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    def streamer(self, on_text: Callable[[str], None]) -> AnswerStreamer:
+        """Return a streamer for `generate` that hands over the answer as it comes."""
+        return AnswerStreamer(self.tokenizer, on_text)
+
+    def _is_plain(self, *texts: str) -> bool:
+        """Whether no text spells a control token."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        control = {token.content for token in added if token.special}.union(dataclasses.astuple(self.tokens)[:4])
+        return not any(token in text for token in control for text in texts)
+
+    @property
+    def least_pixels(self) -> int:
+        """Pixels of one token, and so the fewest of an image."""
+        return int((self.image_processor.patch_size * self.image_processor.merge_size) ** 2)
+
+    def image_grid(self, width: int, height: int, *, max_pixels: int | None = None) -> tuple[int, int]:
+        """Return how many rows and columns of patches `prepare` makes of an image of this size."""
+        limits = self._limits(max_pixels)
+        shortest, longest = min(width, height), max(width, height)
+        if longest > MAX_ASPECT_RATIO * shortest:
+            return 0, 0  # `prepare` refuses it
+        side = self.image_processor.patch_size * self.image_processor.merge_size
+        least, most = limits["shortest_edge"], limits["longest_edge"]
+        # The rule of transformers (`smart_resize`), which gives only the product of the two.
+        rows, columns = round(height / side) * side, round(width / side) * side
+        if rows * columns > most:
+            shrink = math.sqrt(height * width / most)
+            rows, columns = (max(side, math.floor(extent / shrink / side) * side) for extent in (height, width))
+        elif rows * columns < least:
+            grow = math.sqrt(least / (height * width))
+            rows, columns = (math.ceil(extent * grow / side) * side for extent in (height, width))
+        return rows // self.image_processor.patch_size, columns // self.image_processor.patch_size
+
+    def _limits(self, max_pixels: int | None) -> dict[str, int]:
+        size = self.image_processor.size
+        least, most = int(size["shortest_edge"]), int(size["longest_edge"])
+        if max_pixels is None:
+            return {"shortest_edge": least, "longest_edge": most}
+        return {"shortest_edge": min(least, max_pixels), "longest_edge": min(most, max_pixels)}
+
+    def _check_max_pixels(self, max_pixels: int | None) -> None:
+        if max_pixels is not None and max_pixels < self.least_pixels:
+            raise InputError(f"max_pixels={max_pixels} is less than the {self.least_pixels} pixels of one token")
+
+    def _image_tensors(
+        self, images: Sequence[ImageSource], max_pixels: int | None, fetch: bool
+    ) -> dict[str, torch.Tensor]:
+        loaded = [opened.decode() for opened in self.open_images(images, fetch=fetch)]
+        options = {} if max_pixels is None else {"size": self._limits(max_pixels)}
+        return dict(self.image_processor(loaded, return_tensors="pt", **options))
+
+    def _chat_text(self, prompt: str, n_images: int, has_video: bool, system: str | None) -> str:
+        # A template that does not know pictures is that of a language model; Qwen's fits the plain form.
+        if self.chat_template is None or self.tokens.image not in self.chat_template:
+            pictures = [self.tokens.image] * n_images + [self.tokens.video] * has_video
+            shown = "".join(f"{self.tokens.start}{picture}{self.tokens.end}" for picture in pictures)
+            return (_PLAIN_SYSTEM.format(system) if system else "") + _PLAIN_QUESTION.format(shown + prompt)
+        kinds = ["image"] * n_images + ["video"] * has_video
+        content = [{"type": kind} for kind in kinds] + [{"type": "text", "text": prompt}]
+        messages = [{"role": "user", "content": content}]
+        if system:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+        text = self.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
+        )
+        if (text.count(self.tokens.image), text.count(self.tokens.video)) != (n_images, int(has_video)):
+            raise InputError("the chat template of this checkpoint does not place one token for each image and video")
+        return str(text)
+
+    def _with_placeholders(self, chat: str, image_texts: list[str], video_text: str) -> str:
+        tokens = self.tokens
+        # Each group of frames brings its own start and end. The pair that templates put around a whole video
+        # goes, as in the processor the model was published with; later transformers leave it there.
+        whole_video = f"{tokens.start}{tokens.video}{tokens.end}"
+        images = iter(image_texts)
+        pattern = "|".join(map(re.escape, (whole_video, tokens.video, tokens.image)))
+        return re.sub(pattern, lambda match: next(images) if match[0] == tokens.image else video_text, chat)
+
+    def _text_tensors(self, text: str, texts: Mapping[str, str]) -> dict[str, torch.Tensor]:
+        """Return the tensors of a chat; `texts`: what stands in places of it, and is text whatever it spells."""
+        found: list[int] = []
+        for part in re.split(f"({'|'.join(texts)})", text) if texts else [text]:
+            is_text = part in texts
+            options = {"split_special_tokens": True} if is_text else {}
+            found += self.tokenizer(texts[part] if is_text else part, add_special_tokens=False, **options)["input_ids"]
+        ids = torch.tensor([found])
+        kinds = (ids == self.tokens.image_id).long() + 2 * (ids == self.tokens.video_id).long()
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": kinds}
+
+
+class AnswerStreamer(TextStreamer):
+    """Hands the answer over in pieces of text, and notes when its tokens came.
+
+    Attributes:
+        n_tokens: tokens of the answer so far.
+        n_first_tokens: how many came first, at once: one, or more if they were drafted.
+        first_token_s: `time.perf_counter()` at the first of them.
+        last_token_s: at the last of them.
+    """
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self.n_tokens = 0
+        self.n_first_tokens = 0
+        self.first_token_s: float | None = None
+        self.last_token_s: float | None = None
+        self._on_text = on_text
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take new token ids from `generate`; the first call brings the prompt."""
+        if not self.next_tokens_are_prompt:
+            self.n_tokens += value.numel()
+            self.last_token_s = time.perf_counter()
+            if self.first_token_s is None:
+                self.first_token_s = self.last_token_s
+                self.n_first_tokens = self.n_tokens
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Hand over a piece of text that later tokens cannot change."""
+        if text:
+            self._on_text(text)
+
+
+def _check_torchvision(directory: Path) -> None:
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:
+        # transformers then takes torchvision for there, and none of its image classes can be imported.
+        raise CheckpointError(
+            f"torchvision is installed but cannot be imported beside torch {torch.__version__} ({error}); "
+            "install the torchvision that belongs to this torch, or uninstall it: it is not needed",
+            path=directory,
+        ) from error
+
+
+def _chat_template(directory: Path, tokenizer: Any) -> str | None:
+    separate = None
+    if not (directory / "chat_template.jinja").exists():
+        separate = _read_json(directory, "chat_template.json").get("chat_template")
+    template = separate or tokenizer.chat_template
+    return template if isinstance(template, str) else None
+
+
+def _video_settings(directory: Path) -> VideoSettings:
+    found = _read_json(directory, "processor_config.json").get("video_processor")
+    found = found or _read_json(directory, "video_preprocessor_config.json")
+    return VideoSettings.from_mapping(found or _read_json(directory, "preprocessor_config.json"))
+
+
+def _read_json(directory: Path, name: str) -> dict[str, Any]:
+    """Return a JSON file of a checkpoint; what is not there is empty."""
+    try:
+        table = json.loads((directory / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory / name} cannot be read ({error})", path=directory) from error
+    return table if isinstance(table, dict) else {}

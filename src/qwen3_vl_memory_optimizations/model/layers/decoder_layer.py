@@ -1,0 +1,185 @@
+"""Decoder layers with fewer and larger operations: an optional replacement of the forward of transformers.
+
+A token of a small model spends a third of its time between the products of weights. Here q, k and v are one product, so
+are gate and up (see `paging.joined`), their heads are normalised and rotated together, and results are written in place
+where nobody else sees them. The modules, their parameters and their hooks stay those of transformers; a layer of which
+a part was replaced or carries hooks (`output_attentions`, a user's own), or through which gradients go, runs as
+transformers wrote it. Results differ from it by rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...paging import linear_joined, runs_as_written
+
+_PARTS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
+
+
+def joined_names(weights: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return those among the names of weights that `fuse_layers` multiplies together: they should lie together."""
+    known = dict.fromkeys(weights)
+    groups = []
+    for part, names in _PARTS:
+        first = f".{part}.{names[0]}.weight"
+        for weight in known:
+            if weight.endswith(first):
+                prefix = weight.removesuffix(first)
+                groups.append(tuple(f"{prefix}.{part}.{name}.weight" for name in names))
+    return [group for group in groups if all(name in known for name in group)]
+
+
+def fuse_layers(model: nn.Module) -> int:
+    """Replace the forward of each decoder layer that can be; return how many."""
+    layers = [layer for layer in model.modules() if _can_fuse(layer)]
+    for layer in layers:
+        layer._fused = _FusedLayer(layer)  # type: ignore[assignment]
+        layer.forward = MethodType(_forward, layer)
+    return len(layers)
+
+
+def _can_fuse(layer: Any) -> bool:
+    """Whether this is a layer whose forward is known here, in the configuration that Qwen3-VL has."""
+    if type(layer).__name__ != "Qwen3VLTextDecoderLayer" or type(layer).__module__.split(".")[0] != "transformers":
+        return False
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = [getattr(getattr(layer, part), name) for part, names in _PARTS for name in names]
+    return (
+        all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
+        and mlp.config.hidden_act == "silu"
+        and attention.q_norm.variance_epsilon == attention.k_norm.variance_epsilon
+    )
+
+
+class _FusedLayer:
+    """What the fused forward of one layer needs besides the layer."""
+
+    def __init__(self, layer: Any) -> None:
+        attention = layer.self_attn
+        # (children of a module, name, module, its attributes): what the fused forward does not call as a module
+        self._bypassed = [
+            (owner._modules, name, owner._modules[name], owner._modules[name].__dict__)
+            for owner, names in (
+                (layer, ("input_layernorm", "post_attention_layernorm", "self_attn", "mlp")),
+                (attention, ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")),
+                (layer.mlp, ("gate_proj", "up_proj", "act_fn")),
+            )
+            for name in names
+        ]
+        self.n_query = attention.q_proj.out_features // attention.head_dim
+        self.n_key = attention.k_proj.out_features // attention.head_dim
+        self._head_weight: tuple[Any, Any, torch.Tensor] | None = None
+
+    def changed(self) -> bool:
+        """Whether somebody replaced a part of the layer, or wants to see what goes into or comes out of it."""
+        for children, name, part, attributes in self._bypassed:
+            if children[name] is not part or attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
+                return True
+            if "forward" in attributes:
+                return True
+        return False
+
+    def head_weight(self, attention: Any) -> torch.Tensor:
+        """Return the weights of the norms of query and key heads, `[heads, head_dim]`."""
+        query, key = attention.q_norm.weight, attention.k_norm.weight
+        if self._head_weight is None or self._head_weight[0] is not query or self._head_weight[1] is not key:
+            rows = torch.cat((query.expand(self.n_query, -1), key.expand(self.n_key, -1)))
+            self._head_weight = (query, key, rows)
+        return self._head_weight[2]
+
+
+def _forward(
+    layer: Any,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    fused: _FusedLayer = layer._fused
+    if fused.changed() or runs_as_written(layer, hidden_states):
+        return type(layer).forward(
+            layer,
+            hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+    mlp = layer.mlp
+    normed = _rms_norm(hidden_states, layer.input_layernorm)
+    attended = _attention(layer.self_attn, fused, normed, position_embeddings, attention_mask, kwargs)
+    hidden_states = attended.add_(hidden_states)
+    normed = _rms_norm(hidden_states, layer.post_attention_layernorm)
+    gate, up = linear_joined(normed, (mlp.gate_proj.weight, mlp.up_proj.weight)).chunk(2, dim=-1)
+    return mlp.down_proj(F.silu(gate).mul_(up)).add_(hidden_states)
+
+
+def _attention(
+    attention: Any,
+    fused: _FusedLayer,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import eager_attention_forward
+
+    batch, length, _ = hidden_states.shape
+    size, n_rotated = attention.head_dim, fused.n_query + fused.n_key
+    weights = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
+    heads, value = (
+        linear_joined(hidden_states, weights).view(batch, length, -1, size).split((n_rotated, fused.n_key), 2)
+    )
+    rotated = F.rms_norm(heads, (size,), None, attention.q_norm.variance_epsilon)
+    rotated = rotated.mul_(fused.head_weight(attention)).transpose(1, 2)
+    cos, signed_sin = _rotary_factors(position_embeddings)
+    rotated = torch.mul(rotated, cos).addcmul_(rotated.roll(size // 2, -1), signed_sin)
+    query, key = rotated.split((fused.n_query, fused.n_key), 1)
+    value = value.transpose(1, 2)
+    name = "cache" if "cache" in kwargs else "past_key_values"
+    cache = kwargs.get(name)
+    if cache is not None:
+        key, value = cache.update(key, value, attention.layer_idx)
+        if length == 1 and attention_mask is None and not (attention.training or isinstance(key, torch.Tensor)):
+            row = key.attend_row(query, attention.scaling)
+            if row is not None:
+                return attention.o_proj(row)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+    attended, _ = attend(
+        attention,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=attention.attention_dropout if attention.training else 0.0,
+        scaling=attention.scaling,
+        **{key: value for key, value in kwargs.items() if key != name},
+    )
+    return attention.o_proj(attended.reshape(batch, length, -1))
+
+
+def _rms_norm(x: torch.Tensor, norm: Any) -> torch.Tensor:
+    columns = x.shape[-1]
+    if x.numel() > columns:
+        return F.rms_norm(x, (columns,), norm.weight, norm.variance_epsilon)
+    row = x.float()  # one token: a third of the operations
+    mean_square = float(torch.linalg.vector_norm(row)) ** 2 / columns
+    return norm.weight * (row * (1 / math.sqrt(mean_square + norm.variance_epsilon))).to(x.dtype)
+
+
+def _rotary_factors(position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cos and sin `[batch, 1, length, head_dim]` for `x * cos + roll(x, half) * sin`, made once a pass."""
+    cos, sin = position_embeddings
+    factors = getattr(sin, "_rotary_factors", None)
+    if factors is None or factors[2] is not cos:
+        half = sin.shape[-1] // 2
+        factors = (cos.unsqueeze(1), torch.cat((-sin[..., :half], sin[..., half:]), dim=-1).unsqueeze(1), cos)
+        sin._rotary_factors = factors  # type: ignore[attr-defined]
+    return factors[0], factors[1]

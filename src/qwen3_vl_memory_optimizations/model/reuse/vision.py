@@ -1,0 +1,172 @@
+"""An image that was seen before is not encoded again: its features, those of DeepStack included, come from the cache.
+
+The key is made of the pixels as the model gets them (so of the image, its size and its processing), the grid, and the
+identity of the model. Each image or video of a call is looked up by itself; those that are missing are encoded
+together, as they would be without a cache. A hit gives the bits that were stored.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ...cache import CacheItem, HierarchicalCacheSystem, digest, digest_of_tensor
+from .identity import Identity, ModelIdentity
+
+_KIND = "vision"
+_HARMLESS = ("return_dict", "use_cache")
+"""Arguments that do not change the features; with any other the tower is asked."""
+_MORE = ("output_hidden_states", "output_attentions")
+
+
+def attach_vision_reuse(
+    model: Any, cache: HierarchicalCacheSystem, identity: ModelIdentity, reserve: Callable[[int], None]
+) -> VisionReuse | None:
+    """Let a model look images up before it encodes them; return `None` where it is no model that is known here.
+
+    `reserve` is called with the bytes of the features of a call before they are looked up: reading an entry takes as
+    much again.
+
+    The method `get_image_features` of the inner model is replaced, which images and videos of `generate` go through.
+    What the tower gives besides features (the states of the patches, ahead of the merger) is not kept: the outputs of
+    `forward`, and of the method itself, would lack it, so outside `generate` (see `wanted`) images are encoded.
+    """
+    base = getattr(model, "model", None)
+    visual, plain = getattr(base, "visual", None), getattr(base, "get_image_features", None)
+    if visual is None or plain is None or not hasattr(visual, "deepstack_visual_indexes"):
+        return None
+    reuse = VisionReuse(base, cache, identity, reserve)
+    parameters = list(inspect.signature(plain).parameters)
+
+    @functools.wraps(plain)
+    def get_image_features(*args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        pixels, grids = given.pop("pixel_values", None), given.pop("image_grid_thw", None)
+        unusual = any(value is not None for name, value in given.items() if name not in _HARMLESS)
+        if pixels is None or grids is None or unusual or not reuse.wanted() or _asks_for_more(base, given):
+            return plain(*args, **kwargs)
+        return reuse.features(plain, pixels, grids, given)
+
+    model.model.get_image_features = get_image_features
+    return reuse
+
+
+def _asks_for_more(base: Any, given: dict[str, Any]) -> bool:
+    """Whether a call, or the configuration where it says nothing, wants a tuple, or what is not kept."""
+    as_dict = given.get("return_dict")
+    as_dict = getattr(base.config, "return_dict", True) if as_dict is None else as_dict
+    return not as_dict or any(
+        getattr(config, name, False) for config in (base.config, base.visual.config) for name in _MORE
+    )
+
+
+class VisionReuse:
+    """Looks the images of a call up.
+
+    Args:
+        base: the inner model, which has the vision tower.
+        cache: where features are kept.
+        identity: of the model.
+        reserve: sets memory aside for features.
+
+    Attributes:
+        wanted: says whether features alone will do now.
+    """
+
+    def __init__(
+        self, base: Any, cache: HierarchicalCacheSystem, identity: ModelIdentity, reserve: Callable[[int], None]
+    ) -> None:
+        self._base, self._cache, self._identity, self._reserve = base, cache, identity, reserve
+        self.wanted: Callable[[], bool] = lambda: True
+
+    def keys(self, pixels: torch.Tensor, grids: torch.Tensor) -> list[str] | None:
+        """Return the key of each image, or `None` where features must not be kept.
+
+        Args:
+            pixels: patches of all images `[patches, values]`, in the dtype of the tower or another that is cast to it.
+            grids: int64 `[images, 3]`: groups of frames, rows and columns of patches.
+        """
+        identity = self._tower()
+        return None if identity is None else self._keys(identity, pixels, grids)
+
+    def _tower(self) -> Identity | None:
+        visual = self._base.visual
+        return self._identity.of(visual, getattr(visual.config, "_attn_implementation", None))
+
+    def _keys(self, identity: Identity, pixels: torch.Tensor, grids: torch.Tensor) -> list[str] | None:
+        visual = self._base.visual
+        patches = grids.prod(-1).tolist()
+        if sum(patches) != pixels.shape[0]:
+            return None  # the model says what is wrong
+        parts = pixels.split(patches)
+        return [
+            digest(_KIND, identity.digest, grid, digest_of_tensor(part, visual.dtype))
+            for grid, part in zip(grids.tolist(), parts, strict=True)
+        ]
+
+    def features(self, plain: Any, pixels: torch.Tensor, grids: torch.Tensor, options: dict[str, Any]) -> Any:
+        """Return what `plain` returns for these images, as far as it can from the cache."""
+        identity = self._tower()
+        keys = None if identity is None else self._keys(identity, pixels, grids)
+        if identity is None or not keys:
+            return plain(pixels, grids, **options)
+        patches = grids.prod(-1).tolist()
+        parts = pixels.split(patches)
+        visual = self._base.visual
+        tokens = sum(patches) // visual.spatial_merge_size**2
+        levels = 1 + len(visual.deepstack_visual_indexes)
+        self._reserve(2 * tokens * visual.config.out_hidden_size * levels * visual.dtype.itemsize)
+        encoded: list[Any] = []
+
+        def encode(missing: list[int]) -> list[CacheItem]:
+            if len(missing) == len(keys):
+                output = plain(pixels, grids, **options)
+            else:
+                output = plain(torch.cat([parts[index] for index in missing]), grids[missing], **options)
+            encoded.append((missing, output))
+            return [_item_of(output, position) for position in range(len(missing))]
+
+        items = self._cache.resolve(
+            keys,
+            encode,
+            kind=f"{_KIND} {identity.digest[:8]}",
+            units=patches,
+            accepts=lambda index, item: self._fits(item, patches[index]),
+            persist=identity.persists,
+        )
+        if len(encoded) == 1 and len(encoded[0][0]) == len(keys):
+            return encoded[0][1]
+        return self._output_of(items)
+
+    def _fits(self, item: CacheItem, patches: int) -> bool:
+        visual = self._base.visual
+        tokens = patches // visual.spatial_merge_size**2
+        names = {"pooled", *(f"deepstack{level}" for level in range(len(visual.deepstack_visual_indexes)))}
+        return set(item.tensors) == names and all(
+            tensor.shape == (tokens, visual.config.out_hidden_size) and tensor.dtype == visual.dtype
+            for tensor in item.tensors.values()
+        )
+
+    def _output_of(self, items: Sequence[CacheItem]) -> Any:
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+        device = self._base.visual.device
+        levels = len(self._base.visual.deepstack_visual_indexes)
+
+        def of_all(name: str) -> tuple[torch.Tensor, ...]:
+            return tuple(item.tensors[name].to(device) for item in items)
+
+        return BaseModelOutputWithDeepstackFeatures(
+            pooler_output=of_all("pooled"),
+            deepstack_features=[of_all(f"deepstack{level}") for level in range(levels)],
+        )
+
+
+def _item_of(output: Any, position: int) -> CacheItem:
+    """Return the features of one image of an output."""
+    deepstack = {f"deepstack{level}": split[position] for level, split in enumerate(output.deepstack_features)}
+    return CacheItem({"pooled": output.pooler_output[position], **deepstack})

@@ -1,0 +1,232 @@
+"""What happens around each `generate` of a model: its turn, its session, its budget, what is known of its prompt."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from ...interrupts import deferrable, shield
+from ...paging import Pager
+from ..kv.attention import ATTENTION, register_attention
+from ..kv.cache import ManagedKVCache
+from ..reuse.prefix import PrefixReuse, Run
+from .pieces import PieceRunner
+from .run_budget import RunBudget
+from .turns import Turns
+
+logger = logging.getLogger(__name__)
+
+_CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
+_LEAST_MEASURED_TOKENS = 64
+"""Fewer tokens take longer each: a rate measured on them would promise too much."""
+
+
+def attach_forward(
+    model: Any, optimizer: Any, turn: Turns, make_cache: Callable[[], ManagedKVCache] | None, *, lowers: bool = True
+) -> tuple[PieceRunner, RunBudget]:
+    """Have each forward of a model run within the budget, a long prompt in pieces.
+
+    Args:
+        model: of transformers.
+        optimizer: whose budget it is.
+        turn: held by each forward.
+        make_cache: returns an empty cache; `None`: the model keeps keys and values in another way, and runs whole.
+        lowers: a pass that takes less than the one before gives the difference back.
+    """
+    budget = RunBudget(model, optimizer, make_cache, lowers=lowers)
+    runner = PieceRunner(model, make_cache, budget.choose, turn)
+    runner.attach()
+    budget.attach()
+    return runner, budget
+
+
+def cache_maker(model: Any, codec: str, pager: Pager | None, *, reuses: bool) -> Callable[[], ManagedKVCache] | None:
+    """Make a model attend over a `ManagedKVCache`, and return what makes one.
+
+    Args:
+        model: attends with `sdpa`, with the same full attention in all layers; any other is left as it is.
+        codec: of the blocks.
+        pager: counts and moves them.
+        reuses: blocks are made though they would save no memory: other sequences may begin with them.
+
+    Returns:
+        `None` for a model that cannot.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if not hasattr(model, "_prepare_cache_for_generation") or not _has_full_attention(config):
+        return None
+    register_attention()
+    config._attn_implementation_internal = ATTENTION  # the setter checks nothing else, and would change other parts
+    return lambda: ManagedKVCache(config, codec=codec, pager=pager, keeps_all=False if reuses else None)
+
+
+def _has_full_attention(config: Any) -> bool:
+    """Whether every layer attends to all tokens before, by the kernel that ours stands in for."""
+    types = getattr(config, "layer_types", None) or []
+    windows = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+    return (
+        getattr(config, "_attn_implementation", None) == "sdpa"
+        and all(kind == "full_attention" for kind in types)
+        and not (windows and not types)
+        and getattr(config, "num_kv_shared_layers", None) in (None, 0)
+        and not getattr(config, "is_encoder_decoder", False)
+    )
+
+
+class Generation:
+    """One pipeline around `generate`.
+
+    Args:
+        model: of transformers.
+        turn: held from the begin to the end of a call: threads take turns.
+        session: returns a context for one call.
+        budget: refuses a call that it cannot carry to its end; `None`: none is refused.
+        pieces: the forward of the model; `None`: it runs whole.
+        make_cache: returns an empty cache of keys and values; `None`: `generate` keeps those of transformers.
+        reuse: looks prompts up and keeps what they leave; `None`: nothing is kept.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        turn: Turns,
+        session: Callable[[], contextlib.AbstractContextManager[Any]],
+        budget: RunBudget | None,
+        pieces: PieceRunner | None,
+        make_cache: Callable[[], ManagedKVCache] | None,
+        reuse: PrefixReuse | None,
+    ) -> None:
+        self._model, self._turn, self._session, self._budget = model, turn, session, budget
+        self._pieces, self._make_cache, self._reuse = pieces, make_cache, reuse
+        self._local = threading.local()
+        self._seconds_per_token = 0.0
+
+    def attach(self) -> None:
+        """Replace `generate`, and the making of its cache; a model without it is left as it is."""
+        if not hasattr(self._model, "generate"):
+            return
+        self._model.generate = self._around(self._model.generate)
+        if self._make_cache is not None:
+            self._model._prepare_cache_for_generation = self._with_our_cache(self._model._prepare_cache_for_generation)
+        if hasattr(self._model, "_prefill"):
+            self._model._prefill = self._timed(self._model._prefill)
+
+    def is_running(self) -> bool:
+        """Whether the calling thread is in a `generate` of the model."""
+        return getattr(self._local, "active", False)
+
+    def _around(self, plain: Any) -> Any:
+        signature = inspect.signature(plain)
+
+        @functools.wraps(plain)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            if self.is_running():
+                return plain(*args, **kwargs)
+            with deferrable():
+                depth, session, has_session = self._turn.depth, self._session(), False
+                try:
+                    self._turn.__enter__()  # given back below, once all that belongs to the call has ended
+                    with shield:
+                        session.__enter__()
+                        has_session = True
+                    bound = signature.bind_partial(*args, **kwargs).arguments
+                    arguments = {**bound, **bound.get("kwargs", {})}
+                    arguments.pop("kwargs", None)
+                    self._local.active, self._local.run = True, None
+                    return self._run(plain, args, kwargs, arguments)
+                except KeyboardInterrupt as error:
+                    with shield:  # the caches of what was under way go now, not when somebody lets go of the error
+                        _forget_frames(error)
+                    raise
+                finally:
+                    with shield:
+                        if has_session:
+                            session.__exit__(None, None, None)
+                        if self._turn.depth > depth:
+                            self._ended()
+                            self._turn.give_back(depth)
+
+        return generate
+
+    def _run(self, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]) -> Any:
+        with shield:
+            if self._budget is not None:
+                self._budget.admit(arguments)  # before it continues in a tail that rests
+            run = self._local.run = None if self._reuse is None else self._reuse.begin(arguments)
+            behind = self._reuse if run is not None and run.past else None
+            if run is not None and behind is not None:
+                arguments = behind.behind(run, arguments)
+                if self._pieces is not None:
+                    self._pieces.skipped = run.skipped
+        result = plain(*args, **kwargs) if behind is None else plain(**arguments)
+        if run is not None:
+            with shield:
+                self._keep(run, result)
+        return result
+
+    def _keep(self, run: Run, result: Any) -> None:
+        """Let the sequence rest. An answer that is finished is never lost to what is done for the next one."""
+        assert self._reuse is not None
+        try:
+            self._reuse.keep(run, result, self._seconds_per_token)
+        except Exception as error:
+            logger.warning("keys and values are not kept: %s: %s", type(error).__name__, str(error))
+
+    def _ended(self) -> None:
+        self._local.active, self._local.run = False, None
+        if self._budget is not None:
+            self._budget.ended()
+        if self._pieces is not None:
+            self._pieces.skipped = {}
+
+    def _with_our_cache(self, plain: Any) -> Any:
+        from transformers import DynamicCache
+
+        make_cache = self._make_cache
+        assert make_cache is not None
+
+        @functools.wraps(plain)
+        def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            given = any(model_kwargs.get(name) is not None for name in _CACHE_NAMES)
+            result = plain(generation_config, model_kwargs, *args, **kwargs)
+            if not given and generation_config.cache_implementation is None:
+                run = getattr(self._local, "run", None)
+                for name in _CACHE_NAMES:
+                    if type(model_kwargs.get(name)) is DynamicCache:
+                        fresh = run is None or run.handed_out
+                        model_kwargs[name] = make_cache() if fresh or run is None else run.cache
+                if run is not None:
+                    run.handed_out = True
+            return result
+
+        return prepare
+
+    def _timed(self, plain: Any) -> Any:
+        """Note how long a token of a prompt takes: what a hit saves."""
+
+        @functools.wraps(plain)
+        def prefill(*args: Any, **kwargs: Any) -> Any:
+            run = getattr(self._local, "run", None)
+            start_s = time.perf_counter()
+            result = plain(*args, **kwargs)
+            n_tokens = 0 if run is None else len(run.ids) - run.past
+            if n_tokens >= _LEAST_MEASURED_TOKENS:
+                self._seconds_per_token = (time.perf_counter() - start_s) / n_tokens
+            return result
+
+        return prefill
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what the frames of an error, and of those that it came after, hold."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__

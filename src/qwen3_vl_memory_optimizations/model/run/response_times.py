@@ -1,0 +1,202 @@
+"""How long a model takes to answer: noted at the end of each forward and of each `generate`."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...interrupts import shield
+
+_REMEMBERED = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One `generate`, or one forward that none made.
+
+    Attributes:
+        generated: whether it was a `generate`.
+        ended_s: when it ended, by the clock of the `ResponseTimes`.
+        wall_s: from the call to its end; `cpu_s`: of all threads of the process meanwhile.
+        first_token_s: from the call to the end of the first forward.
+        new_tokens: in all sequences.
+        decode_s: from the end of the first forward to that of the last; `decode_steps`: tokens of a sequence in it.
+        decode_bytes: encoded bytes of managed tensors that were used in it.
+    """
+
+    generated: bool
+    ended_s: float
+    wall_s: float
+    cpu_s: float
+    first_token_s: float | None
+    new_tokens: int
+    decode_s: float
+    decode_steps: int
+    decode_bytes: int
+
+
+@dataclass(slots=True)
+class _Run:
+    """A `generate` under way in a thread."""
+
+    start_s: float
+    start_cpu_s: float
+    first_s: float | None = None
+    first_bytes: int = 0
+    last_s: float = 0.0
+    last_bytes: int = 0
+
+
+class ResponseTimes:
+    """The last responses, and totals.
+
+    Args:
+        used_bytes: returns how many bytes of managed tensors were used so far.
+        timer: a monotonic clock in seconds.
+        cpu_timer: CPU-seconds of the process.
+
+    Attributes:
+        responses, tokens, seconds: how many there were, the new tokens, and the wall time, since the start.
+    """
+
+    def __init__(
+        self,
+        used_bytes: Callable[[], int],
+        *,
+        timer: Callable[[], float] = time.perf_counter,
+        cpu_timer: Callable[[], float] = time.process_time,
+    ) -> None:
+        self.timer = timer
+        self.responses = 0
+        self.tokens = 0
+        self.seconds = 0.0
+        self._used_bytes = used_bytes
+        self._cpu_timer = cpu_timer
+        self._lock = threading.Lock()
+        self._local = threading.local()
+        self._recent: deque[Response] = deque(maxlen=_REMEMBERED)
+        self._running: dict[int, float] = {}  # thread -> start
+
+    def recent(self) -> list[Response]:
+        """Return the last 64 responses, the newest last."""
+        with self._lock:
+            return list(self._recent)
+
+    def running_s(self) -> float | None:
+        """Return how long the oldest response under way has taken so far; `None`: there is none."""
+        with self._lock:
+            return self.timer() - min(self._running.values()) if self._running else None
+
+    # --- noted by the hooks -------------------------------------------------------------------------------------------
+
+    @property
+    def in_generate(self) -> bool:
+        """Whether a `generate` runs in this thread."""
+        return getattr(self._local, "run", None) is not None
+
+    def begin(self) -> None:
+        """Note that a `generate` begins in this thread. Precondition: it is not part of another."""
+        self._local.run = _Run(self.timer(), self._cpu_timer())
+        with self._lock:
+            self._running[threading.get_ident()] = self._local.run.start_s
+
+    def end(self, new_tokens: int = 0, length: int = 0) -> None:
+        """Note that the `generate` of this thread ended.
+
+        Args:
+            new_tokens: of all sequences.
+            length: of the longest, in new tokens.
+        """
+        run, self._local.run = getattr(self._local, "run", None), None
+        if run is None:  # interrupted before it began
+            return
+        now_s = self.timer()
+        decoded = run.first_s is not None and length > 1
+        self._keep(
+            Response(
+                True,
+                now_s,
+                now_s - run.start_s,
+                self._cpu_timer() - run.start_cpu_s,
+                None if run.first_s is None else run.first_s - run.start_s,
+                new_tokens,
+                run.last_s - run.first_s if decoded else 0.0,
+                length - 1 if decoded else 0,
+                run.last_bytes - run.first_bytes if decoded else 0,
+            )
+        )
+
+    def forward_begins(self) -> None:
+        """Note that a forward begins in this thread."""
+        if getattr(self._local, "run", None) is None:
+            self._local.forward = (self.timer(), self._cpu_timer())
+            with self._lock:
+                self._running[threading.get_ident()] = self._local.forward[0]
+
+    def forward_ended(self, *, failed: bool = False) -> None:
+        """Note that it ended; one that failed is no response."""
+        run = getattr(self._local, "run", None)
+        if failed:  # perhaps before it began: by a hook that comes before this one
+            if run is None:
+                with self._lock:
+                    self._running.pop(threading.get_ident(), None)
+            return
+        if run is None:
+            start_s, start_cpu_s = self._local.forward
+            now_s = self.timer()
+            self._keep(Response(False, now_s, now_s - start_s, self._cpu_timer() - start_cpu_s, None, 0, 0.0, 0, 0))
+            return
+        run.last_s, run.last_bytes = self.timer(), self._used_bytes()
+        if run.first_s is None:
+            run.first_s, run.first_bytes = run.last_s, run.last_bytes
+
+    def _keep(self, response: Response) -> None:
+        with self._lock:
+            self._running.pop(threading.get_ident(), None)
+            self._recent.append(response)
+            self.responses += 1
+            self.tokens += response.new_tokens
+            self.seconds += response.wall_s
+
+
+def attach_response_times(model: Any, times: ResponseTimes) -> None:
+    """Note each forward and each `generate` of a model. It adds a few microseconds to each."""
+
+    def before(module: Any, args: Any) -> None:
+        times.forward_begins()
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        times.forward_ended(failed=output is None)
+
+    model.register_forward_pre_hook(before)
+    model.register_forward_hook(after, always_call=True)
+    if not hasattr(model, "generate"):
+        return
+    plain = model.generate
+
+    @functools.wraps(plain)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        if times.in_generate:
+            return plain(*args, **kwargs)
+        new_tokens = length = 0
+        try:
+            times.begin()
+            result = plain(*args, **kwargs)
+            ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+            sequences = getattr(result, "sequences", result)
+            given = ids.shape[-1] if isinstance(ids, torch.Tensor) else 0
+            length = max(0, int(sequences.shape[-1]) - given)
+            new_tokens = length * int(sequences.shape[0])
+            return result
+        finally:
+            with shield:
+                times.end(new_tokens, length)
+
+    model.generate = generate

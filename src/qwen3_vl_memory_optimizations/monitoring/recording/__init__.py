@@ -1,0 +1,1 @@
+"""What a run leaves: records in memory and on the disk."""

@@ -1,0 +1,51 @@
+"""What is worth a line between two snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ...errors import format_bytes
+
+_LEAST_STALL_S = 0.1
+
+ALERT, PRESSURE, RESPONSE, STALL, SWAP = "alert", "pressure", "response", "stall", "swap"
+
+ROUTINE = frozenset({RESPONSE, STALL, SWAP})
+"""Sorts of which there may be one each half second; they must not crowd out the others."""
+
+
+def events_between(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the sort and the text of what happened between two snapshots; `before` may be empty."""
+    if not before:
+        return
+    yield from _alerts(before["alerts"], after["alerts"])
+    yield from _responses(before["responses"], after["responses"])
+    paging, earlier = after["paging"], before["paging"]
+    stalled_s = paging["stall_s"] - earlier["stall_s"]
+    if stalled_s >= _LEAST_STALL_S:
+        faults = paging["faults"] - earlier["faults"]
+        yield STALL, f"waited {stalled_s:.2f} s for the SSD, {faults} times"
+    written, read = (paging[key] - earlier[key] for key in ("swap_writes", "swap_reads"))
+    if written or read:
+        yield SWAP, f"pages swapped out: {written}, swapped in: {read}"
+    if after["budget"]["pressure_reliefs"] > before["budget"]["pressure_reliefs"]:
+        yield PRESSURE, f"memory is short on this machine: {format_bytes(after['budget']['given_up_bytes'])} given up"
+
+
+def _alerts(before: list[Mapping[str, Any]], after: list[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+    active = {row["name"]: row["active"] for row in before}
+    for row in after:
+        if row["active"] != active.get(row["name"], False):
+            yield ALERT, row["message"]
+
+
+def _responses(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    n_new = after["count"] - before["count"]
+    last = after["last"]
+    if n_new > 1:
+        yield RESPONSE, f"{n_new} responses, {after['tokens'] - before['tokens']} tokens"
+    elif n_new and last is not None and last["generated"]:
+        yield RESPONSE, f"{last['new_tokens']} tokens in {last['wall_s']:.2f} s"
+    elif n_new:
+        yield RESPONSE, "a forward"

@@ -1,0 +1,1 @@
+"""The budget: accounts, what others take of it, and memory that goes back."""

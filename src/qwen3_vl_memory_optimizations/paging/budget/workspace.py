@@ -1,0 +1,56 @@
+"""`Workspaces`: scratch memory of each thread that computes, debited as it grows."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+from ...compression import Scratch
+from ..records.entry import PAGE_BYTES
+
+if TYPE_CHECKING:
+    from ..pager import Pager
+
+_OWNER = "workspace"
+_LEAST_SLOT_BYTES = 1 << 16
+
+
+class Workspaces:
+    """Gives each thread one workspace; what it holds is given back when the thread ends.
+
+    Args:
+        pager: is debited (account `workspace`).
+    """
+
+    def __init__(self, pager: Pager) -> None:
+        self._pager = weakref.ref(pager)
+        self._local = threading.local()
+
+    def of_this_thread(self) -> Scratch:
+        """Return the workspace of the calling thread. Precondition: the Pager is alive."""
+        scratch = getattr(self._local, "scratch", None)
+        return self._make() if scratch is None else scratch
+
+    def _make(self) -> Scratch:
+        reference, held = self._pager, [0]
+        pager = reference()
+        assert pager is not None
+
+        def grow(n_bytes: int) -> None:
+            alive = reference()
+            assert alive is not None
+            alive.debit(_OWNER, n_bytes)
+            held[0] += n_bytes
+
+        slot_bytes = max(_LEAST_SLOT_BYTES, min(4 * PAGE_BYTES, pager.frames.limit_bytes // 16))
+        scratch = self._local.scratch = Scratch(grow, slot_bytes)
+        weakref.finalize(scratch, _give_back, reference, held).atexit = False
+        return scratch
+
+
+def _give_back(pager: weakref.ref[Pager], held: list[int]) -> None:
+    """The thread that had a workspace ended."""
+    alive = pager()
+    if alive is not None and held[0]:
+        alive.debit_later(_OWNER, -held[0])

@@ -1,0 +1,1 @@
+"""What the Pager knows of each tensor and page."""

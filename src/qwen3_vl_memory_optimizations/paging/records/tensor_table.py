@@ -1,0 +1,154 @@
+"""`Registry`: how a tensor comes, with memory or without, and goes once nobody holds its pages."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from ...pools import FRAME_BYTES, FramePool, units_of
+from ..budget.ledger import Ledger
+from ..transfers.moves import PageMover
+from ..transfers.resident_set import Residency
+from ..transfers.room import Room
+from .entry import PageState, TensorEntry
+
+
+class Lives(Protocol):
+    """What follows the lives of runtime tensors; it must not ask the Pager anything, nor wait."""
+
+    def born(self, key: str, kind: str, n_bytes: int, creator: str, *, owned: bool) -> object:
+        """Note that a tensor came."""
+
+    def died(self, key: str) -> None:
+        """Note that it is gone."""
+
+
+class Registry:
+    """Adds tensors and frees them. Used under the Pager's lock.
+
+    Args:
+        changed: the condition of that lock.
+        ledger: gets the floor of the page frames.
+        entries: the tensors, by id; they are added and removed here alone.
+        frames: the memory of their pages.
+        mover: releases pages.
+        residency: is told of all that come and go.
+        room: makes room for those that come with memory.
+
+    Attributes:
+        adding: tensors that have memory and are not in `entries` yet.
+        lives: told of runtime tensors that come and go; `None`: nobody.
+    """
+
+    def __init__(
+        self,
+        changed: threading.Condition,
+        ledger: Ledger,
+        entries: dict[str, TensorEntry],
+        frames: FramePool,
+        mover: PageMover,
+        residency: Residency,
+        room: Room,
+    ) -> None:
+        self.adding = 0
+        self.lives: Lives | None = None
+        self._changed = changed
+        self._ledger = ledger
+        self._entries = entries
+        self._frames = frames
+        self._mover = mover
+        self._residency = residency
+        self._room = room
+        self._lingering: dict[TensorEntry, None] = {}  # freed, and somebody still holds or moves their pages
+
+    def all(self) -> Iterator[TensorEntry]:
+        """Return all that have memory: freed ones that somebody still holds, too."""
+        return itertools.chain(self._entries.values(), self._lingering)
+
+    def add(self, entry: TensorEntry, *, resident: bool) -> None:
+        """Do what `Pager.add` says."""
+        self._mover.check_open()
+        self.adding += 1
+        try:
+            self._back(entry, resident)
+        finally:
+            self.adding -= 1
+            self._changed.notify_all()
+        self._entries[entry.tensor_id] = entry
+        if entry.kind == "weights":
+            self._residency.add(entry)
+            if resident:
+                self._mover.weights_resident_bytes += sum(page.n_bytes for page in entry.pages)
+            self._ledger.frames_floor_bytes = max(self._ledger.frames_floor_bytes, entry.largest_page_bytes)
+        elif self.lives is not None:
+            self.lives.born(entry.tensor_id, entry.kind, entry.n_bytes, entry.kind, owned=True)
+
+    def _back(self, entry: TensorEntry, resident: bool) -> None:
+        """Put memory behind the frames of an entry that always stay, and behind its pages if they are `resident`."""
+        shared = entry.shared_frames()
+        resident_bytes = sum(page.n_bytes for page in entry.pages) if resident else 0
+        self._room.check_fits(resident_bytes + len(shared) * FRAME_BYTES, entry.kind)
+        units = {unit for page in entry.pages for unit in units_of(page.frames_start, page.n_bytes)}
+        self._frames.forget(entry.address, entry.n_bytes, keep=units)  # of the tensor that was here before
+        backed: list[tuple[int, int]] = []
+        try:
+            for frame in shared:
+                self._room.make(FRAME_BYTES, entry.kind)
+                self._frames.back(frame, FRAME_BYTES, owner=entry.kind)
+                backed.append((frame, FRAME_BYTES))
+            if resident:
+                for page in entry.pages:
+                    self._room.make(page.n_bytes, entry.kind)
+                    self._frames.back(page.frames_start, page.n_bytes, owner=entry.kind)
+                    backed.append((page.frames_start, page.n_bytes))
+                    page.state, page.dirty, page.pins = PageState.RESIDENT, True, 1
+                    entry.missing -= 1
+            self._mover.check_open()  # this may have waited
+        except BaseException:
+            for page in entry.pages:
+                page.state, page.dirty, page.pins = PageState.SWAPPED, False, 0
+            entry.missing = len(entry.pages)
+            for address, n_bytes in backed:
+                self._frames.release(address, n_bytes)
+            raise
+        for page in entry.pages:
+            page.pins = 0
+
+    def free(self, tensor_id: str, then: Callable[[], None] | None) -> None:
+        """Do what `Pager.free` says."""
+        entry = self._entries.pop(tensor_id, None)
+        if entry is None:
+            return
+        entry.freed = True
+        if entry.kind == "weights":
+            self._residency.remove(entry)
+            self._lower_floor(entry.largest_page_bytes)
+        else:
+            self._residency.forget(entry)
+            if self.lives is not None:
+                self.lives.died(tensor_id)
+        entry.on_released = then or entry.on_released
+        self._lingering[entry] = None
+        self.release(entry)
+
+    def _lower_floor(self, freed_bytes: int) -> None:
+        """Once a weight is gone, ask for no more room than the largest page of those that are left."""
+        if freed_bytes == self._ledger.frames_floor_bytes:
+            weights = (entry for entry in self._entries.values() if entry.kind == "weights")
+            self._ledger.frames_floor_bytes = max((entry.largest_page_bytes for entry in weights), default=0)
+
+    def release(self, entry: TensorEntry) -> None:
+        """Release a freed tensor once nothing holds or moves its pages; never waits."""
+        moving = (PageState.LOADING, PageState.WRITING)
+        if entry not in self._lingering or any(page.pins or page.state in moving for page in entry.pages):
+            return
+        del self._lingering[entry]
+        for page in entry.pages:
+            self._mover.discard(page)
+        for frame in entry.shared_frames():
+            self._frames.release(frame, FRAME_BYTES)
+        if entry.on_released is not None:
+            entry.on_released()
+        self._changed.notify_all()

@@ -1,0 +1,1 @@
+"""Moving pages between the SSD and memory, and choosing which stay."""

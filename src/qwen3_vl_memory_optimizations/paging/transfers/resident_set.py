@@ -1,0 +1,401 @@
+"""`Residency`: which pages of the weights stay, which are read ahead, and who leaves first."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from ...errors import MemoryBudgetExceeded
+from ...pools import FramePool
+from ...prediction import PassSchedule, choose_kept
+from ...storage import BACKGROUND, PREFETCH
+from ..records.entry import PAGE_BYTES, Page, PageState, TensorEntry, model_of
+from .moves import PageMover
+
+READ_AHEAD_BYTES = 5 * PAGE_BYTES
+_READ_AHEAD_SHARE = 8
+_MOST_READ_AHEAD_SHARE = 2
+"""Of the memory for weights, where somebody chose."""
+_LOOK_AHEAD_TENSORS = 64
+
+
+class VictimOrder(Protocol):
+    """Which of the runtime tensors in memory leave first (`swapping.SwappingAlgorithm` has the rules)."""
+
+    n_bytes: dict[Hashable, int]
+
+    def insert(self, key: Hashable, n_bytes: int) -> None:
+        """Note that a tensor came into memory because it is used."""
+
+    def touch(self, key: Hashable) -> None:
+        """Note a use."""
+
+    def left(self, key: Hashable) -> None:
+        """Note that a tensor left memory."""
+
+    def remove(self, key: Hashable) -> None:
+        """Forget a tensor."""
+
+    def order(self) -> Iterator[Hashable]:
+        """Yield the tensors in memory, first to leave first."""
+
+
+class Residency:
+    """Follows the accesses to weights and lets pages come and go by what is expected next.
+
+    Its methods and attributes are used under the Pager's lock.
+
+    Args:
+        entries: the tensors, by id; the Pager adds and removes them.
+        frames: the memory of the pages.
+        mover: moves them.
+        order: of runtime tensors that are not used in a cycle; `None`: the longest unused leave first.
+
+    Attributes:
+        schedule: the order of accesses, as far as it is known.
+        on_pass: called when an access began a pass.
+        read_ahead_bytes: how much that leaves after its use may be in memory before it, or on its way there.
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[str, TensorEntry],
+        frames: FramePool,
+        mover: PageMover,
+        order: VictimOrder | None = None,
+    ) -> None:
+        self.schedule = PassSchedule()
+        self.on_pass: Callable[[], None] | None = None
+        self._entries = entries
+        self._frames = frames
+        self._mover = mover
+        self._order: list[str] = []
+        self._runtime = order
+        mover.on_left = self._left
+        self._order_changed = False
+        self._expected_bytes = 0
+        self.read_ahead_bytes = READ_AHEAD_BYTES
+        self._chosen_read_ahead_bytes: int | None = None
+        self._least_streamed_bytes = 0
+        self._plan_state: tuple[object, ...] = ()
+        self._current: TensorEntry | None = None
+        self._next_page = 0
+        self._cycle: dict[Page, None] = {}  # pages of tensors that are used in a cycle, by last use
+
+    def add(self, entry: TensorEntry) -> None:
+        """Expect a weight to be used, after those that were added before."""
+        self._order.append(entry.tensor_id)
+        self._order_changed = True
+
+    def remove(self, entry: TensorEntry) -> None:
+        """Forget a weight, and that some of it was read ahead."""
+        self._order.remove(entry.tensor_id)
+        for page in entry.pages:
+            if page.unused and not page.kept:
+                self._mover.ahead_bytes -= page.n_bytes
+            page.kept = True
+
+    def start(self, order: Sequence[str], priority: int) -> None:
+        """Read ahead for a first pass in this order: all that will stay, and the first of what will not."""
+        self._follow_order()
+        self.schedule.expect(order)
+        self._replan()
+        for page in (page for name in order for page in self._entries[name].pages):
+            if page.state is PageState.SWAPPED and page.error is None and self._has_place(page):
+                if not self._make_room_ahead(page):
+                    return
+                self._mover.load(page, priority)
+            else:
+                self._mover.hurry(page, priority)
+
+    def _follow_order(self) -> None:
+        """Begin to learn anew where weights were added."""
+        if self._order_changed:
+            self.schedule = PassSchedule(self._order, lambda name: model_of(str(name)))
+            self._order_changed, self._plan_state = False, ()
+
+    def record(self, entry: TensorEntry) -> None:
+        """Note that an access to a weight begins, and read ahead: its own pages first, then what comes next."""
+        self._follow_order()
+        began = self.schedule.record(entry.tensor_id)
+        self._current, self._next_page = entry, 0
+        if began and self.on_pass is not None:
+            self.on_pass()
+        self._replan()
+        if began:
+            self._drop_unexpected()
+        self.prefetch()
+
+    def advance(self, entry: TensorEntry, next_page: int) -> None:
+        """Note that the pages of a tensor before `next_page` were used; read ahead into the room that they leave."""
+        if entry is self._current:
+            self._next_page = next_page
+        self.prefetch()
+
+    # --- what stays -------------------------------------------------------------------------------------------------
+
+    def _replan(self) -> None:
+        """Choose the pages to keep, when the known passes or the memory for them changed."""
+        weights_limit = self._frames.limit_bytes - (self._frames.used_bytes - self._mover.weights_resident_bytes)
+        state = (self.schedule.revision, weights_limit, len(self._order))
+        if state == self._plan_state:
+            return
+        self._plan_state = state
+        known = {name for cycle in self.schedule.cycles() for name in cycle}
+        self._expected_bytes = sum(
+            page.n_bytes for name in self._order if name in known for page in self._entries[name].pages
+        )
+        pages = [page for name in self._order for page in self._entries[name].pages]
+        total = sum(page.n_bytes for page in pages)
+        largest = max((page.n_bytes for page in pages), default=0)
+        if total <= weights_limit:
+            self._set_kept(pages, set(pages))
+            return
+        chosen = self._chosen_read_ahead_bytes
+        share = _READ_AHEAD_SHARE if chosen is None else _MOST_READ_AHEAD_SHARE
+        self.read_ahead_bytes = max(largest, min(chosen or READ_AHEAD_BYTES, weights_limit // share))
+        capacity = weights_limit - self.read_ahead_bytes
+        kept: set[Page] = set()
+        planned: set[Page] = set()
+        for cycle in self.schedule.cycles():
+            cycle_pages = [
+                page
+                for name in cycle
+                if name in self._entries
+                for page in self._entries[str(name)].pages
+                if page not in planned
+            ]
+            flags = choose_kept([page.n_bytes for page in cycle_pages], capacity)
+            planned.update(cycle_pages)
+            for page, keep in zip(cycle_pages, flags, strict=True):
+                if keep:
+                    kept.add(page)
+                    capacity -= page.n_bytes
+        self._least_streamed_bytes = min(page.n_bytes for page in pages if page not in kept)
+        self._set_kept(pages, kept)
+
+    def _set_kept(self, pages: Iterable[Page], kept: set[Page]) -> None:
+        self._mover.ahead_bytes = 0
+        for page in pages:
+            page.kept = page in kept
+            waiting = page.unused or page.state is PageState.LOADING
+            if waiting and not page.kept:
+                self._mover.ahead_bytes += page.n_bytes
+
+    def set_read_ahead(self, n_bytes: int | None) -> None:
+        """Choose how much is read ahead, in bytes; `None`: what suits the memory there is."""
+        self._chosen_read_ahead_bytes = n_bytes
+        self.read_ahead_bytes = n_bytes or READ_AHEAD_BYTES  # until weights are there that do not fit
+        self._plan_state = ()
+        self._replan()
+
+    # --- what comes -------------------------------------------------------------------------------------------------
+
+    def prefetch(self) -> None:
+        """Start reads for what is needed next, as far as frames and the read-ahead window allow."""
+        if self._mover.weights_resident_bytes >= self._expected_bytes:
+            return  # all there, or on its way
+        if self._mover.ahead_bytes + self._least_streamed_bytes > self.read_ahead_bytes:
+            return
+        for page in self._expected_pages():
+            if page.state is not PageState.SWAPPED or page.error is not None:
+                continue
+            if not self._has_place(page):
+                return
+            if not self._make_room_ahead(page):
+                return
+            self._mover.load(page, PREFETCH)
+
+    def _has_place(self, page: Page) -> bool:
+        """Whether a page stays, or the read-ahead window has room for it."""
+        return page.kept or self._mover.ahead_bytes + page.n_bytes <= self.read_ahead_bytes
+
+    def _expected_pages(self) -> Iterator[Page]:
+        """Yield pages in the order of their next use: the rest of this tensor, then tensors that miss some."""
+        if self._current is not None and self._current.missing:
+            yield from self._current.pages[self._next_page :]
+        for name in itertools.islice(self.schedule.upcoming(), _LOOK_AHEAD_TENSORS):
+            entry = self._entries.get(str(name))
+            if entry is not None and entry.missing:
+                yield from entry.pages
+
+    def _make_room_ahead(self, page: Page) -> bool:
+        """Return whether a page can be loaded before anybody needs it."""
+        if self._mover.closed:
+            return False
+        if page.n_bytes > self._frames.available_bytes and not self._evict_for_prefetch(page):
+            return False
+        try:
+            if not self._mover.announce(page.n_bytes):
+                return True
+        except MemoryBudgetExceeded:
+            return False  # whoever needs the page will be told
+        return self._still_fits(page)
+
+    def _still_fits(self, page: Page) -> bool:
+        """Whether a page can be loaded now. What asks for room may have given the lock up."""
+        away = page.state is PageState.SWAPPED and not self._mover.closed
+        return away and page.n_bytes <= self._frames.available_bytes
+
+    def _evict_for_prefetch(self, wanted: Page) -> bool:
+        """Make room by dropping pages that are not part of the kept subset, or not expected again."""
+        idle = [
+            page
+            for name in self._order
+            for page in self._entries[name].pages
+            if page.state is PageState.RESIDENT and not page.pins and not page.unused and not page.kept
+        ]
+        for page in idle:
+            if wanted.n_bytes <= self._frames.available_bytes:
+                break
+            self._mover.evict(page)
+        return wanted.n_bytes <= self._frames.available_bytes
+
+    def _drop_unexpected(self) -> None:
+        """Drop what was read ahead for a pass that did not come: it would fill the read-ahead window for good."""
+        soon = {self._current.tensor_id} if self._current is not None else set()
+        soon.update(str(name) for name in itertools.islice(self.schedule.upcoming(), _LOOK_AHEAD_TENSORS))
+        for name in self._order:
+            if name not in soon:
+                for page in self._entries[name].pages:
+                    if page.unused and not page.kept:
+                        self._mover.evict(page)
+
+    def read_cycle_ahead(self, upcoming: Sequence[TensorEntry], ahead_bytes: int) -> None:
+        """Start reads for runtime tensors that are used in a cycle, in the order of their use.
+
+        Args:
+            upcoming: what is used next.
+            ahead_bytes: how much of it may be in memory unused, or on its way there.
+        """
+        for page in (page for entry in upcoming for page in entry.pages):
+            away = page.state is PageState.SWAPPED
+            if away or page.unused or page.state is PageState.LOADING:
+                ahead_bytes -= page.n_bytes
+            if away and page.error is None:
+                if ahead_bytes < 0 or not self._make_room_in_cycle(page):
+                    return
+                self._mover.load(page, PREFETCH)
+
+    def used_in_cycle(self, entry: TensorEntry) -> None:
+        """Note that a runtime tensor was used which will be again after all others of its cycle."""
+        for page in entry.pages:
+            self._cycle.pop(page, None)
+            self._cycle[page] = None
+
+    def used(self, entry: TensorEntry) -> None:
+        """Note a use of a runtime tensor."""
+        if self._runtime is not None:
+            if entry.tensor_id in self._runtime.n_bytes:
+                self._runtime.touch(entry.tensor_id)
+            else:
+                self._runtime.insert(entry.tensor_id, entry.n_bytes)
+
+    def rested(self, entry: TensorEntry) -> None:
+        """Note that a runtime tensor is not used in a cycle any more."""
+        for page in entry.pages:
+            self._cycle.pop(page, None)
+
+    def used_away(self, entry: TensorEntry) -> None:
+        """Note a use of a runtime tensor that brings nothing of it into memory yet."""
+        self.used(entry)
+        self._left(entry)
+
+    def mentioned(self, entry: TensorEntry) -> None:
+        """Note a use of a runtime tensor for which it need not be in memory."""
+        if self._runtime is not None and entry.tensor_id in self._runtime.n_bytes:
+            self._runtime.touch(entry.tensor_id)
+
+    def _left(self, entry: TensorEntry) -> None:
+        """Note that a page left memory."""
+        if self._runtime is not None and entry.missing == len(entry.pages) and entry.tensor_id in self._runtime.n_bytes:
+            self._runtime.left(entry.tensor_id)
+
+    def forget(self, entry: TensorEntry) -> None:
+        """Expect a runtime tensor no more."""
+        if self._runtime is not None:
+            self._runtime.remove(entry.tensor_id)
+        for page in entry.pages:
+            self._cycle.pop(page, None)
+
+    def _make_room_in_cycle(self, wanted: Page) -> bool:
+        """Make room by dropping what was used last: in a cycle it is needed again last."""
+        if self._mover.closed:
+            return False
+        while wanted.n_bytes > self._frames.available_bytes + self._mover.leaving_bytes:
+            page = next((page for page in reversed(self._cycle) if not (page.pins or page.awaited)), None)
+            if page is None:
+                return False
+            del self._cycle[page]
+            self._mover.evict(page)
+        if wanted.n_bytes > self._frames.available_bytes:
+            return False
+        try:
+            self._mover.announce(wanted.n_bytes)
+        except MemoryBudgetExceeded:
+            return False  # whoever needs the page will be told
+        return self._still_fits(wanted)
+
+    # --- what leaves ------------------------------------------------------------------------------------------------
+
+    def victims(self) -> list[Page]:
+        """Return what may leave, best first.
+
+        Streamed pages, then idle tensors by the rule for them, those used in a cycle by farthest next use, and weights
+        by farthest next use.
+        """
+        distances = self.schedule.distances()
+        ranks = self._runtime_ranks()
+        never = len(self._order) * 4
+
+        def rank(page: Page) -> tuple[int, int]:
+            if page.entry.kind != "weights":
+                if page in self._cycle:
+                    return (2, -page.last_access)
+                return (1, ranks.get(page.entry.tensor_id, page.last_access))
+            distance = distances.get(page.entry.tensor_id, never)
+            if not page.kept and not page.unused:
+                return (0, -distance)
+            return (3, -distance)
+
+        pages = (page for entry in self._entries.values() for page in entry.pages)
+        return sorted((p for p in pages if p.state is PageState.RESIDENT and not (p.pins or p.awaited)), key=rank)
+
+    def bring(self, entry: TensorEntry) -> bool:
+        """Start to read a runtime tensor into memory that is free; return whether all of it is on its way."""
+        away = [page for page in entry.pages if page.state is PageState.SWAPPED and page.error is None]
+        needed = sum(page.n_bytes for page in away)
+        if not away or self._mover.closed or self._mover.weights_resident_bytes < self._expected_bytes:
+            return False
+        if needed > self._frames.available_bytes:
+            return False
+        try:
+            self._mover.announce(needed)
+        except MemoryBudgetExceeded:
+            return False
+        for page in away:
+            if not self._still_fits(page):
+                return False
+            self._mover.load(page, BACKGROUND)
+        return True
+
+    def swap_ahead(self, share: float) -> int:
+        """Let runtime tensors leave until they fill at most a share of the memory; return the bytes that leave."""
+        in_memory = (PageState.RESIDENT, PageState.LOADING)
+        runtime = (page for entry in self._entries.values() if entry.kind != "weights" for page in entry.pages)
+        over = sum(page.n_bytes for page in runtime if page.state in in_memory) - int(share * self._frames.limit_bytes)
+        leaving = 0
+        for page in self.victims() if over > 0 else ():
+            if leaving >= over:
+                break
+            if page.entry.kind != "weights" and page not in self._cycle:
+                self._mover.evict(page)
+                leaving += 0 if page.resident else page.n_bytes  # it stays where the SSD has no room
+        return leaving
+
+    def _runtime_ranks(self) -> dict[Hashable, int]:
+        """Return the place of each runtime tensor in the order of leaving; empty: the longest unused leave first."""
+        if self._runtime is None:
+            return {}
+        return {key: rank for rank, key in enumerate(self._runtime.order())}

@@ -1,0 +1,157 @@
+"""A recorded trace of uses, run through an algorithm at a capacity: what it would have found in memory."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import ConfigurationError, MemoryBudgetExceeded, format_bytes
+from .algorithm import SwappingAlgorithm
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Uses in order.
+
+    Attributes:
+        keys: int32 `[uses]`, indices into `n_bytes`.
+        n_bytes: int64 `[keys]`.
+        kinds: str `[keys]`.
+    """
+
+    keys: np.ndarray
+    n_bytes: np.ndarray
+    kinds: np.ndarray
+
+    def save(self, path: Path) -> None:
+        """Write a compressed `.npz`."""
+        np.savez_compressed(path, keys=self.keys, n_bytes=self.n_bytes, kinds=self.kinds)
+
+    @classmethod
+    def load(cls, path: Path) -> Trace:
+        """Read what `save` wrote; nothing in the file is executed.
+
+        Raises:
+            ConfigurationError: no such file, or no trace.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return cls(stored["keys"], stored["n_bytes"], stored["kinds"])
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigurationError(f"{path}: no trace ({type(error).__name__}: {error})") from error
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all keys together."""
+        return int(self.n_bytes.sum())
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What came of a replay.
+
+    Attributes:
+        hit_rate: share of the uses that found their key in memory.
+        byte_hit_rate: the same, each use counted by its bytes.
+    """
+
+    hit_rate: float
+    byte_hit_rate: float
+
+
+def replay(trace: Trace, algorithm: SwappingAlgorithm, capacity_bytes: int) -> Replayed:
+    """Run a trace; each key that is not in memory comes in, unless it is larger than all memory.
+
+    Raises:
+        MemoryBudgetExceeded: the algorithm does not give up enough of what it holds.
+    """
+    sizes = trace.n_bytes.tolist()
+    hits = hit_bytes = 0
+    for key in trace.keys.tolist():
+        if key in algorithm.n_bytes:
+            hits += 1
+            hit_bytes += sizes[key]
+            algorithm.touch(key)
+        elif sizes[key] <= capacity_bytes:
+            excess_bytes = algorithm.resident_bytes + sizes[key] - capacity_bytes
+            if algorithm.evict(excess_bytes) is None:
+                raise MemoryBudgetExceeded(
+                    f"replay: {type(algorithm).__name__} cannot evict {format_bytes(excess_bytes)} of the "
+                    f"{format_bytes(algorithm.resident_bytes)} it holds for a key of {format_bytes(sizes[key])}; "
+                    "its order() must yield every key in memory",
+                    requested_bytes=sizes[key],
+                    available_bytes=max(0, capacity_bytes - algorithm.resident_bytes),
+                    budget_bytes=capacity_bytes,
+                    owner="replay",
+                )
+            algorithm.insert(key, sizes[key])
+    return _replayed(trace, hits, hit_bytes)
+
+
+def replay_belady(trace: Trace, capacity_bytes: int) -> Replayed:
+    """What leaves is what will be used last, known from the trace itself (Belady 1966).
+
+    As in a real run, what is used is in memory meanwhile. With keys of one size nothing finds more; with several sizes
+    that is not proven, and hardly anything comes near.
+    """
+    keys = trace.keys.tolist()
+    sizes = trace.n_bytes.tolist()
+    never = len(keys)
+    following = [never] * len(keys)
+    next_use: dict[int, int] = {}
+    for position in range(len(keys) - 1, -1, -1):
+        following[position] = next_use.get(keys[position], never)
+        next_use[keys[position]] = position
+    inside: dict[int, int] = {}  # key -> its next use
+    farthest: list[tuple[int, int]] = []  # (-next use, key); entries that no longer hold are skipped
+    used = hits = hit_bytes = 0
+    for position, key in enumerate(keys):
+        if key in inside:
+            hits += 1
+            hit_bytes += sizes[key]
+            inside[key] = following[position]
+            heapq.heappush(farthest, (-following[position], key))
+            continue
+        if sizes[key] > capacity_bytes:
+            continue
+        used += sizes[key]
+        while used > capacity_bytes:
+            when, victim = heapq.heappop(farthest)
+            if inside.get(victim) == -when:
+                del inside[victim]
+                used -= sizes[victim]
+        inside[key] = following[position]
+        heapq.heappush(farthest, (-following[position], key))
+    return _replayed(trace, hits, hit_bytes)
+
+
+class TraceRecorder:
+    """Collects uses; what it is called with costs a dictionary look-up and an append."""
+
+    def __init__(self) -> None:
+        self._index: dict[str, int] = {}
+        self._keys: list[int] = []
+        self._n_bytes: list[int] = []
+        self._kinds: list[str] = []
+
+    def __call__(self, key: str, n_bytes: int, kind: str) -> None:
+        """Note a use."""
+        index = self._index.get(key)
+        if index is None:
+            index = self._index[key] = len(self._n_bytes)
+            self._n_bytes.append(n_bytes)
+            self._kinds.append(kind)
+        self._keys.append(index)
+
+    def trace(self) -> Trace:
+        """Return what was noted so far."""
+        return Trace(np.array(self._keys, np.int32), np.array(self._n_bytes, np.int64), np.array(self._kinds, np.str_))
+
+
+def _replayed(trace: Trace, hits: int, hit_bytes: int) -> Replayed:
+    uses = len(trace.keys)
+    used_bytes = int(trace.n_bytes[trace.keys].sum()) if uses else 0
+    return Replayed(hits / uses if uses else 0.0, hit_bytes / used_bytes if used_bytes else 0.0)
