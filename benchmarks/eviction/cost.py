@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 from benchmarks import results  # noqa: E402
 from qwen3_vl_memory_optimizations import create_optimized_model  # noqa: E402
 from qwen3_vl_memory_optimizations.collection import PredictiveGarbageCollector  # noqa: E402
-from qwen3_vl_memory_optimizations.paging.transfers.resident_set import Residency  # noqa: E402
+from qwen3_vl_memory_optimizations.paging.transfers.resident_set import ResidentSet  # noqa: E402
 from qwen3_vl_memory_optimizations.prediction import LightweightMLPredictor, PassSchedule  # noqa: E402
 from qwen3_vl_memory_optimizations.runtime_policy import (  # noqa: E402
     MemoryTieringSystem,
@@ -41,7 +41,7 @@ WARM_UP_TOKENS, TOKENS = 8, 48
 SHARE_OF_WEIGHTS = 0.5
 PREDICTS: dict[type, tuple[str, ...]] = {
     PassSchedule: ("record", "distances", "cycles"),
-    Residency: ("_follow_order", "_replan", "_expected_pages", "victims"),
+    ResidentSet: ("_follow_order", "_replan", "_expected_pages", "victims"),
     PredictiveSwappingAlgorithm: ("insert", "touch", "left", "remove"),
     MemoryTieringSystem: ("note", "waits", "forget"),
     LightweightMLPredictor: ("train", "observe", "predict"),

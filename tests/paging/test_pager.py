@@ -157,7 +157,7 @@ def test_a_page_that_came_stays_until_those_who_waited_used_it(make_optimizer, t
         real(entry)
         reads.append(entry.tensor_id)
         if len(reads) < 50:
-            for page in pager._residency.victims():
+            for page in pager._resident_set.victims():
                 pager._mover.evict(page)
 
     monkeypatch.setattr(pager._mover, "_on_end", on_end)

@@ -14,8 +14,8 @@ from qwen3_vl_memory_optimizations.errors import MemoryOptimizationError
 from qwen3_vl_memory_optimizations.pools import (
     FRAME_BYTES,
     UNIT_BYTES,
-    BlockAllocator,
     FramePool,
+    RangeAllocator,
     reserve,
     unreserve,
     virtual,
@@ -249,7 +249,7 @@ class BlockMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.allocator = BlockAllocator(64 * 100 + 63, page_bytes=64)
+        self.allocator = RangeAllocator(64 * 100 + 63, page_bytes=64)
         self.held = {}
 
     def free_pages(self):
@@ -304,7 +304,7 @@ TestBlockMachine.settings = settings(max_examples=40, stateful_step_count=30, de
 
 
 def test_fragmentation_figures():
-    allocator = BlockAllocator(10 * 4096)
+    allocator = RangeAllocator(10 * 4096)
     assert allocator.internal_fragmentation is None and allocator.external_fragmentation == 0
     starts = [allocator.allocate(3072, owner="test") for _ in range(10)]
     assert allocator.internal_fragmentation == pytest.approx(0.25)
@@ -315,7 +315,7 @@ def test_fragmentation_figures():
 
 
 def test_best_fit_takes_the_smallest_hole_that_fits():
-    allocator = BlockAllocator(12 * 4096)
+    allocator = RangeAllocator(12 * 4096)
     a, _, c, _ = (allocator.allocate(pages * 4096, owner="test") for pages in (3, 1, 2, 1))
     allocator.free(a)
     allocator.free(c)

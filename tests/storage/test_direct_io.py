@@ -5,7 +5,7 @@ import os
 import pytest
 
 from qwen3_vl_memory_optimizations.errors import InsufficientDiskSpaceError, ShortIOError, StorageError
-from qwen3_vl_memory_optimizations.storage import BLOCK_BYTES, AlignedBuffer, DirectFile, direct_io
+from qwen3_vl_memory_optimizations.storage import DISK_BLOCK_BYTES, AlignedBuffer, DirectFile, direct_io
 
 
 @pytest.fixture(params=["direct", "page cache"])
@@ -20,20 +20,20 @@ def mode(request, monkeypatch):
 @pytest.fixture
 def sample(tmp_path):
     path = tmp_path / "sample"
-    path.write_bytes(os.urandom(3 * BLOCK_BYTES + 1234))
+    path.write_bytes(os.urandom(3 * DISK_BLOCK_BYTES + 1234))
     return path
 
 
 @pytest.mark.parametrize(
     ("offset", "n_bytes"),
-    [(0, 1), (0, BLOCK_BYTES), (5, 10), (4090, 20), (1, 13000), (8192, 4096), (12288, 1234), (0, 13522)],
+    [(0, 1), (0, DISK_BLOCK_BYTES), (5, 10), (4090, 20), (1, 13000), (8192, 4096), (12288, 1234), (0, 13522)],
 )
 def test_read_into_gives_the_range_and_touches_only_whole_blocks_around_it(mode, sample, offset, n_bytes):
     content = sample.read_bytes()
-    guard = BLOCK_BYTES
-    with DirectFile(sample) as file, AlignedBuffer(8 * BLOCK_BYTES) as buffer:
+    guard = DISK_BLOCK_BYTES
+    with DirectFile(sample) as file, AlignedBuffer(8 * DISK_BLOCK_BYTES) as buffer:
         buffer.view[:] = b"\xee" * len(buffer.view)
-        lead = offset % BLOCK_BYTES
+        lead = offset % DISK_BLOCK_BYTES
         moved = file.read_into(buffer.address + guard + lead, offset, n_bytes)
         start = guard + lead
         assert bytes(buffer.view[start : start + n_bytes]) == content[offset : offset + n_bytes]
@@ -62,7 +62,7 @@ def test_a_range_past_the_end_is_a_short_read_with_its_numbers(mode, sample, off
 def test_read_into_refuses_an_address_that_is_not_aligned_like_the_offset(sample):
     with (
         DirectFile(sample) as file,
-        AlignedBuffer(BLOCK_BYTES) as buffer,
+        AlignedBuffer(DISK_BLOCK_BYTES) as buffer,
         pytest.raises(StorageError, match="not aligned to blocks of 4096"),
     ):
         file.read_into(buffer.address + 1, 0, 1)
@@ -75,7 +75,9 @@ def test_partial_reads_are_taken_up_at_a_block_boundary(sample, monkeypatch):
     def stingy(fd, buffers, offset):
         asked.append(offset)
         return (
-            real(fd, [buffers[0][: BLOCK_BYTES + 512]], offset) if len(buffers[0]) > 6000 else real(fd, buffers, offset)
+            real(fd, [buffers[0][: DISK_BLOCK_BYTES + 512]], offset)
+            if len(buffers[0]) > 6000
+            else real(fd, buffers, offset)
         )
 
     monkeypatch.setattr(direct_io, "_set_direct", lambda fd, on: not on)
@@ -87,13 +89,13 @@ def test_partial_reads_are_taken_up_at_a_block_boundary(sample, monkeypatch):
 
 
 def test_write_and_read_back(mode, tmp_path):
-    content = os.urandom(5 * BLOCK_BYTES)
+    content = os.urandom(5 * DISK_BLOCK_BYTES)
     with DirectFile(tmp_path / "new", writable=True) as file, AlignedBuffer(len(content)) as buffer:
         buffer.view[:] = content
-        file.write_from(buffer.address + BLOCK_BYTES, 2 * BLOCK_BYTES, 4 * BLOCK_BYTES)
+        file.write_from(buffer.address + DISK_BLOCK_BYTES, 2 * DISK_BLOCK_BYTES, 4 * DISK_BLOCK_BYTES)
         file.sync()
-        assert file.size_bytes == 6 * BLOCK_BYTES
-        assert file.read_bytes(2 * BLOCK_BYTES, 4 * BLOCK_BYTES) == content[BLOCK_BYTES:]
+        assert file.size_bytes == 6 * DISK_BLOCK_BYTES
+        assert file.read_bytes(2 * DISK_BLOCK_BYTES, 4 * DISK_BLOCK_BYTES) == content[DISK_BLOCK_BYTES:]
         with pytest.raises(StorageError, match="not aligned to blocks of 4096"):
             file.write_from(buffer.address, 0, 100)
 
@@ -102,19 +104,19 @@ def test_a_full_disk_says_what_is_needed_and_what_is_there(tmp_path, monkeypatch
     def full(fd, data, offset):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with DirectFile(tmp_path / "new", writable=True) as file, AlignedBuffer(BLOCK_BYTES) as buffer:
+    with DirectFile(tmp_path / "new", writable=True) as file, AlignedBuffer(DISK_BLOCK_BYTES) as buffer:
         monkeypatch.setattr(os, "pwrite", full)
         with pytest.raises(InsufficientDiskSpaceError, match="free some disk space") as caught:
-            file.write_from(buffer.address, 0, BLOCK_BYTES)
-    assert caught.value.required_bytes == BLOCK_BYTES
+            file.write_from(buffer.address, 0, DISK_BLOCK_BYTES)
+    assert caught.value.required_bytes == DISK_BLOCK_BYTES
     assert caught.value.available_bytes > 0
 
 
 def test_a_write_the_device_cuts_short_is_an_error(tmp_path, monkeypatch):
-    with DirectFile(tmp_path / "new", writable=True) as file, AlignedBuffer(BLOCK_BYTES) as buffer:
+    with DirectFile(tmp_path / "new", writable=True) as file, AlignedBuffer(DISK_BLOCK_BYTES) as buffer:
         monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: 100)
         with pytest.raises(ShortIOError, match="only 100 of 4096 bytes"):
-            file.write_from(buffer.address, 0, BLOCK_BYTES)
+            file.write_from(buffer.address, 0, DISK_BLOCK_BYTES)
 
 
 def test_a_failing_device_is_a_storage_error(sample, monkeypatch):

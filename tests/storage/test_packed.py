@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from qwen3_vl_memory_optimizations.errors import InsufficientDiskSpaceError, ShortIOError, StorageError
 from qwen3_vl_memory_optimizations.storage import (
-    BLOCK_BYTES,
+    DISK_BLOCK_BYTES,
     Checkpoint,
     PackedEntry,
     PackedLayout,
@@ -64,11 +64,11 @@ def test_the_result_is_a_safetensors_file_in_order_and_on_block_boundaries(tmp_p
             np.testing.assert_array_equal(file.get_tensor(name), tensor)
         assert file.metadata()["source"] == "x"
     header = read_header(path)
-    assert header.data_start_bytes % BLOCK_BYTES == 0
-    assert path.stat().st_size % BLOCK_BYTES == 0
+    assert header.data_start_bytes % DISK_BLOCK_BYTES == 0
+    assert path.stat().st_size % DISK_BLOCK_BYTES == 0
     tensors = {name: e for name, e in header.tensors.items() if not name.startswith("__pad_")}
     assert list(tensors) == list(TENSORS)
-    assert all(extent.offset_bytes % BLOCK_BYTES == 0 for extent in tensors.values())
+    assert all(extent.offset_bytes % DISK_BLOCK_BYTES == 0 for extent in tensors.values())
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "out"]
 

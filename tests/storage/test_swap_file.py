@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from qwen3_vl_memory_optimizations.errors import InsufficientDiskSpaceError, StorageError
-from qwen3_vl_memory_optimizations.storage import BLOCK_BYTES, AlignedBuffer, SwapFile
+from qwen3_vl_memory_optimizations.storage import DISK_BLOCK_BYTES, AlignedBuffer, SwapFile
 from qwen3_vl_memory_optimizations.storage.disks import memory_file_system
 from qwen3_vl_memory_optimizations.storage.swap_file import ExtentAllocator
 
@@ -75,24 +75,24 @@ def test_the_last_gap_grows():
 
 @pytest.fixture
 def swap(tmp_path):
-    with SwapFile(tmp_path / "swap", 64 * BLOCK_BYTES) as swap:
+    with SwapFile(tmp_path / "swap", 64 * DISK_BLOCK_BYTES) as swap:
         yield swap
         swap.check()
 
 
 def test_what_is_written_is_read_back(swap):
-    content = os.urandom(3 * BLOCK_BYTES)
+    content = os.urandom(3 * DISK_BLOCK_BYTES)
     with AlignedBuffer(len(content)) as buffer, AlignedBuffer(len(content)) as other:
         buffer.view[:] = content
-        other_offset = swap.allocate(BLOCK_BYTES)
+        other_offset = swap.allocate(DISK_BLOCK_BYTES)
         offset = swap.allocate(9000)
         swap.write(offset, buffer.address, 9000)
-        swap.write(other_offset, other.address, BLOCK_BYTES)
+        swap.write(other_offset, other.address, DISK_BLOCK_BYTES)
         assert 9000 <= swap.read(offset, other.address, 9000) <= len(content)
         assert bytes(other.view[:9000]) == content[:9000]
-    assert swap.used_bytes == 4 * BLOCK_BYTES
+    assert swap.used_bytes == 4 * DISK_BLOCK_BYTES
     swap.free(offset)
-    assert swap.used_bytes == BLOCK_BYTES
+    assert swap.used_bytes == DISK_BLOCK_BYTES
 
 
 def test_nothing_exists_before_the_first_extent_and_nothing_has_a_name(tmp_path):
@@ -108,19 +108,19 @@ def test_nothing_exists_before_the_first_extent_and_nothing_has_a_name(tmp_path)
 
 
 def test_the_limit_is_kept_and_nothing_changes_when_it_is_reached(swap):
-    offsets = [swap.allocate(16 * BLOCK_BYTES) for _ in range(4)]
+    offsets = [swap.allocate(16 * DISK_BLOCK_BYTES) for _ in range(4)]
     with pytest.raises(InsufficientDiskSpaceError, match="raise swap_size") as caught:
         swap.allocate(1)
-    assert (caught.value.required_bytes, caught.value.available_bytes) == (BLOCK_BYTES, 0)
+    assert (caught.value.required_bytes, caught.value.available_bytes) == (DISK_BLOCK_BYTES, 0)
     swap.free(offsets[1])
     with pytest.raises(InsufficientDiskSpaceError) as caught:
-        swap.allocate(17 * BLOCK_BYTES)
-    assert caught.value.available_bytes == 16 * BLOCK_BYTES
-    assert swap.allocate(16 * BLOCK_BYTES) == offsets[1]
+        swap.allocate(17 * DISK_BLOCK_BYTES)
+    assert caught.value.available_bytes == 16 * DISK_BLOCK_BYTES
+    assert swap.allocate(16 * DISK_BLOCK_BYTES) == offsets[1]
 
 
 def test_a_disk_without_room_is_noticed_before_anything_changes(swap, monkeypatch):
-    swap.allocate(BLOCK_BYTES)
+    swap.allocate(DISK_BLOCK_BYTES)
     real = os.statvfs
 
     def full(path):
@@ -131,9 +131,9 @@ def test_a_disk_without_room_is_noticed_before_anything_changes(swap, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(os, "statvfs", full)
         with pytest.raises(InsufficientDiskSpaceError, match="free some disk space, or set swap_dir"):
-            swap.allocate(BLOCK_BYTES)
-    assert swap.used_bytes == BLOCK_BYTES
-    assert swap.allocate(BLOCK_BYTES) == BLOCK_BYTES
+            swap.allocate(DISK_BLOCK_BYTES)
+    assert swap.used_bytes == DISK_BLOCK_BYTES
+    assert swap.allocate(DISK_BLOCK_BYTES) == DISK_BLOCK_BYTES
 
 
 def test_a_directory_that_cannot_be_made(tmp_path):
@@ -144,12 +144,12 @@ def test_a_directory_that_cannot_be_made(tmp_path):
 
 def test_threads_keep_their_extents_apart(tmp_path):
     failures = []
-    with SwapFile(tmp_path, 256 * BLOCK_BYTES) as swap:
+    with SwapFile(tmp_path, 256 * DISK_BLOCK_BYTES) as swap:
 
         def work(number):
-            with AlignedBuffer(3 * BLOCK_BYTES) as buffer:
+            with AlignedBuffer(3 * DISK_BLOCK_BYTES) as buffer:
                 for turn in range(25):
-                    n_bytes = BLOCK_BYTES * (1 + (number + turn) % 3)
+                    n_bytes = DISK_BLOCK_BYTES * (1 + (number + turn) % 3)
                     mark = bytes([(number * 25 + turn) % 256]) * n_bytes
                     offset = swap.allocate(n_bytes)
                     buffer.view[:n_bytes] = mark
@@ -221,31 +221,31 @@ def test_a_swap_file_in_memory_is_warned_of(caplog):
 
 
 def test_free_bytes_is_what_the_limit_and_the_disk_leave(tmp_path, monkeypatch):
-    free = 100 * BLOCK_BYTES
-    with monkeypatch.context() as patch, SwapFile(tmp_path, 64 * BLOCK_BYTES) as swap:
+    free = 100 * DISK_BLOCK_BYTES
+    with monkeypatch.context() as patch, SwapFile(tmp_path, 64 * DISK_BLOCK_BYTES) as swap:
         with_free_disk(patch, lambda: free)
-        assert swap.free_bytes == 64 * BLOCK_BYTES
-        offset = swap.allocate(16 * BLOCK_BYTES)
-        assert swap.free_bytes == 48 * BLOCK_BYTES
-        with AlignedBuffer(16 * BLOCK_BYTES) as buffer:
-            buffer.view[:] = os.urandom(16 * BLOCK_BYTES)
-            swap.write(offset, buffer.address, 16 * BLOCK_BYTES)
-        free = 3 * BLOCK_BYTES
-        assert swap.free_bytes == 3 * BLOCK_BYTES
+        assert swap.free_bytes == 64 * DISK_BLOCK_BYTES
+        offset = swap.allocate(16 * DISK_BLOCK_BYTES)
+        assert swap.free_bytes == 48 * DISK_BLOCK_BYTES
+        with AlignedBuffer(16 * DISK_BLOCK_BYTES) as buffer:
+            buffer.view[:] = os.urandom(16 * DISK_BLOCK_BYTES)
+            swap.write(offset, buffer.address, 16 * DISK_BLOCK_BYTES)
+        free = 3 * DISK_BLOCK_BYTES
+        assert swap.free_bytes == 3 * DISK_BLOCK_BYTES
         swap.free(offset)
-        assert swap.free_bytes == 19 * BLOCK_BYTES, "what the file has already is free for the next extent"
+        assert swap.free_bytes == 19 * DISK_BLOCK_BYTES, "what the file has already is free for the next extent"
     assert swap.free_bytes == 0
 
 
 def test_without_a_limit_four_fifths_of_the_free_disk_are_taken(tmp_path, monkeypatch):
-    free = 100 * BLOCK_BYTES
+    free = 100 * DISK_BLOCK_BYTES
     with monkeypatch.context() as patch, SwapFile(tmp_path) as swap:
         with_free_disk(patch, lambda: free)
-        assert swap.free_bytes == 80 * BLOCK_BYTES
-        swap.allocate(70 * BLOCK_BYTES)
+        assert swap.free_bytes == 80 * DISK_BLOCK_BYTES
+        swap.allocate(70 * DISK_BLOCK_BYTES)
         with pytest.raises(InsufficientDiskSpaceError, match="80% of what was free.*swap_size, or free some") as caught:
-            swap.allocate(11 * BLOCK_BYTES)
-        assert caught.value.available_bytes == swap.free_bytes == 10 * BLOCK_BYTES
-        free = 200 * BLOCK_BYTES
-        swap.allocate(11 * BLOCK_BYTES)
+            swap.allocate(11 * DISK_BLOCK_BYTES)
+        assert caught.value.available_bytes == swap.free_bytes == 10 * DISK_BLOCK_BYTES
+        free = 200 * DISK_BLOCK_BYTES
+        swap.allocate(11 * DISK_BLOCK_BYTES)
         swap.check()

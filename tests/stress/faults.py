@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from qwen3_vl_memory_optimizations.storage import content_store, direct_io
 
-BLOCK_BYTES = direct_io.BLOCK_BYTES
+DISK_BLOCK_BYTES = direct_io.DISK_BLOCK_BYTES
 
 
 class FaultyOS:
@@ -61,10 +61,12 @@ class FaultyOS:
         if fault == "slow read":
             time.sleep(0.005)
         elif fault == "EIO on read":
-            os.preadv(fd, [buffer[: len(buffer) // 2 // BLOCK_BYTES * BLOCK_BYTES]], offset)
+            os.preadv(fd, [buffer[: len(buffer) // 2 // DISK_BLOCK_BYTES * DISK_BLOCK_BYTES]], offset)
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        elif fault == "short read" and len(buffer) > BLOCK_BYTES:
-            return os.preadv(fd, [buffer[: len(buffer) // 2 // BLOCK_BYTES * BLOCK_BYTES or BLOCK_BYTES]], offset)
+        elif fault == "short read" and len(buffer) > DISK_BLOCK_BYTES:
+            return os.preadv(
+                fd, [buffer[: len(buffer) // 2 // DISK_BLOCK_BYTES * DISK_BLOCK_BYTES or DISK_BLOCK_BYTES]], offset
+            )
         elif fault == "read cut off":
             return 0
         return os.preadv(fd, buffers, offset)
@@ -72,7 +74,7 @@ class FaultyOS:
     def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
         """Write, or fail with half of it written, or stop early."""
         fault = self._draw("ENOSPC on write", "EIO on write", "short write", "write cut off")
-        half = len(data) // 2 // BLOCK_BYTES * BLOCK_BYTES
+        half = len(data) // 2 // DISK_BLOCK_BYTES * DISK_BLOCK_BYTES
         if fault in ("ENOSPC on write", "EIO on write"):
             if half:
                 os.pwrite(fd, data[:half], offset)

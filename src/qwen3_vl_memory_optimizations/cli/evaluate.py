@@ -64,7 +64,7 @@ def evaluate(
 
     from transformers.utils.logging import disable_progress_bar
 
-    from ..evaluation.checkpoint import evaluate_codecs
+    from ..evaluation.codecs import evaluate_codecs
     from ..factory import local_directory
 
     directory = local_directory(model)
@@ -113,7 +113,7 @@ def _tasks(directory: Path, text: Path | None, tokens: int, images: int | None) 
         InputError: the text cannot be read.
     """
     from ..errors import ConfigurationError, InputError
-    from ..evaluation.checkpoint import Task
+    from ..evaluation.codecs import Task
     from ..evaluation.data import SHIPPED_TEXT, QuestionBatches, questions, text_windows
     from ..model.checkpoint.formats import open_checkpoint
     from ..model.inputs.processor import load_tokenizer

@@ -4,7 +4,8 @@ from .base import ROW_MULTIPLE, Codec, LinearInput, Scratch, Segment, columns_of
 from .fp16 import FP16Codec
 from .int4 import INT4Codec
 from .int8 import INT8Codec
-from .kv import KV_CODECS, KVBlock, KVCodec, Partial, attend_causal, attend_plain, create_kv_codec, merge, merge_two
+from .kv import KV_CODECS, KVBlock, KVCodec, Partial, attend_causal, attend_plain, merge, merge_two
+from .kv_integers import create_kv_codec
 from .log import DecodedSample, EncodingCounters, EncodingLog
 from .manager import (
     CompressedTensor,

@@ -13,7 +13,6 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
-from ..errors import ConfigurationError
 from .base import Scratch, Segment
 
 KV_CODECS = ("none", "int8", "int4")
@@ -206,20 +205,3 @@ class RawKV(KVCodec):
             found = merge_two(found, attend_plain(query, keys, values, added, scale))
         assert found is not None
         return found
-
-
-def create_kv_codec(name: str) -> KVCodec:
-    """Return the codec of keys and values with this name.
-
-    Raises:
-        ConfigurationError: there is none.
-    """
-    from .kv_integers import INT4KV, INT8KV
-
-    if name == "none":
-        return RawKV()
-    if name == "int8":
-        return INT8KV()
-    if name == "int4":
-        return INT4KV()
-    raise ConfigurationError(f"kv_codec: {name!r} is not one of {', '.join(KV_CODECS)}")

@@ -7,9 +7,9 @@ from functools import lru_cache
 
 import torch
 
-from ..errors import CodecError
+from ..errors import CodecError, ConfigurationError
 from .base import Scratch, Segment, bf16_at_least
-from .kv import KVBlock, KVCodec, Partial
+from .kv import KV_CODECS, KVBlock, KVCodec, Partial, RawKV
 
 _LEVELS = 127
 _MOST_PACKED_ROWS, _MOST_PACKED_ROWS_FP32 = 32, 16
@@ -196,3 +196,18 @@ def _can_pack(tokens: int, head_dim: int) -> bool:
 @lru_cache(maxsize=16)
 def _ones(n: int) -> torch.Tensor:
     return torch.ones(n, dtype=torch.bfloat16)
+
+
+def create_kv_codec(name: str) -> KVCodec:
+    """Return the codec of keys and values with this name.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    if name == "none":
+        return RawKV()
+    if name == "int8":
+        return INT8KV()
+    if name == "int4":
+        return INT4KV()
+    raise ConfigurationError(f"kv_codec: {name!r} is not one of {', '.join(KV_CODECS)}")

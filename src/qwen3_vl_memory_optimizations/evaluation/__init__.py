@@ -1,6 +1,6 @@
 """What an optimisation costs in accuracy: metrics, comparison of two models, data to measure on."""
 
-from .checkpoint import CodecResult, Task, evaluate_codecs
+from .codecs import CodecResult, Task, evaluate_codecs
 from .comparison import AccuracyImpact, evaluate_accuracy_impact, score
 from .data import ImageQuestion, QuestionBatches, text_windows
 from .metrics import ScoredOutput, calculate_metrics

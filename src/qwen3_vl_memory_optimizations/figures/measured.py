@@ -14,7 +14,7 @@ from ..process import trim_heap
 
 BANDWIDTH_BYTES = 64 << 20
 """More than the caches of the processors this runs on hold."""
-BLOCK_BYTES = 32 << 20
+DISK_BLOCK_BYTES = 32 << 20
 """From this size on, glibc takes memory from the system, unless its heap has a hole as large."""
 _RUNS = 5
 _LONGEST_S = 0.5
@@ -26,7 +26,7 @@ def memory_bandwidth(n_bytes: int) -> float:
     return n_bytes / best_seconds(block.sum, runs=7)
 
 
-def allocation_speedup(n_bytes: int = BLOCK_BYTES, timer: Callable[[], float] = time.perf_counter) -> float:
+def allocation_speedup(n_bytes: int = DISK_BLOCK_BYTES, timer: Callable[[], float] = time.perf_counter) -> float:
     """Return how many times faster a block of a pool is there than `torch.empty`, first touch included.
 
     Both allocate `n_bytes` and write one byte a page. What `torch.empty` gives comes from the system. The pool has the

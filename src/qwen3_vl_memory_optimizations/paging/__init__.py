@@ -9,8 +9,8 @@ from .budget.process_accounts import ProcessAccounts
 from .frozen import runs_as_written
 from .managed_tensor import ManagedTensor, linear_joined, whole_linears
 from .pager import Pager
-from .records.entry import PAGE_BYTES, FileSource, Page, PageState, TensorEntry, alias_memory
-from .records.joined import JoinedEntries, join
+from .records.entry import PAGE_BYTES, FileSource, JoinedEntries, Page, PageState, TensorEntry, alias_memory
+from .records.joined import join
 from .records.stats import PagingStats
 from .records.views import PINNED, TensorPages, TensorUse
 from .transfers.resident_set import READ_AHEAD_BYTES

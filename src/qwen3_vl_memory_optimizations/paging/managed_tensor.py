@@ -124,7 +124,7 @@ class ManagedTensor(torch.Tensor):
         elif func in _FREEZES and isinstance(args[0], ManagedTensor):
             return _require_frozen(func, *args, **kwargs)
         elif func is _Tensor.data_ptr and isinstance(args[0], ManagedTensor):
-            return args[0].entry.address if args[0]._has_no_bytes() else _plain(args[0]).data_ptr()
+            return args[0].entry.address if args[0]._has_no_bytes() else _values_of(args[0]).data_ptr()
         elif func is _Tensor.untyped_storage and isinstance(args[0], ManagedTensor) and args[0]._has_no_bytes():
             return args[0].entry.lease()[0].untyped_storage()  # only its address says something
         elif func is _Tensor.is_contiguous and isinstance(args[0], ManagedTensor) and args[0]._has_no_bytes():
@@ -201,7 +201,7 @@ class ManagedTensor(torch.Tensor):
 
     def decoded(self) -> torch.Tensor:
         """Return a plain tensor with the values: the bytes themselves (pinned while it lives) or a decoded copy."""
-        plain = _plain(self)
+        plain = _values_of(self)
         if self.entry.holds(_address(plain)):
             self.entry.mark_aliased()  # the caller may write to it
         return plain
@@ -222,7 +222,7 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     if not weight.entry.pages:
         return NotImplemented
     if type(bias) is ManagedTensor:
-        bias = _plain(bias)
+        bias = _values_of(bias)
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         with torch.autocast("cpu", enabled=False):
@@ -275,7 +275,7 @@ def _product(linear: nn.Linear, pager: Pager) -> Product:
     bias: torch.Tensor | None = linear.bias
     if type(weight) is not ManagedTensor:
         return linear.forward
-    plain = _plain(bias) if type(bias) is ManagedTensor else bias
+    plain = _values_of(bias) if type(bias) is ManagedTensor else bias
     entry = weight.entry
     return lambda x: pager.products.linear_of_whole(entry, x, plain)
 
@@ -304,7 +304,7 @@ def _embedding(
     return table[positions]
 
 
-def _plain(managed: ManagedTensor) -> torch.Tensor:
+def _values_of(managed: ManagedTensor) -> torch.Tensor:
     """Decode; where the codec keeps the values as they are, alias the bytes and pin them for the alias's life."""
     pager, entry = managed.pager, managed.entry
     with shield:
@@ -329,7 +329,7 @@ def _run_decoded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         if type(value) is not ManagedTensor:
             return value
         if id(value.entry) not in plain:
-            plain[id(value.entry)] = (value, _plain(value))
+            plain[id(value.entry)] = (value, _values_of(value))
         return plain[id(value.entry)][1]
 
     plain_args, plain_kwargs = _pytree.tree_map(unwrap, (args, kwargs))
@@ -369,7 +369,7 @@ class _Copy:
     def refresh(self) -> None:
         """Decode anew what was written to through the tensor itself, or through views of another copy."""
         if self.writes != self.managed.entry.writes:
-            self.decoded.copy_(_plain(self.managed))
+            self.decoded.copy_(_values_of(self.managed))
             self.writes = self.managed.entry.writes
 
     def write_back(self) -> None:

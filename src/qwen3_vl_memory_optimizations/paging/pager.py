@@ -1,14 +1,12 @@
 """The Pager: the face of the only module that moves bytes between the SSD and memory.
 
-    moves.py      how a page comes and leaves: two-phase transfers, states
-    residency.py  which pages stay, which are read ahead, who leaves first
-    room.py       room for pages under the limit, or a refusal
-    access.py     who uses a tensor finds its pages in memory, pinned
-    products.py   products on the encoded form
-    finalizers.py what the collector asks for
-    registry.py   how a tensor comes and goes
-    runtime.py    the tensors that are no weights
-    pager.py      the budget, the end
+    records/            what is known of each tensor and page; how a tensor comes and goes
+    transfers/          how a page comes and leaves, which pages stay, which are read ahead, which leave first
+    budget/             accounts, what others take, memory that goes back
+    products.py         products on the encoded form
+    managed_tensor.py   the tensor that stands in a module
+    runtime_tensors.py  all tensors but the weights
+    pager.py            the budget, the end
 
 One lock guards pages, frames and the schedule. The Pager makes it and hands it to the other parts: `Access` takes it,
 the rest is used under it. I/O threads take it only to note that a transfer ended. The order of all locks:
@@ -37,13 +35,13 @@ from .products import Products
 from .records.check import check
 from .records.entry import PageState, TensorEntry, alias_memory
 from .records.stats import PagingStats
-from .records.tensor_table import Lives, Registry
+from .records.tensor_table import Lives, TensorTable
 from .records.views import TensorPages, TensorUse, describe_pages, describe_use
 from .runtime_tensors import RuntimeTensors
 from .transfers.access import Access
 from .transfers.finalizers import FinalizerQueue
 from .transfers.moves import PageMover
-from .transfers.resident_set import Residency, VictimOrder
+from .transfers.resident_set import ResidentSet, VictimOrder
 from .transfers.room import Room
 
 
@@ -91,21 +89,21 @@ class Pager:
         self._swap = SwapFile(swap_dir, swap_bytes)
 
         def release(entry: TensorEntry) -> None:
-            self._registry.release(entry)
+            self._tensors.release(entry)
 
         self._mover = PageMover(self._changed, self.frames, self._swap, self.stats, release, timer)
-        self._residency = Residency(self.entries, self.frames, self._mover, order)
+        self._resident_set = ResidentSet(self.entries, self.frames, self._mover, order)
         self._room = Room(
-            self._changed, ledger, self.entries, self.frames, self._mover, self._residency, self._finalizers
+            self._changed, ledger, self.entries, self.frames, self._mover, self._resident_set, self._finalizers
         )
         self._access = Access(
-            self._lock, self._changed, self._mover, self._room, self._residency, self.stats, release, timer
+            self._lock, self._changed, self._mover, self._room, self._resident_set, self.stats, release, timer
         )
         self.runtime = RuntimeTensors(
-            self._lock, self.entries, self.frames, self._mover, self._residency, self._access, self._finalizers
+            self._lock, self.entries, self.frames, self._mover, self._resident_set, self._access, self._finalizers
         )
-        self._registry = Registry(
-            self._changed, ledger, self.entries, self.frames, self._mover, self._residency, self._room
+        self._tensors = TensorTable(
+            self._changed, ledger, self.entries, self.frames, self._mover, self._resident_set, self._room
         )
         self._workspaces = Workspaces(self)
         self.products = Products(self._access, self.frames, lambda: self.scratch)
@@ -113,25 +111,25 @@ class Pager:
     @property
     def schedule(self) -> PassSchedule:
         """The order of accesses, as far as it is known."""
-        return self._residency.schedule
+        return self._resident_set.schedule
 
     @property
     def lives(self) -> Lives | None:
         """Told, under the lock, of runtime tensors that come and go; `None`: nobody."""
-        return self._registry.lives
+        return self._tensors.lives
 
     @lives.setter
     def lives(self, lives: Lives | None) -> None:
-        self._registry.lives = lives
+        self._tensors.lives = lives
 
     @property
     def on_pass(self) -> Callable[[], None] | None:
         """Called, under the lock, when an access began a pass."""
-        return self._residency.on_pass
+        return self._resident_set.on_pass
 
     @on_pass.setter
     def on_pass(self, hook: Callable[[], None] | None) -> None:
-        self._residency.on_pass = hook
+        self._resident_set.on_pass = hook
 
     @property
     def on_growth(self) -> Callable[[int], None] | None:
@@ -194,7 +192,7 @@ class Pager:
             TensorFreedError: the Pager is closed; nothing was changed.
         """
         with self._lock:
-            self._registry.add(entry, resident=resident)
+            self._tensors.add(entry, resident=resident)
 
     def free(self, tensor_id: str, then: Callable[[], None] | None = None) -> None:
         """Forget a tensor and release its memory; views of it that are alive keep theirs until they die.
@@ -204,7 +202,7 @@ class Pager:
             then: called when the memory is released, to give the address range back.
         """
         with self._lock:
-            self._registry.free(tensor_id, then)
+            self._tensors.free(tensor_id, then)
 
     def free_later(self, tensor_id: str, then: Callable[[], None] | None = None) -> None:
         """Do what `free` does as a finalizer has to: not in the midst of a change, but before room is needed."""
@@ -242,7 +240,7 @@ class Pager:
         with self._lock:
             for tensor_id in tensor_ids:
                 self.entry(tensor_id)
-            self._residency.start(tensor_ids, BACKGROUND if gently else PREFETCH)
+            self._resident_set.start(tensor_ids, BACKGROUND if gently else PREFETCH)
 
     # --- budget -----------------------------------------------------------------------------------------------------
 
@@ -272,7 +270,7 @@ class Pager:
         with self._lock:
             self._finalizers.run()
             # A freed tensor that a view still holds cannot even leave.
-            return self.ledger.frames_limit_bytes() - sum(entry.frames_bytes for entry in self._registry.all())
+            return self.ledger.frames_limit_bytes() - sum(entry.frames_bytes for entry in self._tensors.all())
 
     def lend(self, owner: str, n_bytes: int) -> bool:
         """Add to what an owner holds, if all managed tensors still fit beside it; or, below zero, take it back.
@@ -321,7 +319,7 @@ class Pager:
     @property
     def read_ahead_bytes(self) -> int:
         """How much that leaves after its use may be in memory before it, or on its way there."""
-        return self._residency.read_ahead_bytes
+        return self._resident_set.read_ahead_bytes
 
     def set_read_ahead(self, n_bytes: int | None) -> None:
         """Choose how much of the weights is read ahead: what that takes is not kept from pass to pass.
@@ -336,7 +334,7 @@ class Pager:
         if n_bytes is not None and n_bytes < 1:
             raise ConfigurationError(f"read_ahead: {n_bytes} bytes; give at least one, or None")
         with self._lock:
-            self._residency.set_read_ahead(n_bytes)
+            self._resident_set.set_read_ahead(n_bytes)
 
     def usage(self) -> list[TensorUse]:
         """Return what each tensor holds."""
@@ -442,11 +440,11 @@ class Pager:
         """
         wanted = [*entries, *upcoming]
         ahead_bytes += sum(entry.n_bytes for entry in entries)
-        self._access.pin_all(entries, lambda: self._residency.read_cycle_ahead(wanted, ahead_bytes))
+        self._access.pin_all(entries, lambda: self._resident_set.read_cycle_ahead(wanted, ahead_bytes))
 
     def let_go(self, entries: Sequence[TensorEntry], upcoming: Sequence[TensorEntry], ahead_bytes: int) -> None:
         """Undo one `hold`, and go on to read ahead into the room that this leaves."""
-        self._access.unpin_all(entries, lambda: self._residency.read_cycle_ahead(upcoming, ahead_bytes))
+        self._access.unpin_all(entries, lambda: self._resident_set.read_cycle_ahead(upcoming, ahead_bytes))
 
     def zero(self, entry: TensorEntry) -> None:
         """Fill a runtime tensor that is stored as it is with zeros.
@@ -464,8 +462,8 @@ class Pager:
     def check(self) -> None:
         """Assert that counters, pages, frames and the swap file agree; at any time, from any thread."""
         with self._lock:
-            complete = not self._registry.adding
-            check(self._registry.all(), self.frames, self._mover, self._swap, complete=complete)
+            complete = not self._tensors.adding
+            check(self._tensors.all(), self.frames, self._mover, self._swap, complete=complete)
 
     @contextmanager
     def writing(self, entry: TensorEntry) -> Iterator[None]:
@@ -495,7 +493,7 @@ class Pager:
                 return False
             self._mover.closed = True
             self._changed.notify_all()
-            while self._registry.adding:
+            while self._tensors.adding:
                 self._changed.wait()
         self._mover.close()
         with self._lock:

@@ -11,7 +11,7 @@ from .records.entry import FileSource, PageState, TensorEntry
 from .transfers.access import Access
 from .transfers.finalizers import FinalizerQueue
 from .transfers.moves import PageMover
-from .transfers.resident_set import Residency
+from .transfers.resident_set import ResidentSet
 
 
 class RuntimeTensors:
@@ -22,7 +22,7 @@ class RuntimeTensors:
         entries: the tensors, by id.
         frames: the memory of the pages.
         mover: moves them.
-        residency: says who leaves first, and whether there is room.
+        resident_set: says who leaves first, and whether there is room.
         access: records uses.
         finalizers: what they left is done first.
     """
@@ -33,7 +33,7 @@ class RuntimeTensors:
         entries: Mapping[str, TensorEntry],
         frames: FramePool,
         mover: PageMover,
-        residency: Residency,
+        resident_set: ResidentSet,
         access: Access,
         finalizers: FinalizerQueue,
     ) -> None:
@@ -41,7 +41,7 @@ class RuntimeTensors:
         self._entries = entries
         self._frames = frames
         self._mover = mover
-        self._residency = residency
+        self._resident_set = resident_set
         self._access = access
         self._finalizers = finalizers
 
@@ -87,7 +87,7 @@ class RuntimeTensors:
         """Note that tensors are not used in a cycle any more, and whether this is a use of each."""
         with self._lock:
             for entry in entries:
-                self._residency.rested(entry)
+                self._resident_set.rested(entry)
                 if used and not entry.freed:
                     self._access.note_use(entry)
 
@@ -128,7 +128,7 @@ class RuntimeTensors:
             The bytes that leave. Returns at once: they are written meanwhile.
         """
         with self._lock:
-            return 0 if self._mover.closed else self._residency.swap_ahead(share)
+            return 0 if self._mover.closed else self._resident_set.swap_ahead(share)
 
     def swapped_out(self) -> list[str]:
         """Return the ids of those of which nothing is in memory."""
@@ -148,7 +148,7 @@ class RuntimeTensors:
         with self._lock:
             self._finalizers.run()
             entries = (self._entries.get(tensor_id) for tensor_id in tensor_ids)
-            return [entry.tensor_id for entry in entries if entry is not None and self._residency.bring(entry)]
+            return [entry.tensor_id for entry in entries if entry is not None and self._resident_set.bring(entry)]
 
     @staticmethod
     def _is_idle(entry: TensorEntry) -> bool:

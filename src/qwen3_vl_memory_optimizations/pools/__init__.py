@@ -1,6 +1,6 @@
 """Page-aligned address ranges and the page frames behind them. Knows bytes and lifetimes of blocks, nothing else."""
 
-from .allocator import BlockAllocator
+from .allocator import RangeAllocator
 from .frames import UNIT_BYTES, FramePool, round_up, units_of
 from .typed import AdvancedMemoryPool, GeneralTensorPool, KVCachePool, TensorPool, TextEmbeddingPool, VisionFeaturePool
 from .virtual import FRAME_BYTES, reserve, unreserve
@@ -9,7 +9,7 @@ __all__ = [
     "FRAME_BYTES",
     "UNIT_BYTES",
     "AdvancedMemoryPool",
-    "BlockAllocator",
+    "RangeAllocator",
     "FramePool",
     "GeneralTensorPool",
     "KVCachePool",

@@ -1,4 +1,4 @@
-"""`BlockAllocator`: page-aligned ranges of an address space, best fit, neighbours coalesced."""
+"""`RangeAllocator`: page-aligned ranges of an address space, best fit, neighbours coalesced."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..errors import MemoryBudgetExceeded, format_bytes
 from .virtual import FRAME_BYTES
 
 
-class BlockAllocator:
+class RangeAllocator:
     """Hands out ranges of `[0, size_bytes)` in multiples of `page_bytes`.
 
     Args:

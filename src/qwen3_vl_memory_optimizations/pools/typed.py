@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from ..errors import TensorFreedError
-from .allocator import BlockAllocator
+from .allocator import RangeAllocator
 from .virtual import FRAME_BYTES, reserve, unreserve
 
 
@@ -20,7 +20,7 @@ class TensorPool:
     kind = "general"
 
     def __init__(self, size_bytes: int, page_size: int = FRAME_BYTES) -> None:
-        self._blocks = BlockAllocator(size_bytes, page_size)
+        self._blocks = RangeAllocator(size_bytes, page_size)
         self._base = reserve(self._blocks.size_bytes)
         self._closed = False
         self.allocations = 0

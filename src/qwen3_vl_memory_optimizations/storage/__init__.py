@@ -3,7 +3,7 @@
 from .checkpoint import CONFIG_FILE, Checkpoint
 from .checksums import PageChecksums, page_count
 from .content_store import ContentStore, Facts, Index, LoadedEntry, StoredEntry
-from .direct_io import BLOCK_BYTES, AlignedBuffer, DirectFile
+from .direct_io import DISK_BLOCK_BYTES, AlignedBuffer, DirectFile
 from .disks import disks_first, memory_file_system, swap_candidates
 from .gguf_file import GGUF_PREFIX, GGUFHeader, read_gguf_header
 from .io_queue import BACKGROUND, DEMAND, PREFETCH, IOQueue, Ticket
@@ -14,7 +14,7 @@ from .swap_file import SwapFile
 
 __all__ = [
     "BACKGROUND",
-    "BLOCK_BYTES",
+    "DISK_BLOCK_BYTES",
     "CONFIG_FILE",
     "DEMAND",
     "GGUF_PREFIX",

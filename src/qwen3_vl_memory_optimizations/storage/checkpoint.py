@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError, CorruptDataError
 from .checksums import PageChecksums
-from .direct_io import BLOCK_BYTES, AlignedBuffer, DirectFile
+from .direct_io import DISK_BLOCK_BYTES, AlignedBuffer, DirectFile
 from .safetensors_file import FORMAT_KEY, PADDING_PREFIX, SafetensorsHeader, TensorExtent, read_header, unreadable
 
 SINGLE_FILE = "model.safetensors"
@@ -205,7 +205,7 @@ def _check_pages(file: DirectFile, buffer: AlignedBuffer, extent: TensorExtent) 
     pages = PageChecksums(extent.n_bytes, extent.page_bytes)
     while pages.done_bytes < extent.n_bytes:
         offset = extent.offset_bytes + pages.done_bytes
-        lead = offset % BLOCK_BYTES
+        lead = offset % DISK_BLOCK_BYTES
         count = min(_CHECK_CHUNK_BYTES - lead, extent.n_bytes - pages.done_bytes)
         file.read_into(buffer.address + lead, offset, count)
         pages.update(buffer.view[lead : lead + count])

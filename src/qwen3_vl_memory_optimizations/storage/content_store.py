@@ -32,7 +32,7 @@ import xxhash
 
 from ..errors import CorruptDataError, StorageError
 from ..interrupts import shield
-from .direct_io import BLOCK_BYTES, AlignedBuffer, DirectFile, round_up
+from .direct_io import DISK_BLOCK_BYTES, AlignedBuffer, DirectFile, round_up
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class ContentStore:
         if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             raise _corrupt(path, "it is not a file of this user")
         size = status.st_size
-        if size < BLOCK_BYTES or size % BLOCK_BYTES:
+        if size < DISK_BLOCK_BYTES or size % DISK_BLOCK_BYTES:
             raise _corrupt(path, f"it has {size} bytes")
         try:
             file = DirectFile(path)

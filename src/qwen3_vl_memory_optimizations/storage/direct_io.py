@@ -24,7 +24,7 @@ from ..errors import InsufficientDiskSpaceError, ShortIOError, StorageError, for
 
 logger = logging.getLogger(__name__)
 
-BLOCK_BYTES = 4096
+DISK_BLOCK_BYTES = 4096
 """The alignment direct I/O needs, of file offsets, sizes and addresses alike."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -38,12 +38,12 @@ _probe_lock = threading.Lock()
 
 def round_down(n_bytes: int) -> int:
     """Return `n_bytes` rounded down to whole blocks."""
-    return n_bytes - n_bytes % BLOCK_BYTES
+    return n_bytes - n_bytes % DISK_BLOCK_BYTES
 
 
 def round_up(n_bytes: int) -> int:
     """Return `n_bytes` rounded up to whole blocks."""
-    return -(-n_bytes // BLOCK_BYTES) * BLOCK_BYTES
+    return -(-n_bytes // DISK_BLOCK_BYTES) * DISK_BLOCK_BYTES
 
 
 def free_disk_bytes(path: str | Path | int) -> int:
@@ -64,7 +64,7 @@ class AlignedBuffer:
     """
 
     def __init__(self, n_bytes: int) -> None:
-        self._map = mmap.mmap(-1, max(round_up(n_bytes), BLOCK_BYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._map = mmap.mmap(-1, max(round_up(n_bytes), DISK_BLOCK_BYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.address = ctypes.addressof(ctypes.c_ubyte.from_buffer(self._map))
         self.view = memoryview(self._map)
 
@@ -159,7 +159,7 @@ class DirectFile:
 
         Args:
             address: where the first byte goes; `address` and `offset_bytes` must be equal modulo
-                `BLOCK_BYTES`.
+                `DISK_BLOCK_BYTES`.
             offset_bytes: where the range starts in the file.
             n_bytes: the size of the range.
 
@@ -170,8 +170,8 @@ class DirectFile:
             ShortIOError: the file ends inside the range.
             StorageError: the device failed.
         """
-        lead = offset_bytes % BLOCK_BYTES
-        if address % BLOCK_BYTES != lead:
+        lead = offset_bytes % DISK_BLOCK_BYTES
+        if address % DISK_BLOCK_BYTES != lead:
             raise self._misaligned("read", address, offset_bytes, n_bytes)
         start, needed = offset_bytes - lead, lead + n_bytes
         if n_bytes == 0:
@@ -185,7 +185,7 @@ class DirectFile:
                 raise self._failure(error, "reading", n_bytes, offset_bytes) from error
             if done + count >= needed:
                 break
-            if count < BLOCK_BYTES:
+            if count < DISK_BLOCK_BYTES:
                 raise ShortIOError(
                     f"{self.path}: {max(done + count - lead, 0)} of {n_bytes} bytes could be read at offset "
                     f"{offset_bytes}; the file has {self.size_bytes}",
@@ -204,20 +204,20 @@ class DirectFile:
             ShortIOError: the file ends inside the range.
             StorageError: the device failed.
         """
-        lead = offset_bytes % BLOCK_BYTES
+        lead = offset_bytes % DISK_BLOCK_BYTES
         with AlignedBuffer(lead + n_bytes) as buffer:
             self.read_into(buffer.address + lead, offset_bytes, n_bytes)
             return bytes(buffer.view[lead : lead + n_bytes])
 
     def write_from(self, address: int, offset_bytes: int, n_bytes: int) -> None:
-        """Write memory to the file. All three arguments must be multiples of `BLOCK_BYTES`.
+        """Write memory to the file. All three arguments must be multiples of `DISK_BLOCK_BYTES`.
 
         Raises:
             InsufficientDiskSpaceError: the disk, or the quota of the user, is full.
             ShortIOError: the device took less than was given, without saying why.
             StorageError: the device failed.
         """
-        if address % BLOCK_BYTES or offset_bytes % BLOCK_BYTES or n_bytes % BLOCK_BYTES:
+        if address % DISK_BLOCK_BYTES or offset_bytes % DISK_BLOCK_BYTES or n_bytes % DISK_BLOCK_BYTES:
             raise self._misaligned("write", address, offset_bytes, n_bytes)
         memory = memoryview(_AddressSpace.from_address(address))[:n_bytes]
         done = 0
@@ -226,7 +226,7 @@ class DirectFile:
                 count = os.pwrite(self._fd, memory[done:], offset_bytes + done)
             except OSError as error:
                 raise self._failure(error, "writing", n_bytes - done, offset_bytes + done) from error
-            if count < BLOCK_BYTES:
+            if count < DISK_BLOCK_BYTES:
                 raise ShortIOError(
                     f"{self.path}: only {done + count} of {n_bytes} bytes were written at offset {offset_bytes}",
                     path=self.path,
@@ -277,7 +277,7 @@ class DirectFile:
     def _misaligned(self, action: str, address: int, offset_bytes: int, n_bytes: int) -> StorageError:
         return StorageError(
             f"{self.path}: cannot {action} {n_bytes} bytes at offset {offset_bytes} at address {address:#x}: they are "
-            f"not aligned to blocks of {BLOCK_BYTES} bytes",
+            f"not aligned to blocks of {DISK_BLOCK_BYTES} bytes",
             path=self.path,
         )
 
@@ -349,7 +349,7 @@ def _set_direct(fd: int, on: bool) -> bool:
 
 
 def _direct_read_works(fd: int) -> bool:
-    with AlignedBuffer(BLOCK_BYTES) as buffer:
+    with AlignedBuffer(DISK_BLOCK_BYTES) as buffer:
         try:
             os.preadv(fd, [buffer.view], 0)
         except OSError as error:

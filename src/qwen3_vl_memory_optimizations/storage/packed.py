@@ -20,7 +20,15 @@ from types import TracebackType
 from ..errors import InsufficientDiskSpaceError, ShortIOError, StorageError
 from .checkpoint import SINGLE_FILE
 from .checksums import PageChecksums
-from .direct_io import BLOCK_BYTES, DISK_FULL, AlignedBuffer, DirectFile, disk_full_error, free_disk_bytes, round_up
+from .direct_io import (
+    DISK_BLOCK_BYTES,
+    DISK_FULL,
+    AlignedBuffer,
+    DirectFile,
+    disk_full_error,
+    free_disk_bytes,
+    round_up,
+)
 from .packed_layout import PackedEntry, PackedLayout, compact_json
 
 __all__ = ["PackedEntry", "PackedLayout", "PackedWriter", "pack_lock"]
@@ -281,7 +289,7 @@ class PackedWriter:
             ) from error
         except OSError as error:
             if error.errno in DISK_FULL:
-                raise disk_full_error(self.partial_dir, BLOCK_BYTES, self._free_bytes(), remedy=remedy) from error
+                raise disk_full_error(self.partial_dir, DISK_BLOCK_BYTES, self._free_bytes(), remedy=remedy) from error
             path = error.filename or self.partial_dir
             raise StorageError(f"{path}: {error.strerror or error}", path=path) from error
 

@@ -49,8 +49,8 @@ class PackedLayout:
 
     Attributes:
         entries: the tensors by name.
-        offsets: where each starts, counted from the start of the data; multiples of `BLOCK_BYTES`.
-        data_bytes: the size of all data with its padding; a multiple of `BLOCK_BYTES`.
+        offsets: where each starts, counted from the start of the data; multiples of `DISK_BLOCK_BYTES`.
+        data_bytes: the size of all data with its padding; a multiple of `DISK_BLOCK_BYTES`.
 
     Raises:
         ConfigurationError: a name is used twice or reserved, or a size contradicts its shape.
@@ -74,7 +74,7 @@ class PackedLayout:
             self.data_bytes += round_up(entry.n_bytes)
 
     def header(self, metadata: Mapping[str, str], checksums: Mapping[str, tuple[int, ...]] | None = None) -> bytes:
-        """Return the head of the file, a multiple of `BLOCK_BYTES` long.
+        """Return the head of the file, a multiple of `DISK_BLOCK_BYTES` long.
 
         Args:
             metadata: texts to store besides the layout's own.

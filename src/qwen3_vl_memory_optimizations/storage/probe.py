@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ..errors import StorageError
-from .direct_io import BLOCK_BYTES, AlignedBuffer, DirectFile, disk_full_error, free_disk_bytes, round_up
+from .direct_io import DISK_BLOCK_BYTES, AlignedBuffer, DirectFile, disk_full_error, free_disk_bytes, round_up
 
 Clock = Callable[[], float]
 
@@ -89,7 +89,7 @@ def _read_bandwidth(file: DirectFile, request_bytes: int, n_threads: int, total_
     for _ in range(n_threads):
         buffer = AlignedBuffer(request_bytes)
         # Touched, so that no page fault is measured.
-        buffer.view[::BLOCK_BYTES] = bytes(len(buffer.view[::BLOCK_BYTES]))
+        buffer.view[::DISK_BLOCK_BYTES] = bytes(len(buffer.view[::DISK_BLOCK_BYTES]))
         buffers.put(buffer)
 
     def read(offset: int) -> int:

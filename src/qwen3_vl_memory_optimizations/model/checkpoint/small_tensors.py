@@ -8,7 +8,7 @@ import torch
 import xxhash
 
 from ...errors import CorruptDataError
-from ...storage import BLOCK_BYTES, AlignedBuffer, DirectFile, TensorExtent
+from ...storage import DISK_BLOCK_BYTES, AlignedBuffer, DirectFile, TensorExtent
 from .formats import TORCH_DTYPES
 
 _MOST_GAP_BYTES = 32 << 10
@@ -30,7 +30,7 @@ def read_small_tensors(
     """
     tensors: dict[str, torch.Tensor] = {}
     for group in _neighbours(sorted(extents, key=lambda extent: (str(extent.path), extent.offset_bytes))):
-        start = group[0].offset_bytes // BLOCK_BYTES * BLOCK_BYTES
+        start = group[0].offset_bytes // DISK_BLOCK_BYTES * DISK_BLOCK_BYTES
         n_bytes = group[-1].offset_bytes + group[-1].n_bytes - start
         with AlignedBuffer(n_bytes) as buffer:
             file_of(group[0]).read_into(buffer.address, start, n_bytes)

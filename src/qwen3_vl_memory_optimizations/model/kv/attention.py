@@ -11,7 +11,7 @@ padding besides is made for the keys alone, `[batch, 1, 1, tokens]`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,6 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ...compression import Partial, attend_causal, attend_plain, merge_two
 
-if TYPE_CHECKING:
-    from .layer import ManagedKVLayer
-
 ATTENTION = "managed_sdpa"
 _QUERY_ROWS = 512
 
@@ -31,7 +28,7 @@ _QUERY_ROWS = 512
 class CachedStates:
     """What a layer of the cache hands to the attention in place of keys and of values."""
 
-    def __init__(self, layer: ManagedKVLayer) -> None:
+    def __init__(self, layer: Any) -> None:
         self.layer = layer
 
     def attend_row(self, query: torch.Tensor, scale: float) -> torch.Tensor | None:
@@ -90,7 +87,7 @@ def attention_forward(
         layer.settle()
 
 
-def _all_states(layer: ManagedKVLayer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _all_states(layer: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return all keys and values, where they lie in one place in this dtype."""
     if layer.n_blocks or (layer.tail_length and layer.fresh_length):
         return None
@@ -99,7 +96,7 @@ def _all_states(layer: ManagedKVLayer, dtype: torch.dtype) -> tuple[torch.Tensor
     return layer.tail() if layer.tail_dtype == dtype else None
 
 
-def _attend(layer: ManagedKVLayer, query: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+def _attend(layer: Any, query: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     batch, heads, length, size = query.shape
     step = length if mask is None else _QUERY_ROWS  # what a mask adds to the scores takes as much as they do
     out = query.new_empty((batch, length, heads, size))
@@ -114,7 +111,7 @@ def _attend(layer: ManagedKVLayer, query: torch.Tensor, mask: torch.Tensor | Non
 
 
 def _attend_rows(
-    layer: ManagedKVLayer,
+    layer: Any,
     row: int,
     query: torch.Tensor,
     mask: torch.Tensor | None,

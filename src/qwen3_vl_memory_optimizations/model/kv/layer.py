@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -19,9 +19,6 @@ from ...interrupts import shield
 from ...paging import Block, BlockSpace, Pinned
 from .attention import CachedStates
 from .sizes import FEW_TOKENS, TAIL_TOKENS
-
-if TYPE_CHECKING:
-    from .cache import ManagedKVCache
 
 _GROW_TOKENS = 64
 _GROW_SHARE = 8
@@ -79,13 +76,13 @@ class ManagedKVLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, cache: ManagedKVCache, index: int) -> None:
+    def __init__(self, cache: Any, index: int) -> None:
         self.is_initialized = False
         self.rows: list[list[StoredBlock]] = []
         self.tail_length = 0
         # A weak reference: without a reference cycle the memory returns as soon as the last caller drops the cache.
         proxy: Any = weakref.proxy(cache)
-        self._cache: ManagedKVCache = proxy
+        self._cache = proxy
         self._index = index
         self._tail: Tail | None = None
         self._fresh: tuple[torch.Tensor, torch.Tensor] | None = None  # `[batch, heads, tokens, head_dim]` each

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from ...compression import Scratch
+from ...pools import FramePool
 from ..records.entry import PAGE_BYTES
-
-if TYPE_CHECKING:
-    from ..pager import Pager
 
 _OWNER = "workspace"
 _LEAST_SLOT_BYTES = 1 << 16
+
+
+class Account(Protocol):
+    """What is debited: a Pager."""
+
+    frames: FramePool
+
+    def debit(self, owner: str, n_bytes: int) -> None:
+        """Add to what an owner holds, before the memory is taken."""
+
+    def debit_later(self, owner: str, n_bytes: int) -> None:
+        """Subtract from what an owner holds, from a finalizer."""
 
 
 class Workspaces:
@@ -23,7 +33,7 @@ class Workspaces:
         pager: is debited (account `workspace`).
     """
 
-    def __init__(self, pager: Pager) -> None:
+    def __init__(self, pager: Account) -> None:
         self._pager = weakref.ref(pager)
         self._local = threading.local()
 
@@ -49,7 +59,7 @@ class Workspaces:
         return scratch
 
 
-def _give_back(pager: weakref.ref[Pager], held: list[int]) -> None:
+def _give_back(pager: weakref.ref[Account], held: list[int]) -> None:
     """The thread that had a workspace ended."""
     alive = pager()
     if alive is not None and held[0]:

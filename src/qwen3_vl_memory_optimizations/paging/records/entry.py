@@ -6,16 +6,12 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
 
 import torch
 
 from ...compression import Codec
 from ...pools import FRAME_BYTES
 from ...storage import DirectFile
-
-if TYPE_CHECKING:
-    from .joined import JoinedEntries
 
 PAGE_BYTES = 4 * 2**20
 _REMEMBERED_RANGES = 64
@@ -233,6 +229,23 @@ class TensorEntry:
         """Return the paged segment as a fresh uint8 tensor and the object that lives as long as any view of it."""
         buffer = (ctypes.c_uint8 * self.n_bytes).from_address(self.address)
         return _bytes_of(buffer), buffer
+
+
+class JoinedEntries:
+    """Tensors whose rows follow each other in memory, seen as one; each stays a tensor of its own for paging.
+
+    Made by `joined.join`.
+
+    Attributes:
+        entries: the tensors, in the order of their addresses.
+        rows: of all together.
+        encoded: the segments of all rows.
+    """
+
+    def __init__(self, entries: tuple[TensorEntry, ...], encoded: dict[str, torch.Tensor]) -> None:
+        self.entries = entries
+        self.encoded = encoded
+        self.rows = sum(entry.rows for entry in entries)
 
 
 def model_of(tensor_id: str) -> str:

@@ -6,24 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .entry import TensorEntry, alias_memory
-
-
-class JoinedEntries:
-    """Tensors whose rows follow each other in memory, seen as one; each stays a tensor of its own for paging.
-
-    Made by `join`.
-
-    Attributes:
-        entries: the tensors, in the order of their addresses.
-        rows: of all together.
-        encoded: the segments of all rows.
-    """
-
-    def __init__(self, entries: tuple[TensorEntry, ...], encoded: dict[str, torch.Tensor]) -> None:
-        self.entries = entries
-        self.encoded = encoded
-        self.rows = sum(entry.rows for entry in entries)
+from .entry import JoinedEntries, TensorEntry, alias_memory
 
 
 def join(entries: Sequence[TensorEntry]) -> bool:

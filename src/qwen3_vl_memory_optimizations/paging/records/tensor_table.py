@@ -1,4 +1,4 @@
-"""`Registry`: how a tensor comes, with memory or without, and goes once nobody holds its pages."""
+"""`TensorTable`: how a tensor comes, with memory or without, and goes once nobody holds its pages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 from ...pools import FRAME_BYTES, FramePool, units_of
 from ..budget.ledger import Ledger
 from ..transfers.moves import PageMover
-from ..transfers.resident_set import Residency
+from ..transfers.resident_set import ResidentSet
 from ..transfers.room import Room
 from .entry import PageState, TensorEntry
 
@@ -25,7 +25,7 @@ class Lives(Protocol):
         """Note that it is gone."""
 
 
-class Registry:
+class TensorTable:
     """Adds tensors and frees them. Used under the Pager's lock.
 
     Args:
@@ -34,7 +34,7 @@ class Registry:
         entries: the tensors, by id; they are added and removed here alone.
         frames: the memory of their pages.
         mover: releases pages.
-        residency: is told of all that come and go.
+        resident_set: is told of all that come and go.
         room: makes room for those that come with memory.
 
     Attributes:
@@ -49,7 +49,7 @@ class Registry:
         entries: dict[str, TensorEntry],
         frames: FramePool,
         mover: PageMover,
-        residency: Residency,
+        resident_set: ResidentSet,
         room: Room,
     ) -> None:
         self.adding = 0
@@ -59,7 +59,7 @@ class Registry:
         self._entries = entries
         self._frames = frames
         self._mover = mover
-        self._residency = residency
+        self._resident_set = resident_set
         self._room = room
         self._lingering: dict[TensorEntry, None] = {}  # freed, and somebody still holds or moves their pages
 
@@ -78,7 +78,7 @@ class Registry:
             self._changed.notify_all()
         self._entries[entry.tensor_id] = entry
         if entry.kind == "weights":
-            self._residency.add(entry)
+            self._resident_set.add(entry)
             if resident:
                 self._mover.weights_resident_bytes += sum(page.n_bytes for page in entry.pages)
             self._ledger.frames_floor_bytes = max(self._ledger.frames_floor_bytes, entry.largest_page_bytes)
@@ -123,10 +123,10 @@ class Registry:
             return
         entry.freed = True
         if entry.kind == "weights":
-            self._residency.remove(entry)
+            self._resident_set.remove(entry)
             self._lower_floor(entry.largest_page_bytes)
         else:
-            self._residency.forget(entry)
+            self._resident_set.forget(entry)
             if self.lives is not None:
                 self.lives.died(tensor_id)
         entry.on_released = then or entry.on_released

@@ -14,7 +14,7 @@ from ...storage import DEMAND
 from ..records.entry import IN_MEMORY, Page, PageState, TensorEntry
 from ..records.stats import PagingStats
 from .moves import PageMover
-from .resident_set import Residency
+from .resident_set import ResidentSet
 from .room import Room
 
 _ROW_READ_COST_BYTES = 1 << 16
@@ -28,7 +28,7 @@ class Access:
         changed: its condition.
         mover: moves the pages.
         room: makes room for them.
-        residency: is told of each access.
+        resident_set: is told of each access.
         stats: hits, misses, faults and stalls are counted here.
         release: called with a freed tensor when a pin of it went.
         timer: a monotonic clock in seconds, for the stall counter.
@@ -44,7 +44,7 @@ class Access:
         changed: threading.Condition,
         mover: PageMover,
         room: Room,
-        residency: Residency,
+        resident_set: ResidentSet,
         stats: PagingStats,
         release: Callable[[TensorEntry], None],
         timer: Callable[[], float],
@@ -53,7 +53,7 @@ class Access:
         self._changed = changed
         self._mover = mover
         self._room = room
-        self._residency = residency
+        self._resident_set = resident_set
         self._stats = stats
         self._release = release
         self._timer = timer
@@ -68,7 +68,7 @@ class Access:
             for page in entry.pages:
                 page.last_access = self._clock
             if entry.kind != "weights":
-                self._residency.mentioned(entry)
+                self._resident_set.mentioned(entry)
 
     def note_use(self, entry: TensorEntry) -> None:
         """Note a use of a runtime tensor, wherever it is. Used under the lock."""
@@ -78,9 +78,9 @@ class Access:
         for recorder in (*self.recorders, *self.listeners):
             recorder(entry.tensor_id, entry.n_bytes, entry.kind)
         if any(page.state in IN_MEMORY for page in entry.pages):
-            self._residency.used(entry)
+            self._resident_set.used(entry)
         else:
-            self._residency.used_away(entry)
+            self._resident_set.used_away(entry)
 
     def row_ranges(self, entry: TensorEntry) -> Iterator[tuple[int, int]]:
         """Yield ranges of rows, in order, each resident and pinned until the next is asked for."""
@@ -126,7 +126,7 @@ class Access:
                 self._mover.evict(page)
         if entry.freed:
             self._release(entry)
-        self._residency.advance(entry, last)
+        self._resident_set.advance(entry, last)
 
     def hold(self, entries: Sequence[TensorEntry]) -> bool:
         """Pin tensors that are in memory whole, as an access to each, while somebody computes on them.
@@ -239,7 +239,7 @@ class Access:
                 if entry.freed:
                     self._release(entry)
                 else:
-                    self._residency.used_in_cycle(entry)
+                    self._resident_set.used_in_cycle(entry)
             read_ahead()
 
     def mark_dirty(self, entry: TensorEntry) -> None:
@@ -309,11 +309,11 @@ class Access:
         for recorder in self.recorders:
             recorder(entry.tensor_id, entry.n_bytes, entry.kind)
         if entry.kind == "weights":
-            self._residency.record(entry)
+            self._resident_set.record(entry)
         elif not in_cycle:  # what is used in a cycle needs no prediction, and a token uses thousands of them
             for listener in self.listeners:
                 listener(entry.tensor_id, entry.n_bytes, entry.kind)
-            self._residency.used(entry)
+            self._resident_set.used(entry)
 
     def _await(self, page: Page) -> None:
         """Wait until a page is resident; start its load where nobody has."""

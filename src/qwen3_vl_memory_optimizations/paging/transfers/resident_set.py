@@ -1,4 +1,4 @@
-"""`Residency`: which pages of the weights stay, which are read ahead, and who leaves first."""
+"""`ResidentSet`: which pages of the weights stay, which are read ahead, and who leaves first."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class VictimOrder(Protocol):
         """Yield the tensors in memory, first to leave first."""
 
 
-class Residency:
+class ResidentSet:
     """Follows the accesses to weights and lets pages come and go by what is expected next.
 
     Its methods and attributes are used under the Pager's lock.

@@ -12,7 +12,7 @@ from ..budget.ledger import Ledger
 from ..records.entry import PageState, TensorEntry
 from .finalizers import FinalizerQueue
 from .moves import PageMover
-from .resident_set import Residency
+from .resident_set import ResidentSet
 
 
 class Room:
@@ -24,7 +24,7 @@ class Room:
         entries: the tensors, by id; the Pager adds and removes them.
         frames: the memory of the pages.
         mover: moves them.
-        residency: says who leaves first.
+        resident_set: says who leaves first.
         finalizers: may have memory to give back.
 
     Attributes:
@@ -39,7 +39,7 @@ class Room:
         entries: Mapping[str, TensorEntry],
         frames: FramePool,
         mover: PageMover,
-        residency: Residency,
+        resident_set: ResidentSet,
         finalizers: FinalizerQueue,
     ) -> None:
         self.computing: dict[int, int] = {}
@@ -49,7 +49,7 @@ class Room:
         self._entries = entries
         self._frames = frames
         self._mover = mover
-        self._residency = residency
+        self._resident_set = resident_set
         self._finalizers = finalizers
 
     def make(self, n_bytes: int, owner: str) -> bool:
@@ -76,7 +76,7 @@ class Room:
             mover.check_open()
             if self._finalizers.run():
                 continue
-            victims = self._residency.victims()
+            victims = self._resident_set.victims()
             others_compute = self._others_compute()
             if not victims and not mover.moving and not others_compute:
                 raise self._does_not_fit(n_bytes, frames.available_bytes, owner)
