@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import ConfigurationError
 from ..paging import ManagedTensor
+from .compat import base_of, text_decoder, vision_tower
 
 _SMALL = "small weights"
 
@@ -27,8 +28,7 @@ def attach_conversions(model: Any, optimizer: Any) -> None:
         model: of transformers, whose weights are in place.
         optimizer: owns them.
     """
-    base = getattr(model, "model", None)
-    parts = (model, base, getattr(base, "visual", None), getattr(base, "language_model", None))
+    parts = (model, base_of(model), vision_tower(model), text_decoder(model))
     for part in dict.fromkeys(part for part in parts if isinstance(part, nn.Module)):
         part._apply = functools.partial(_apply, part, optimizer)  # type: ignore[method-assign]
         part.requires_grad_ = functools.partial(_requires_grad, part)  # type: ignore[method-assign]

@@ -13,7 +13,7 @@ from ...errors import CheckpointError, ConfigurationError
 from ...paging import ManagedTensor
 from ..inputs.processor import load_processor, load_tokenizer
 
-_ASSETS = Path(__file__).resolve().parent.parent / "assets"
+_ASSETS = Path(__file__).resolve().parents[2] / "assets"
 _IMAGES = ("demo/digits_0.png", "demo/fashion_2.png", "demo/vqa_1.png")
 _TEXT = "text/pride_and_prejudice.txt"
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")

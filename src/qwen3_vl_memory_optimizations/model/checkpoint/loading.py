@@ -17,6 +17,7 @@ from ...errors import CheckpointError
 from ...paging import FileSource, ManagedTensor, Pager, TensorEntry, join
 from ...pools import FRAME_BYTES, reserve, unreserve
 from ...storage import Checkpoint, DirectFile, TensorExtent
+from ..compat import INIT_METHOD, initialise
 from ..layers.decoder_layer import joined_names
 from .formats import TORCH_DTYPES
 from .packing import CODECS_KEY, SHAPES_KEY, Progress, find, segment_name
@@ -318,9 +319,9 @@ def _draw(model: nn.Module, module: nn.Module) -> None:
                         other._parameters[attribute] = real
             module._parameters[name] = real
     # The innermost model that holds the module knows how: the vision tower has a configuration of its own.
-    holders = [each for each in model.modules() if hasattr(each, "_init_weights") and module in set(each.modules())]
+    holders = [each for each in model.modules() if hasattr(each, INIT_METHOD) and module in set(each.modules())]
     with torch.no_grad():
-        holders[-1]._init_weights(module)  # type: ignore[operator]
+        initialise(holders[-1], module)
 
 
 def put(site: WeightSite, tensor: torch.Tensor) -> None:

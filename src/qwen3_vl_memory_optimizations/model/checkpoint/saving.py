@@ -16,6 +16,7 @@ import torch
 from ...errors import InsufficientDiskSpaceError, format_bytes
 from ...paging import ManagedTensor
 from ...storage import write_header
+from ..compat import tied_names
 from .packing import SAFETENSORS_DTYPES
 
 _PATTERN, _INDEX = "model{suffix}.safetensors", "model.safetensors.index.json"
@@ -57,7 +58,7 @@ def _weights(model: Any, *, keeps_names: bool) -> dict[str, torch.Tensor]:
     state = dict(model.state_dict())
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(name, None)
-    tied = getattr(model, "all_tied_weights_keys", None) or ()
+    tied = tied_names(model)
     saved: set[int] = set()
     for name, parameter in sorted(model.named_parameters(remove_duplicate=False), key=lambda each: each[0] in tied):
         if id(parameter) in saved:

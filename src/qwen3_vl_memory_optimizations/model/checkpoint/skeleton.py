@@ -19,6 +19,7 @@ from ...errors import CheckpointError, CodecError
 from ...paging import PAGE_BYTES
 from ...pools import FRAME_BYTES, UNIT_BYTES
 from ...storage import Checkpoint
+from ..compat import initialise
 from .compute_dtype import recall_bf16_cost
 from .formats import config_of
 from .tied_weights import untie_by_files
@@ -153,7 +154,7 @@ def materialize_buffers(model: nn.Module) -> None:
             continue
         for name in computed:
             module._buffers[name] = torch.empty_like(module.get_buffer(name), device="cpu")
-        model._init_weights(module)  # type: ignore[operator]
+        initialise(model, module)
 
 
 def weight_sites(model: nn.Module, stored_itemsize: int = 2) -> list[WeightSite]:

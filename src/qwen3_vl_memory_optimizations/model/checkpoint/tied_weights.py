@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...storage import Checkpoint
+from ..compat import tied_names
 from .formats import LogicalTensor, weights_of
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def untie_by_files(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
             if kept != name and not _are_equal(weights.get(kept), weights.get(name)):
                 module._parameters[attribute] = nn.Parameter(torch.empty_like(parameter), requires_grad=False)
                 untied.append(name)
-    keys = getattr(model, "all_tied_weights_keys", None)
+    keys = tied_names(model)
     for name in untied:
         logger.warning(
             "%s: %s differs from the weight that config.json ties it to; both are used as they are in the files",

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...paging import linear_joined, runs_as_written
+from ..compat import attention_function, cache_name
 
 _PARTS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
 
@@ -128,9 +129,6 @@ def _attention(
     attention_mask: torch.Tensor | None,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    from transformers.models.qwen3_vl.modeling_qwen3_vl import eager_attention_forward
-
     batch, length, _ = hidden_states.shape
     size, n_rotated = attention.head_dim, fused.n_query + fused.n_key
     weights = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
@@ -143,7 +141,7 @@ def _attention(
     rotated = torch.mul(rotated, cos).addcmul_(rotated.roll(size // 2, -1), signed_sin)
     query, key = rotated.split((fused.n_query, fused.n_key), 1)
     value = value.transpose(1, 2)
-    name = "cache" if "cache" in kwargs else "past_key_values"
+    name = cache_name(kwargs)
     cache = kwargs.get(name)
     if cache is not None:
         key, value = cache.update(key, value, attention.layer_idx)
@@ -151,7 +149,7 @@ def _attention(
             row = key.attend_row(query, attention.scaling)
             if row is not None:
                 return attention.o_proj(row)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+    attend = attention_function(attention.config._attn_implementation)
     attended, _ = attend(
         attention,
         query,

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ...paging import runs_as_written, whole_linears
+from ..compat import attention_function, attention_name, rotate_vision_heads, vision_tower
 
 STEP_ROWS = 1024
 """Fewer would be slower: weights are read from memory once a step."""
@@ -22,7 +23,7 @@ STEP_ROWS = 1024
 
 def step_vision_tower(model: Any) -> int:
     """Replace the forward of MLP and attention in the vision blocks that are known here; return how many blocks."""
-    tower = getattr(getattr(model, "model", None), "visual", None)
+    tower = vision_tower(model)
     blocks = [
         block
         for block in getattr(tower, "blocks", ())
@@ -69,22 +70,20 @@ def _attention(
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 
     steps = _steps(hidden_states)
-    name = attention.config._attn_implementation
+    name = attention_name(attention.config)
     unusual = position_embeddings is None or name != "sdpa"
     if len(steps) == 1 or unusual or _changed(attention) or runs_as_written(attention, hidden_states):
         return type(attention).forward(attention, hidden_states, cu_seqlens, position_embeddings, **kwargs)
     length = hidden_states.shape[0]
     heads = attention.qkv(hidden_states).view(length, 3, attention.num_heads, -1)
     assert position_embeddings is not None
-    cos, sin = position_embeddings
+    (cos, sin), rotate = position_embeddings, rotate_vision_heads()
     for rows in steps:
-        query, key = apply_rotary_pos_emb_vision(heads[rows, 0], heads[rows, 1], cos[rows], sin[rows])
+        query, key = rotate(heads[rows, 0], heads[rows, 1], cos[rows], sin[rows])
         heads[rows, 0], heads[rows, 1] = query, key
-    attend = ALL_ATTENTION_FUNCTIONS[name]
+    attend = attention_function("sdpa")
     kwargs.pop("max_seqlen", None)
     attended = []
     bounds = cu_seqlens.tolist()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ...errors import MemoryBudgetExceeded
+from ..compat import CACHE_NAMES, vision_tower
 from ..kv.cache import ManagedKVCache
 from ..kv.naming import Span, Token, find_spans, named_tokens
 from ..kv.store import KVStore
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 _KIND = "keys and values"
 _PICTURES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
-_CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
 _KNOWN = frozenset(
     {
         "input_ids",
@@ -64,7 +64,7 @@ _FOREIGN = (
     "output_hidden_states",
     "token_healing",
     "guidance_scale",
-    *_CACHE_NAMES,
+    *CACHE_NAMES,
 )
 """Ways to generate that bring a cache of their own, or look at more than the last token: they are left as they are."""
 
@@ -183,7 +183,7 @@ class PrefixReuse:
             grids[modality], keys[modality] = arguments[grid].tolist(), found
         token_ids = {name: getattr(config, f"{name}_token_id", None) for name in _PICTURES}
         known = {name: token_id for name, token_id in token_ids.items() if token_id is not None}
-        merge = self._model.model.visual.spatial_merge_size if grids else 1
+        merge = vision_tower(self._model).spatial_merge_size if grids else 1
         return find_spans(tokens, known, grids, keys, merge)
 
     def behind(self, run: Run, arguments: Mapping[str, Any]) -> dict[str, Any]:

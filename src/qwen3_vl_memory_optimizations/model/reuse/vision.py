@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ...cache import CacheItem, HierarchicalCacheSystem, digest, digest_of_tensor
+from ..compat import attention_name, base_of, deepstack_levels, picture_features, vision_tower
 from .identity import Identity, ModelIdentity
 
 _KIND = "vision"
@@ -35,9 +36,9 @@ def attach_vision_reuse(
     What the tower gives besides features (the states of the patches, ahead of the merger) is not kept: the outputs of
     `forward`, and of the method itself, would lack it, so outside `generate` (see `wanted`) images are encoded.
     """
-    base = getattr(model, "model", None)
-    visual, plain = getattr(base, "visual", None), getattr(base, "get_image_features", None)
-    if visual is None or plain is None or not hasattr(visual, "deepstack_visual_indexes"):
+    base = base_of(model)
+    plain = getattr(base, "get_image_features", None)
+    if plain is None or deepstack_levels(vision_tower(model)) is None:
         return None
     reuse = VisionReuse(base, cache, identity, reserve)
     parameters = list(inspect.signature(plain).parameters)
@@ -95,7 +96,7 @@ class VisionReuse:
 
     def _tower(self) -> Identity | None:
         visual = self._base.visual
-        return self._identity.of(visual, getattr(visual.config, "_attn_implementation", None))
+        return self._identity.of(visual, attention_name(visual.config))
 
     def _keys(self, identity: Identity, pixels: torch.Tensor, grids: torch.Tensor) -> list[str] | None:
         visual = self._base.visual
@@ -118,7 +119,7 @@ class VisionReuse:
         parts = pixels.split(patches)
         visual = self._base.visual
         tokens = sum(patches) // visual.spatial_merge_size**2
-        levels = 1 + len(visual.deepstack_visual_indexes)
+        levels = 1 + (deepstack_levels(visual) or 0)
         self._reserve(2 * tokens * visual.config.out_hidden_size * levels * visual.dtype.itemsize)
         encoded: list[Any] = []
 
@@ -145,25 +146,20 @@ class VisionReuse:
     def _fits(self, item: CacheItem, patches: int) -> bool:
         visual = self._base.visual
         tokens = patches // visual.spatial_merge_size**2
-        names = {"pooled", *(f"deepstack{level}" for level in range(len(visual.deepstack_visual_indexes)))}
+        names = {"pooled", *(f"deepstack{level}" for level in range(deepstack_levels(visual) or 0))}
         return set(item.tensors) == names and all(
             tensor.shape == (tokens, visual.config.out_hidden_size) and tensor.dtype == visual.dtype
             for tensor in item.tensors.values()
         )
 
     def _output_of(self, items: Sequence[CacheItem]) -> Any:
-        from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
-
         device = self._base.visual.device
-        levels = len(self._base.visual.deepstack_visual_indexes)
+        levels = deepstack_levels(self._base.visual) or 0
 
         def of_all(name: str) -> tuple[torch.Tensor, ...]:
             return tuple(item.tensors[name].to(device) for item in items)
 
-        return BaseModelOutputWithDeepstackFeatures(
-            pooler_output=of_all("pooled"),
-            deepstack_features=[of_all(f"deepstack{level}") for level in range(levels)],
-        )
+        return picture_features(of_all("pooled"), [of_all(f"deepstack{level}") for level in range(levels)])
 
 
 def _item_of(output: Any, position: int) -> CacheItem:

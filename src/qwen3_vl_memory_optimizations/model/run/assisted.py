@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ...errors import ConfigurationError
+from ..compat import CACHE_NAMES, cache_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ _OTHER_KINDS = (
     "force_words_ids",
     "custom_generate",
 )
-_OTHER_CACHES = ("cache_implementation", "cache", "past_key_values")
+_OTHER_CACHES = ("cache_implementation", *CACHE_NAMES)
 
 
 def require_draft(model: Any, draft: Any) -> None:
@@ -143,7 +144,7 @@ def _see_images(draft: Any) -> None:
     @functools.wraps(plain)
     def prepare(*args: Any, **kwargs: Any) -> Any:
         inputs = plain(*args, **kwargs)
-        images, cache = kwargs.get("mm_encoder_outputs"), inputs.get("cache", inputs.get("past_key_values"))
+        images, cache = kwargs.get("mm_encoder_outputs"), cache_of(inputs)
         if images and (cache is None or cache.get_seq_length() == 0):
             inputs["mm_encoder_outputs"] = images
         return inputs

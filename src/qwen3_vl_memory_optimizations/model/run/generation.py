@@ -14,6 +14,7 @@ from typing import Any
 
 from ...interrupts import deferrable, shield
 from ...paging import Pager
+from ..compat import CACHE_NAMES, MAKE_CACHE_METHOD, PREFILL_METHOD, attention_name, use_attention
 from ..kv.attention import ATTENTION, register_attention
 from ..kv.cache import ManagedKVCache
 from ..reuse.prefix import PrefixReuse, Run
@@ -23,7 +24,6 @@ from .turns import Turns
 
 logger = logging.getLogger(__name__)
 
-_CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
 _LEAST_MEASURED_TOKENS = 64
 """Fewer tokens take longer each: a rate measured on them would promise too much."""
 
@@ -60,10 +60,10 @@ def cache_maker(model: Any, codec: str, pager: Pager | None, *, reuses: bool) ->
         `None` for a model that cannot.
     """
     config = model.config.get_text_config(decoder=True)
-    if not hasattr(model, "_prepare_cache_for_generation") or not _has_full_attention(config):
+    if not hasattr(model, MAKE_CACHE_METHOD) or not _has_full_attention(config):
         return None
     register_attention()
-    config._attn_implementation_internal = ATTENTION  # the setter checks nothing else, and would change other parts
+    use_attention(config, ATTENTION)
     return lambda: ManagedKVCache(config, codec=codec, pager=pager, keeps_all=False if reuses else None)
 
 
@@ -72,7 +72,7 @@ def _has_full_attention(config: Any) -> bool:
     types = getattr(config, "layer_types", None) or []
     windows = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     return (
-        getattr(config, "_attn_implementation", None) == "sdpa"
+        attention_name(config) == "sdpa"
         and all(kind == "full_attention" for kind in types)
         and not (windows and not types)
         and getattr(config, "num_kv_shared_layers", None) in (None, 0)
@@ -115,9 +115,10 @@ class Generation:
             return
         self._model.generate = self._around(self._model.generate)
         if self._make_cache is not None:
-            self._model._prepare_cache_for_generation = self._with_our_cache(self._model._prepare_cache_for_generation)
-        if hasattr(self._model, "_prefill"):
-            self._model._prefill = self._timed(self._model._prefill)
+            plain = getattr(self._model, MAKE_CACHE_METHOD)
+            setattr(self._model, MAKE_CACHE_METHOD, self._with_our_cache(plain))
+        if hasattr(self._model, PREFILL_METHOD):
+            setattr(self._model, PREFILL_METHOD, self._timed(getattr(self._model, PREFILL_METHOD)))
 
     def is_running(self) -> bool:
         """Whether the calling thread is in a `generate` of the model."""
@@ -195,11 +196,11 @@ class Generation:
 
         @functools.wraps(plain)
         def prepare(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            given = any(model_kwargs.get(name) is not None for name in _CACHE_NAMES)
+            given = any(model_kwargs.get(name) is not None for name in CACHE_NAMES)
             result = plain(generation_config, model_kwargs, *args, **kwargs)
             if not given and generation_config.cache_implementation is None:
                 run = getattr(self._local, "run", None)
-                for name in _CACHE_NAMES:
+                for name in CACHE_NAMES:
                     if type(model_kwargs.get(name)) is DynamicCache:
                         fresh = run is None or run.handed_out
                         model_kwargs[name] = make_cache() if fresh or run is None else run.cache

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..compat import cache_of, vision_tower
+
 _FEW_TOKENS = 16
 """So many new tokens behind others are drafts of an answer, not a prompt."""
 
@@ -22,8 +24,7 @@ def attach_phases(model: Any, enter_phase: Callable[[str], None]) -> None:
     def before_model(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = kwargs.get("input_ids", args[0] if args else None)
         given = kwargs["inputs_embeds"] if given is None else given
-        cache = kwargs.get("cache")  # since transformers 5.24
-        cache = kwargs.get("past_key_values") if cache is None else cache
+        cache = cache_of(kwargs)
         goes_on = cache is not None and cache.get_seq_length() > 0
         enter_phase("decode" if goes_on and given.shape[1] <= _FEW_TOKENS else "prefill")
 
@@ -31,6 +32,6 @@ def attach_phases(model: Any, enter_phase: Callable[[str], None]) -> None:
         enter_phase("vision")
 
     model.register_forward_pre_hook(before_model, with_kwargs=True)
-    vision = getattr(getattr(model, "model", None), "visual", None)
+    vision = vision_tower(model)
     if isinstance(vision, torch.nn.Module):
         vision.register_forward_pre_hook(before_vision, with_kwargs=True)

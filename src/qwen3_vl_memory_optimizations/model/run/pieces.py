@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from ...interrupts import deferrable
+from ..compat import base_of, cache_name, cache_of, picture_features
 
 PIECE_TOKENS = 1024
 """The largest piece. Products of 1,024 rows are as fast as those of more, and take longer than reading all weights."""
-_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
 _PICTURES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 _PIXELS = tuple(pixels for pixels, _ in _PICTURES.values())
 _WHOLE = ("labels", "output_attentions", "output_hidden_states", "token_type_ids")
@@ -31,7 +31,7 @@ def forward_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int,
     tokens = kwargs.get("input_ids", args[0] if args else None)
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
     batch, length = tokens.shape[:2] if isinstance(tokens, torch.Tensor) and tokens.dim() >= 2 else (1, 1)
-    cache: Any = next((kwargs[name] for name in _NAMES if kwargs.get(name) is not None), None)
+    cache = cache_of(kwargs)
     return int(batch), int(length), int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
 
@@ -59,12 +59,12 @@ class PieceRunner:
         turn: AbstractContextManager[Any],
     ) -> None:
         self._model = model
-        self._base: Any = getattr(model, "model", None)
+        self._base: Any = base_of(model)
         self._make_cache, self._choose, self._turn = make_cache, choose, turn
         self._plain = model.forward
         self._signature = inspect.signature(self._plain)
         parameters = self._signature.parameters
-        self._cache_name = next((name for name in _NAMES if name in parameters), _NAMES[0])
+        self._cache_name = cache_name(parameters)
         self.skipped: dict[str, int] = {}
 
     def attach(self) -> None:
@@ -213,16 +213,14 @@ class PieceRunner:
     def _features(
         encoded: Mapping[str, Any], rows: Mapping[str, torch.Tensor], start: int, stop: int
     ) -> dict[str, Any]:
-        from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
-
         found = {}
         for modality, output in encoded.items():
             part = rows[modality][:, start:stop]
             wanted = part[part >= 0]
             if len(wanted):
-                found[modality] = BaseModelOutputWithDeepstackFeatures(
-                    pooler_output=(_picked(output.pooler_output, wanted),),
-                    deepstack_features=[(_picked(level, wanted),) for level in output.deepstack_features],
+                found[modality] = picture_features(
+                    (_picked(output.pooler_output, wanted),),
+                    [(_picked(level, wanted),) for level in output.deepstack_features],
                 )
         return found
 

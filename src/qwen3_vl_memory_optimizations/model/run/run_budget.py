@@ -11,6 +11,7 @@ import torch
 
 from ...errors import MemoryBudgetExceeded, format_bytes
 from ...process import trim_heap
+from ..compat import cache_of, vision_tower
 from ..kv.cache import ManagedKVCache
 from ..kv.sizes import BLOCK_TOKENS, FEW_TOKENS, TAIL_TOKENS
 from ..layers.forward_memory import feature_bytes, text_bytes, vision_bytes, whole_prompt_bytes, with_heap
@@ -234,8 +235,7 @@ class RunBudget:
 
     @staticmethod
     def _cache_of(given: Mapping[str, Any]) -> Any:
-        cache = given.get("cache")  # since transformers 5.24
-        return given.get("past_key_values") if cache is None else cache
+        return cache_of(given)
 
     def _features_of(self, given: Mapping[str, Any]) -> int:
         """Return the bytes of the features of pictures that are there, or will be."""
@@ -298,7 +298,7 @@ class RunBudget:
 
         for layer in list(getattr(self._model.get_decoder(), "layers", ()))[::_LAYERS_PER_TRIM]:
             layer.register_forward_hook(after_layer)
-        vision = getattr(getattr(self._model, "model", None), "visual", None)
+        vision = vision_tower(self._model)
         if vision is not None and self._limited:
             vision.register_forward_pre_hook(self.before_vision, with_kwargs=True)
 

@@ -1,0 +1,91 @@
+"""Everything that depends on a version of transformers: names of arguments, paths of modules, private methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""The argument that holds keys and values: since transformers 5.24, and before."""
+MAKE_CACHE_METHOD = "_prepare_cache_for_generation"
+"""The method of `generate` that makes the cache and puts it into the arguments of the model."""
+PREFILL_METHOD = "_prefill"
+"""The method of `generate` that runs the prompt; not in every version."""
+INIT_METHOD = "_init_weights"
+"""The method that gives one module its initial weights and computed buffers."""
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """Return the cache among the arguments of a forward, or `None`."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
+
+
+def cache_name(accepted: Container[str]) -> str:
+    """Return the name of the cache among the arguments that a function accepts."""
+    return next((name for name in CACHE_NAMES if name in accepted), CACHE_NAMES[0])
+
+
+def base_of(model: Any) -> Any:
+    """Return the inner model, without the head, or `None`."""
+    return getattr(model, "model", None)
+
+
+def vision_tower(model: Any) -> Any:
+    """Return the vision tower of a whole model, or `None`."""
+    return getattr(base_of(model), "visual", None)
+
+
+def text_decoder(model: Any) -> Any:
+    """Return the text decoder of a whole vision-language model, or `None`."""
+    return getattr(base_of(model), "language_model", None)
+
+
+def deepstack_levels(tower: Any) -> int | None:
+    """Return at how many layers of the decoder features of a tower go in; `None`: it is none of Qwen3-VL."""
+    indexes = getattr(tower, "deepstack_visual_indexes", None)
+    return None if indexes is None else len(indexes)
+
+
+def picture_features(pooled: tuple[torch.Tensor, ...], deepstack: list[tuple[torch.Tensor, ...]]) -> Any:
+    """Return features as the vision tower does: for each picture `[tokens, hidden]`, and the same for each level."""
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+    return BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=deepstack)
+
+
+def rotate_vision_heads() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Return the function that rotates queries and keys of the vision tower."""
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
+
+    return apply_rotary_pos_emb_vision
+
+
+def attention_function(name: str) -> Callable[..., Any]:
+    """Return the attention that a decoder layer of Qwen3-VL calls under a name."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import eager_attention_forward
+
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+
+
+def use_attention(config: Any, name: str) -> None:
+    """Have the layers of one part attend by a registered function; the public setter would change other parts too."""
+    config._attn_implementation_internal = name
+
+
+def attention_name(config: Any) -> str | None:
+    """Return the name of the attention that the layers of a part call."""
+    return getattr(config, "_attn_implementation", None)
+
+
+def initialise(model: Any, module: nn.Module) -> None:
+    """Give one module the initial weights and computed buffers that transformers would."""
+    getattr(model, INIT_METHOD)(module)
+
+
+def tied_names(model: Any) -> Any:
+    """Return the names of parameters that a configuration ties to others: a dict, where transformers has one."""
+    return getattr(model, "all_tied_weights_keys", None) or {}
