@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 from .errors import (
     CheckpointError,
-    CodecError,
     ConfigurationError,
-    CorruptDataError,
     InputError,
-    InsufficientDiskSpaceError,
     MemoryBudgetExceeded,
     MemoryOptimizationError,
-    ShortIOError,
     StorageError,
-    TensorFreedError,
-    UnknownTensorError,
 )
+from .errors import CodecError as CodecError  # these are not listed: `errors` has the whole tree
+from .errors import CorruptDataError as CorruptDataError
+from .errors import InsufficientDiskSpaceError as InsufficientDiskSpaceError
+from .errors import ShortIOError as ShortIOError
+from .errors import TensorFreedError as TensorFreedError
+from .errors import UnknownTensorError as UnknownTensorError
 
 if TYPE_CHECKING:
     from .cache import CPUCache, GPUCache, HierarchicalCacheSystem, SSDCache
@@ -35,12 +35,14 @@ if TYPE_CHECKING:
     )
     from .config import MemoryConfig
     from .evaluation import calculate_metrics, evaluate_accuracy_impact
-    from .factory import create_optimized_model
+    from .factory import create_optimized_model, optimized, release
     from .integration import OptimizedTextDecoder, OptimizedVisionEncoder, OptimizedVisionLanguageModel
+    from .model.inputs.picture_budget import prepare_within_budget
+    from .model.inputs.processor import load_processor
     from .monitoring import get_memory_performance_metrics
     from .optimizer import MemoryOptimizer
     from .paging import ManagedTensor
-    from .pools import AdvancedMemoryPool
+    from .pools import AdvancedMemoryPool, GeneralTensorPool, KVCachePool, TextEmbeddingPool, VisionFeaturePool
     from .runtime_policy import (
         ClockSwappingAlgorithm,
         LightweightMLPredictor,
@@ -59,8 +61,10 @@ _LAZY = {
     "CompressionMethodSelector": ".compression",
     "FP16QuantizationCompressor": ".compression",
     "GPUCache": ".cache",
+    "GeneralTensorPool": ".pools",
     "HierarchicalCacheSystem": ".cache",
     "INT8QuantizationCompressor": ".compression",
+    "KVCachePool": ".pools",
     "LRUSwappingAlgorithm": ".runtime_policy",
     "LightweightMLPredictor": ".runtime_policy",
     "ManagedTensor": ".paging",
@@ -79,11 +83,17 @@ _LAZY = {
     "SimpleMLPredictor": ".collection",
     "SparseCompressionCompressor": ".compression",
     "TensorLifecycleTracker": ".collection",
+    "TextEmbeddingPool": ".pools",
+    "VisionFeaturePool": ".pools",
     "adapt_parameters_based_on_usage": ".tuning",
     "calculate_metrics": ".evaluation",
     "create_optimized_model": ".factory",
     "evaluate_accuracy_impact": ".evaluation",
     "get_memory_performance_metrics": ".monitoring",
+    "load_processor": ".model.inputs.processor",
+    "optimized": ".factory",
+    "prepare_within_budget": ".model.inputs.picture_budget",
+    "release": ".factory",
 }
 
 __all__ = [
@@ -91,16 +101,15 @@ __all__ = [
     "CPUCache",
     "CheckpointError",
     "ClockSwappingAlgorithm",
-    "CodecError",
     "CompressionMethodSelector",
     "ConfigurationError",
-    "CorruptDataError",
     "FP16QuantizationCompressor",
     "GPUCache",
+    "GeneralTensorPool",
     "HierarchicalCacheSystem",
     "INT8QuantizationCompressor",
     "InputError",
-    "InsufficientDiskSpaceError",
+    "KVCachePool",
     "LRUSwappingAlgorithm",
     "LightweightMLPredictor",
     "ManagedTensor",
@@ -118,19 +127,22 @@ __all__ = [
     "PredictiveSwappingAlgorithm",
     "SSDCache",
     "SVDDecompositionCompressor",
-    "ShortIOError",
     "SimpleMLPredictor",
     "SparseCompressionCompressor",
     "StorageError",
-    "TensorFreedError",
     "TensorLifecycleTracker",
-    "UnknownTensorError",
+    "TextEmbeddingPool",
+    "VisionFeaturePool",
     "__version__",
     "adapt_parameters_based_on_usage",
     "calculate_metrics",
     "create_optimized_model",
     "evaluate_accuracy_impact",
     "get_memory_performance_metrics",
+    "load_processor",
+    "optimized",
+    "prepare_within_budget",
+    "release",
 ]
 
 

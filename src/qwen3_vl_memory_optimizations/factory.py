@@ -6,8 +6,8 @@ import gc
 import math
 import os
 import sys
-from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import nn
 from .compression import create_codec
 from .config import MemoryConfig, jsonable
 from .errors import CheckpointError, ConfigurationError, MemoryBudgetExceeded, format_bytes
+from .model.attachment import Attachment
 from .model.checkpoint.formats import needs_packing, open_checkpoint
 from .model.checkpoint.import_files import ImportFiles
 from .model.checkpoint.loading import WeightLoader
@@ -320,6 +321,7 @@ def _finish(source: _Source, draft: _Source | None, optimizer: MemoryOptimizer) 
     from .model.reuse.prefix import PrefixReuse
     from .model.run.generation import Generation, attach_forward, cache_maker
 
+    attachment = Attachment([model] if draft is None else [model, draft.model])
     processors, turn = FreeProcessors(), Turns()
     reuses = optimizer.config.reuses_prefixes()
     generations: list[Generation] = []
@@ -378,7 +380,52 @@ def _finish(source: _Source, draft: _Source | None, optimizer: MemoryOptimizer) 
     attach_response_times(model, optimizer.figures.responses)  # last: around all that the others do
     if identity is not None:
         identity.begin()
+    attachment.complete()
+    optimizer.attachment = attachment
     return model
+
+
+def release(model: Any) -> Any:
+    """Take off a model what `create_optimized_model` attached, and close its optimizer; return the plain model.
+
+    Weights become parameters in memory, decoded; forwards, methods, hooks and the mode (training or not) are those
+    from before. Hooks that others registered stay. A draft is released with its model.
+
+    Args:
+        model: of `create_optimized_model`; changed in place.
+
+    Raises:
+        ConfigurationError: it is no optimized model.
+        MemoryBudgetExceeded: memory has no room for the decoded weights; nothing was changed.
+    """
+    optimizer = getattr(model, "memory_optimizer", None)
+    attachment = getattr(optimizer, "attachment", None)
+    if optimizer is None or attachment is None:
+        raise ConfigurationError(f"{type(model).__name__}: not a model of create_optimized_model")
+    attachment.require_memory()
+    attachment.undo()
+    optimizer.attachment = None
+    optimizer.close()
+    return model
+
+
+@contextmanager
+def optimized(
+    model: nn.Module, memory_config: Mapping[str, Any] | MemoryConfig | None = None, **options: Any
+) -> Iterator[Any]:
+    """Optimize a loaded model for a block; afterwards, also after an exception, it is plain again (see `release`).
+
+    Args:
+        model: of transformers, in memory; changed in place.
+        memory_config, options: as for `create_optimized_model`.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"model: expected a loaded model, not {type(model).__name__}")
+    create_optimized_model(model, memory_config, **options)
+    try:
+        yield model
+    finally:
+        release(model)
 
 
 def _release_garbage(config: MemoryConfig) -> None:

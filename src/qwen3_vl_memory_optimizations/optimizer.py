@@ -68,6 +68,7 @@ class MemoryOptimizer(FigureMethods):
         pool: address ranges of runtime tensors.
         cache: results that are used again; `None` where `enable_cache_hierarchy` is off.
         kv_store: keys and values of sequences that rest; `None`: none are kept.
+        attachment: takes off the model what was attached to it (`release`); `None`: no model is.
         audit: compares the resident set with the ledger at each pass; `None`: not asked for (`paging.audit`).
         collector: lets go of what is not expected to be used again; `None` where `enable_predictive_gc` is off.
         lifecycle: who made which runtime tensor, in which session, and what outlives it.
@@ -173,6 +174,7 @@ class MemoryOptimizer(FigureMethods):
             undo.callback(self.tuner.close)
             self.tuner.start()
         self.kv_store: Any = None
+        self.attachment: Any = None
         self._ids = itertools.count()
         self._parts = _Parts(
             [self.tuner, self.pressure, self.tiering, self.collector, self._compactor, self.cache],

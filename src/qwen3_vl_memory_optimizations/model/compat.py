@@ -71,6 +71,11 @@ def attention_function(name: str) -> Callable[..., Any]:
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
 
 
+def text_config(model: Any) -> Any:
+    """Return the configuration of the text decoder, or of the whole model where it is its own decoder."""
+    return model.config.get_text_config(decoder=True)
+
+
 def use_attention(config: Any, name: str) -> None:
     """Have the layers of one part attend by a registered function; the public setter would change other parts too."""
     config._attn_implementation_internal = name
