@@ -100,6 +100,8 @@ class Attachment:
                         if id(weight) not in plain:
                             plain[id(weight)] = nn.Parameter(_decoded(weight))
                         module._parameters[name] = plain[id(weight)]
+                    elif weight is not None and weight.is_floating_point():
+                        weight.requires_grad_(True)  # loading froze it
 
 
 def _decoded(weight: ManagedTensor) -> torch.Tensor:
