@@ -73,7 +73,7 @@ def main() -> None:
         "",
         f"Machine: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, transformers {transformers.__version__}. "
-        f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}. Model: {arguments.model.name}, codec "
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}. Model: {arguments.model.name}, codec "
         f"{arguments.codec}, no budget; {arguments.rounds} rounds of six answers of {arguments.tokens} tokens; load of "
         f"the machine at the end (1, 5, 15 minutes): {load}.",
         "",

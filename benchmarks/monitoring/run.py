@@ -67,7 +67,7 @@ def main() -> None:
         "",
         f"Machine: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, transformers {transformers.__version__}. "
-        f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}. Model: {arguments.model.name}, "
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}. Model: {arguments.model.name}, "
         f"codec {arguments.codec}, budget {arguments.tensor_budget or 'none'}; {arguments.rounds} rounds of four "
         f"answers of {arguments.tokens} tokens.",
         "",

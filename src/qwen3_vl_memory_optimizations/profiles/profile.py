@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import re
-import sys
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,6 @@ from typing import Any
 from ..config import MemoryConfig, parse_size
 from ..errors import ConfigurationError, format_bytes
 from ..hardware import STORAGE_TYPES, HardwareProfile
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 RAM_SHARES = ("ram_budget", "tensor_budget", "l2_cache_size", "memory_pool_size")
 """Settings that may be written as a share of the memory, such as `"60%"`."""
