@@ -20,12 +20,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
+from benchmarks.eviction.replay import TraceRecorder, replay, replay_belady  # noqa: E402
 from qwen3_vl_memory_optimizations import create_optimized_model  # noqa: E402
-from qwen3_vl_memory_optimizations.runtime_policy import (  # noqa: E402
-    TraceRecorder,
-    replay,
-    replay_belady,
-)
 from qwen3_vl_memory_optimizations.runtime_policy.swapping import create_swapping_algorithm  # noqa: E402
 from tests.model import tiny  # noqa: E402
 

@@ -17,9 +17,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
+from benchmarks.eviction.replay import TraceRecorder  # noqa: E402
 from qwen3_vl_memory_optimizations import create_optimized_model  # noqa: E402
 from qwen3_vl_memory_optimizations.model.kv import cache as kv_cache  # noqa: E402
-from qwen3_vl_memory_optimizations.runtime_policy import TraceRecorder  # noqa: E402
 from tests.model import tiny  # noqa: E402
 
 TRACES = Path(__file__).parent / "traces"

@@ -20,13 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 from benchmarks import results  # noqa: E402
-from qwen3_vl_memory_optimizations.runtime_policy import (  # noqa: E402
-    ALGORITHMS,
-    Trace,
-    create_swapping_algorithm,
-    replay,
-    replay_belady,
-)
+from benchmarks.eviction.replay import Trace, replay, replay_belady  # noqa: E402
+from qwen3_vl_memory_optimizations.runtime_policy import ALGORITHMS, create_swapping_algorithm  # noqa: E402
 
 HERE = Path(__file__).parent
 SHARES = (0.05, 0.1, 0.25, 0.5, 0.75)

@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 from benchmarks import results  # noqa: E402
+from benchmarks.eviction.replay import Trace  # noqa: E402
 from benchmarks.eviction.run import traces  # noqa: E402
 from qwen3_vl_memory_optimizations import MemoryTieringSystem  # noqa: E402
 from qwen3_vl_memory_optimizations.prediction.mlp import features_of  # noqa: E402
-from qwen3_vl_memory_optimizations.runtime_policy import Trace  # noqa: E402
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- waits: begin (written by waits.py) -->", "<!-- waits: end -->"

@@ -388,8 +388,8 @@ def _finish(source: _Source, draft: _Source | None, optimizer: MemoryOptimizer) 
 def release(model: Any) -> Any:
     """Take off a model what `create_optimized_model` attached, and close its optimizer; return the plain model.
 
-    Weights become parameters in memory that require gradients. Forwards, methods, hooks and the mode (training
-    or not) are those from before. Hooks that others registered stay. A draft is released with its model.
+    Weights become parameters in memory that require gradients. Forwards, methods, hooks and the mode
+    (training or not) are those from before. Hooks that others registered stay. A draft is released with its model.
 
     Args:
         model: of `create_optimized_model`; changed in place.

@@ -14,11 +14,11 @@ from qwen3_vl_memory_optimizations.compression import (
     LinearInput,
     RotatedINT8Codec,
     Scratch,
-    int8_kernels,
+    int8,
     rotated,
 )
 from qwen3_vl_memory_optimizations.compression.base import bf16_at_least, linear_in_steps
-from qwen3_vl_memory_optimizations.compression.int8_kernels import dequantize
+from qwen3_vl_memory_optimizations.compression.int8 import dequantize
 from qwen3_vl_memory_optimizations.compression.kernels import int8_product_saturates
 from qwen3_vl_memory_optimizations.compression.rotated import RotatedInput
 from qwen3_vl_memory_optimizations.compression.rotation import rotate, rotate_back
@@ -162,14 +162,14 @@ def outlier_problem(n_rows, n=96, k=512, dtype=torch.float32):
 @pytest.mark.parametrize("n_rows", [1, 5, 32])
 def test_packed_kernel_with_outliers(n_rows, dtype):
     _, x, encoded, exact = outlier_problem(n_rows, dtype=dtype)
-    assert_snr(exact, int8_kernels._packed_product(LinearInput(x), encoded, Scratch()), 44, f"packed {dtype}")
+    assert_snr(exact, int8._packed_product(LinearInput(x), encoded, Scratch()), 44, f"packed {dtype}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [96, 92, 7, 1])
 def test_row_kernel_with_outliers(n, dtype):
     _, x, encoded, exact = outlier_problem(1, n, dtype=dtype)
-    found = int8_kernels._row_product(LinearInput(x), encoded, Scratch())
+    found = int8._row_product(LinearInput(x), encoded, Scratch())
     assert found.dtype == dtype and found.shape == exact.shape
     assert_snr(exact, found, 44, f"row {dtype}")
 
@@ -187,7 +187,7 @@ def test_decoding_kernel_with_outliers(n_rows, dtype, floor_db, slot_bytes):
 def digits(request, monkeypatch):
     if request.param == "8-bit" and int8_product_saturates():
         pytest.skip("this machine's INT8 product saturates with 8-bit digits")
-    monkeypatch.setattr(int8_kernels, "int8_product_saturates", lambda: request.param == "7-bit")
+    monkeypatch.setattr(int8, "int8_product_saturates", lambda: request.param == "7-bit")
     return request.param
 
 
@@ -195,7 +195,7 @@ def digits(request, monkeypatch):
 @pytest.mark.parametrize(("n_rows", "n", "k"), [(5, 96, 512), (40, 96, 512), (9, 7, 33), (1, 1, 1), (6, 130, 514)])
 def test_split_kernel_with_outliers(digits, n_rows, n, k, dtype, floor_db):
     _, x, encoded, exact = outlier_problem(n_rows, n, max(k, 3), dtype)
-    found = int8_kernels._split_product(LinearInput(x), encoded, Scratch())
+    found = int8._split_product(LinearInput(x), encoded, Scratch())
     assert_snr(exact, found, floor_db, f"split {digits} {dtype} {(n_rows, n, k)}")
 
 
@@ -209,7 +209,7 @@ def test_split_kernel_at_the_ends_of_its_ranges(digits):
             exact = F.linear(x.double(), decoded(codec, encoded, torch.float64))
             assert_snr(
                 exact,
-                int8_kernels._split_product(LinearInput(x), encoded, Scratch()),
+                int8._split_product(LinearInput(x), encoded, Scratch()),
                 60,
                 f"{digits} {x_sign} {w_sign}",
             )
@@ -219,7 +219,7 @@ def test_split_kernel_with_a_zero_row_of_activations(digits):
     codec = INT8Codec()
     x = torch.randn(6, 64)
     x[2] = 0
-    found = int8_kernels._split_product(LinearInput(x), codec.encode(torch.randn(8, 64)), Scratch())
+    found = int8._split_product(LinearInput(x), codec.encode(torch.randn(8, 64)), Scratch())
     assert float(found[2].abs().max()) == 0
 
 
@@ -246,7 +246,7 @@ def test_a_product_in_steps_has_the_bits_of_one(codec_class):
     encoded = codec.encode(torch.randn(96, 512))
     if codec_class is RotatedINT8Codec and int8_product_saturates():
         pytest.skip("without VNNI there is no product of digits")
-    product = rotated._digit_product if codec_class is RotatedINT8Codec else int8_kernels._split_product
+    product = rotated._digit_product if codec_class is RotatedINT8Codec else int8._split_product
 
     def found(slot_bytes: int) -> torch.Tensor:
         given = RotatedInput(x) if codec_class is RotatedINT8Codec else LinearInput(x)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from qwen3_vl_memory_optimizations.compression import Scratch, create_codec, int8_kernels, kernels, rotated
-from qwen3_vl_memory_optimizations.compression.int8_kernels import kernel_for
+from qwen3_vl_memory_optimizations.compression import Scratch, create_codec, int8, kernels, rotated
+from qwen3_vl_memory_optimizations.compression.int8 import kernel_for
 
 from .contract import product
 
@@ -17,7 +17,7 @@ def machine(monkeypatch):
 
     def become(bf16_cost, saturates):
         monkeypatch.setattr(kernels._bf16_cost, "value", bf16_cost)
-        monkeypatch.setattr(int8_kernels, "int8_product_saturates", lambda: saturates)
+        monkeypatch.setattr(int8, "int8_product_saturates", lambda: saturates)
 
     return become
 

@@ -11,16 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.eviction.replay import Trace, TraceRecorder, replay, replay_belady
 from qwen3_vl_memory_optimizations import ConfigurationError, MemoryBudgetExceeded, MemorySwappingSystem
 from qwen3_vl_memory_optimizations.prediction import NextUse
 from qwen3_vl_memory_optimizations.runtime_policy import (
     LRUSwappingAlgorithm,
     PredictiveSwappingAlgorithm,
-    Trace,
-    TraceRecorder,
     create_swapping_algorithm,
-    replay,
-    replay_belady,
 )
 
 from .contract import SwappingContract
@@ -221,8 +218,9 @@ def test_the_system_of_the_specification():
 
 OPTIMIZED = """
 import numpy as np
-from qwen3_vl_memory_optimizations.runtime_policy import create_swapping_algorithm, replay
-from qwen3_vl_memory_optimizations.runtime_policy.replay import Trace
+from qwen3_vl_memory_optimizations.runtime_policy import create_swapping_algorithm
+from benchmarks.eviction.replay import replay
+from benchmarks.eviction.replay import Trace
 
 assert False, "assertions are off"
 keys = np.array([0, 1, 0, 2, 0, 3], np.int32)

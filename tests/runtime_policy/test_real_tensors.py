@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.eviction.replay import TraceRecorder, replay
 from qwen3_vl_memory_optimizations.paging import PressureMonitor
-from qwen3_vl_memory_optimizations.runtime_policy import TraceRecorder, create_swapping_algorithm, replay
+from qwen3_vl_memory_optimizations.runtime_policy import create_swapping_algorithm
 from tests.paging.weights import settle
 
 MIB = 2**20

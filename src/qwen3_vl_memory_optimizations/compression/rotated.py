@@ -9,8 +9,7 @@ from functools import cached_property
 import torch
 
 from .base import STEP_ELEMENTS, Encoded, LinearInput, Scratch
-from .int8 import INT8Codec
-from .int8_kernels import KERNELS, Kernel, dequantize, integer_product, kernel_for, row_steps
+from .int8 import KERNELS, INT8Codec, Kernel, dequantize, integer_product, kernel_for, row_steps
 from .kernels import has_fast_int8_row, int8_product_saturates
 from .rotation import rotate, rotate_back, rotate_row
 

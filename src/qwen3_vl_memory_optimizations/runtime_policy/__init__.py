@@ -4,7 +4,6 @@ from ..prediction import LightweightMLPredictor
 from .algorithm import SwappingAlgorithm
 from .predictive import PredictiveSwappingAlgorithm
 from .recency import ClockSwappingAlgorithm, LRUSwappingAlgorithm
-from .replay import Replayed, Trace, TraceRecorder, replay, replay_belady
 from .shadow_lru import ShadowLRU
 from .swapping import ALGORITHMS, MemorySwappingSystem, create_swapping_algorithm
 from .tiering import MemoryTieringSystem, tier_memory
@@ -17,13 +16,8 @@ __all__ = [
     "MemorySwappingSystem",
     "MemoryTieringSystem",
     "PredictiveSwappingAlgorithm",
-    "Replayed",
     "ShadowLRU",
     "SwappingAlgorithm",
-    "Trace",
-    "TraceRecorder",
     "create_swapping_algorithm",
-    "replay",
-    "replay_belady",
     "tier_memory",
 ]

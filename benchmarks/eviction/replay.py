@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import ConfigurationError, MemoryBudgetExceeded, format_bytes
-from .algorithm import SwappingAlgorithm
+from qwen3_vl_memory_optimizations.errors import ConfigurationError, MemoryBudgetExceeded, format_bytes
+from qwen3_vl_memory_optimizations.runtime_policy import SwappingAlgorithm
 
 
 @dataclass(frozen=True)
