@@ -344,10 +344,10 @@ def test_another_device_is_refused_and_nothing_is_moved(model):
     assert not any(each.is_meta for each in model.parameters())
 
 
-def test_accelerate_offloads_nothing(model):
+def test_accelerate_offloads_nothing(model, tmp_path):
     accelerate = pytest.importorskip("accelerate")
     before = logits(model)
-    for offload in (accelerate.cpu_offload, lambda model: accelerate.disk_offload(model, "unused")):
+    for offload in (accelerate.cpu_offload, lambda model: accelerate.disk_offload(model, tmp_path / "offload")):
         with pytest.raises(ConfigurationError, match="ram_budget"):
             offload(model)
         assert torch.equal(logits(model), before)
