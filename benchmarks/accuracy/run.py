@@ -27,8 +27,7 @@ TINY = ROOT / "src" / "qwen3_vl_memory_optimizations" / "assets" / "tiny-qwen3vl
 SUMMARY_BEGIN = "<!-- accuracy: begin (written by benchmarks/accuracy/run.py) -->"
 SUMMARY_END = "<!-- accuracy: end -->"
 SUMMARIES = {
-    "README.md": "| codec | bytes, of 16 bit | perplexity of SmolLM2 | accuracy of the tiny model |",
-    "README.pt-BR.md": "| codec | bytes, de 16 bits | perplexidade do SmolLM2 | acurácia do modelo minúsculo |",
+    "docs/choosing-a-codec.md": "| codec | bytes, of 16 bit | perplexity of SmolLM2 | accuracy of the tiny model |",
 }
 """Files with a short table, and its heading."""
 
