@@ -38,7 +38,6 @@ def _run(directory: Path, questions_file: Path) -> dict[str, Any]:
     from transformers import AutoModelForImageTextToText
 
     from ..model.inputs.processor import load_processor
-    from ..process import process_memory
 
     start = time.perf_counter()
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype="auto", local_files_only=True)
@@ -47,7 +46,6 @@ def _run(directory: Path, questions_file: Path) -> dict[str, Any]:
     return {
         "answers": answers,
         "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
-        "peak_rss_bytes": process_memory().peak_rss_bytes,
         "seconds": time.perf_counter() - start,
     }
 

@@ -1,24 +1,22 @@
-"""`qwen3vl-mem demo`: the shipped model answers questions in less memory than its weights take."""
+"""`qwen3vl-mem demo`: models answer questions about images in less memory than their weights take."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import _large_model as large_model
 from ._output import (
     CacheDirOption,
     CodecOption,
     DebugOption,
     JsonOption,
     console,
-    percent,
     print_json,
     progress_bar,
     working,
@@ -33,13 +31,28 @@ if TYPE_CHECKING:
 _PACKAGE = Path(__file__).resolve().parent.parent
 _MODEL = _PACKAGE / "assets" / "tiny-qwen3vl"
 _QUESTIONS = _PACKAGE / "assets" / "demo" / "questions.json"
+_LARGE_MODEL_IMAGE = "fashion_0.png"
 
 
 def demo(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The small model only: no gigabytes are written to the disk.")
+    ] = False,
+    ram_budget: Annotated[
+        str, typer.Option("--ram-budget", metavar="SIZE", help="Memory limit for the process of the large model.")
+    ] = "1GB",
+    layers: Annotated[
+        int,
+        typer.Option("--layers", min=4, max=large_model.SHAPE.layers, help="Layers of the large model."),
+    ] = large_model.LAYERS,
     codec: CodecOption = "auto",
     tensor_budget: Annotated[
         str | None,
-        typer.Option("--tensor-budget", metavar="SIZE", help="(default: a third of the stored weights)"),
+        typer.Option(
+            "--tensor-budget",
+            metavar="SIZE",
+            help="Memory limit for the weights of the small model. (default: a third of the stored weights)",
+        ),
     ] = None,
     cache_dir: CacheDirOption = None,
     dashboard: DashboardOption = None,
@@ -47,18 +60,22 @@ def demo(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show the memory system at work on a small trained model; takes less than a minute.
+    """Show the memory system at work on two models; takes about a minute.
 
-    The same questions go to plain transformers, in a process of its own, and to the model with managed
-    memory.
+    First a small trained model answers questions about images. Then a model with the sizes of Qwen3-VL-2B, whose
+    random weights are made on the spot, runs in a fraction of their size. Both are compared with plain transformers.
 
-    Example: qwen3vl-mem demo --tensor-budget 2MB
+    Example: qwen3vl-mem demo --layers 28
     """
-    from ..config import MemoryConfig
+    from ..config import MemoryConfig, parse_size
 
     check_watching(dashboard)
     budgets = {"tensor_budget": tensor_budget}
     config = MemoryConfig.from_mapping({**budgets, "codec": codec, "cache_dir": cache_dir})
+    budget_bytes = parse_size(ram_budget, key="ram_budget")
+    shape = dataclasses.replace(large_model.SHAPE, layers=layers)
+    if not quick:
+        large_model.check_disk(shape, config.base_dir)
     questions = json.loads(_QUESTIONS.read_text(encoding="utf-8"))
     with working("asking plain transformers", quiet=as_json):
         plain = _ask_plain_transformers()
@@ -67,11 +84,24 @@ def demo(
         question | {"answer": ours, "plain_answer": theirs, "correct": ours == question["expected"]}
         for question, ours, theirs in zip(questions, managed.pop("answers"), plain.pop("answers"), strict=True)
     ]
-    report = {"questions": rows, "plain": plain, "managed": managed}
+    report: dict[str, Any] = {"questions": rows, "plain": plain, "managed": managed, "large_model": None}
+    if not as_json:
+        _show(report, console())
+    if not quick:
+        if not as_json:
+            large_model.show_before(shape, console())
+        report["large_model"] = large_model.compare(
+            shape,
+            config.base_dir,
+            budget_bytes,
+            tokenizer_of=_MODEL,
+            image=_QUESTIONS.parent / _LARGE_MODEL_IMAGE,
+            quiet=as_json,
+        )
     if as_json:
         print_json(report)
-    else:
-        _show(report, console())
+    elif not quick:
+        large_model.show(report["large_model"], console())
 
 
 def _ask_plain_transformers() -> dict[str, Any]:
@@ -80,28 +110,16 @@ def _ask_plain_transformers() -> dict[str, Any]:
     Raises:
         MemoryOptimizationError: the process failed.
     """
-    from ..errors import MemoryOptimizationError
+    from ._child_process import run_module
 
-    # The process must find the package where this one did.
-    search_path = os.pathsep.join(filter(None, (str(_PACKAGE.parent), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, "-m", f"{__package__}._plain", str(_MODEL), str(_QUESTIONS)],
-        env=os.environ | {"PYTHONPATH": search_path},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode != 0:
-        last_line = (done.stderr.strip().splitlines() or ["it wrote nothing"])[-1]
-        raise MemoryOptimizationError(f"plain transformers failed (exit code {done.returncode}): {last_line}")
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    result: dict[str, Any]
+    result, peak = run_module("cli._plain_transformers", _MODEL, _QUESTIONS, label="plain transformers")
+    return result | {"peak_rss_bytes": peak.rss_bytes}
 
 
 def _ask_managed(
     config: MemoryConfig, questions: list[dict[str, str]], *, quiet: bool, dashboard: int | None, record: bool
 ) -> dict[str, Any]:
-    import dataclasses
-
     from .. import create_optimized_model
     from ..model.inputs.processor import load_processor
     from ..planning import pack_model
@@ -143,6 +161,8 @@ def _ask_managed(
 def _show(report: dict[str, Any], screen: Console) -> None:
     from rich.table import Table
 
+    from ..errors import format_bytes
+
     answers = Table(title="A trained Qwen3-VL of 2.7 million weights", title_justify="left", box=None)
     for heading in ("question", "expected", "answer", "right"):
         answers.add_column(heading)
@@ -151,10 +171,15 @@ def _show(report: dict[str, Any], screen: Console) -> None:
         answers.add_row(row["question"], expected, answer, _verdict(row))
     screen.print(answers, highlight=False)
     same = sum(row["answer"] == row["plain_answer"] for row in report["questions"])
-    screen.print(f"{same} of {len(report['questions'])} answers are those of plain transformers.\n", style="dim")
-    screen.print(_memory_table(report["plain"], report["managed"]), highlight=False)
-    note = "With a model this small, the libraries are nearly all of the process; weights are what grows."
-    screen.print(note, style="dim")
+    plain, managed = report["plain"], report["managed"]
+    resident, stored, theirs = map(
+        format_bytes, (managed["resident_weight_bytes"], managed["stored_weight_bytes"], plain["weight_bytes"])
+    )
+    note = (
+        f"{same} of {len(report['questions'])} answers are those of plain transformers.\n"
+        f"Weights in memory: {resident} of {stored} ({managed['codec']}); plain transformers: {theirs}."
+    )
+    screen.print(note, style="dim", highlight=False)
 
 
 def _compact(task: str, text: str) -> str:
@@ -168,27 +193,3 @@ def _verdict(row: dict[str, Any]) -> str:
     if len(wanted) == 1:
         return "[red]no[/red]"
     return f"[yellow]{sum(a == b for a, b in zip(wanted, given, strict=False))} of {len(wanted)}[/yellow]"
-
-
-def _memory_table(plain: dict[str, Any], managed: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    from ..errors import format_bytes
-
-    table = Table(title="Memory", title_justify="left", box=None)
-    table.add_column("")
-    table.add_column("plain transformers", justify="right")
-    table.add_column(f"managed ({managed['codec']})", justify="right", style="green")
-    table.add_row("weights, stored", format_bytes(plain["weight_bytes"]), format_bytes(managed["stored_weight_bytes"]))
-    table.add_row("budget for weights in memory", "-", format_bytes(managed["tensor_budget_bytes"]))
-    table.add_row(
-        "weights in memory", format_bytes(plain["weight_bytes"]), format_bytes(managed["resident_weight_bytes"])
-    )
-    table.add_row(
-        "whole process at its peak", format_bytes(plain["peak_rss_bytes"]), format_bytes(managed["peak_rss_bytes"])
-    )
-    table.add_row("read from the SSD a token", "-", format_bytes(managed["bytes_read_per_pass"] or 0))
-    table.add_row("weights found in memory", "-", percent(managed["hit_rate"]))
-    table.add_row("waits for the SSD", "-", f"{managed['faults']}, {managed['stall_s']:.2f} s")
-    table.add_row("time for all questions", f"{plain['seconds']:.1f} s", f"{managed['seconds']:.1f} s")
-    return table
