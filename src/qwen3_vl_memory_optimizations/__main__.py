@@ -1,4 +1,4 @@
-"""The command line, `python -m qwen3_vl_memory_optimizations` or `qwen3vl-mem`: what it needs is imported here."""
+"""Entry point of `python -m qwen3_vl_memory_optimizations` and of `qwen3vl-mem`; it imports the command line."""
 
 import sys
 
@@ -6,7 +6,7 @@ _EXIT_INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run the command line; Ctrl-C while it is imported is a line, not a traceback."""
+    """Run the command line; Ctrl-C during its import prints one line, not a traceback."""
     try:
         from .cli import main as run
 

@@ -1,4 +1,4 @@
-"""The command line `qwen3vl-mem`. One file a command; what a command needs is imported when it runs."""
+"""The command line `qwen3vl-mem`: one file per command; a command imports its dependencies when it runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from .._version import __version__
 from . import cache, dashboard, demo, doctor, evaluate, generate, pack, report, top
-from ._output import CommandGroup
+from ._output import Command, CommandGroup
 
 __all__ = ["app", "main"]
 
@@ -34,14 +34,14 @@ for command in (
     top.top,
     report.report,
 ):
-    app.command()(command)
+    app.command(cls=Command)(command)
 app.add_typer(cache.app)
 
 
 def main() -> None:
     """Run the command line."""
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started it
+        if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     app(prog_name="qwen3vl-mem")
 
@@ -58,5 +58,5 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    # The options of the program itself; its help text is given to `Typer`.
+    # Options of the program itself; its help text is passed to `Typer`.
     pass

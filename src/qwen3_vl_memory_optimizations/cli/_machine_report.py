@@ -1,4 +1,4 @@
-"""What `qwen3vl-mem doctor` says of profiles and of energy."""
+"""The profile and energy sections of `qwen3vl-mem doctor`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def profile_report(profile: str, hardware: HardwareProfile, directory: Path) -> dict[str, Any]:
-    """Return which profile this machine gets and why, or what is wrong: that must not hide the rest of the report."""
+    """Return the profile chosen for this machine and why, or the problem, so that the rest of the report still shows."""
     from ..errors import ConfigurationError
     from ..profiles import choose, user_directory
 
@@ -24,7 +24,7 @@ def profile_report(profile: str, hardware: HardwareProfile, directory: Path) -> 
 
 
 def energy_report() -> dict[str, Any]:
-    """Return what of this machine's energy is counted, and why the rest is not."""
+    """Return this machine's energy counters, or why a part has none."""
     from ..energy import EnergyMeter
 
     meter = EnergyMeter()
@@ -35,7 +35,7 @@ def energy_report() -> dict[str, Any]:
 
 
 def show_profile(report: dict[str, Any], screen: Console) -> None:
-    """Print the profile, the conditions that it met, what it sets, and why it is none of the others."""
+    """Print the profile, the conditions it meets, its settings, and why the others were not chosen."""
     screen.print("\n[bold]Profile[/bold]")
     chosen = report["chosen"]
     if chosen is None:
@@ -43,28 +43,28 @@ def show_profile(report: dict[str, Any], screen: Console) -> None:
         return
     conditions = [f"{each['wanted']} ({each['found']})" for each in chosen["conditions"] if each["met"]]
     unmet = [f"{each['wanted']} ({each['found']})" for each in chosen["conditions"] if not each["met"]]
-    rows = [(chosen["name"], chosen["why"]), ("fits by", "; ".join(conditions) or "no condition at all")]
+    rows = [(chosen["name"], chosen["why"]), ("matches", "; ".join(conditions) or "any machine (it has no conditions)")]
     if unmet:
-        rows.append(("not by", f"{'; '.join(unmet)}; taken because it was asked for"))
+        rows.append(("does not match", f"{'; '.join(unmet)}; used because you requested it"))
     rows.append(("sets", ", ".join(f"{key} = {_text(key, value)}" for key, value in chosen["settings"].items()) or "-"))
-    rows += [("leaves out", f"{key}: {reason}") for key, reason in chosen["left_out"].items()]
+    rows += [("ignored", f"{key}: {reason}") for key, reason in chosen["left_out"].items()]
     rows.append(("file", chosen["file"]))
     for other in chosen["considered"]:
         missed = [f"{each['wanted']} ({each['found']})" for each in other["conditions"] if not each["met"]]
-        rows.append((f"not {other['name']}", "; ".join(missed) if missed else "fits too, but comes after"))
+        rows.append((f"not {other['name']}", "; ".join(missed) if missed else "also matches, but has a lower priority"))
     asked_for = report["asked_for"]
-    rows.append(("to use it", f"qwen3vl-mem generate MODEL -p QUESTION --profile {asked_for}"))
-    rows.append(("", f'create_optimized_model(MODEL, {{"profile": "{asked_for}"}})'))
-    rows.append(("to add one", f"a .toml file in {report['user_directory']}"))
+    rows.append(("command line", f"qwen3vl-mem generate MODEL -p QUESTION --profile {asked_for}"))
+    rows.append(("Python", f'create_optimized_model(MODEL, {{"profile": "{asked_for}"}})'))
+    rows.append(("add your own", f".toml file in {report['user_directory']}"))
     _rows(rows, screen)
 
 
 def show_energy(report: dict[str, Any], screen: Console) -> None:
-    """Print what is counted."""
+    """Print the energy counters."""
     screen.print("\n[bold]Energy[/bold]")
     counted = {part: ", ".join(found["counters"]) for part, found in report.items()}
     _rows(
-        [(part, f"counted: {counted[part]}" if counted[part] else found["absent"]) for part, found in report.items()],
+        [(part, f"measured by {counted[part]}" if counted[part] else found["absent"]) for part, found in report.items()],
         screen,
     )
 
@@ -75,12 +75,12 @@ def _rows(rows: list[tuple[str, str]], screen: Console) -> None:
 
     table = Table.grid(padding=(0, 2))
     for name, text in rows:
-        table.add_row(f"  {name}", Text(text, overflow="fold"))  # paths and settings may hold brackets
+        table.add_row(f"  {name}", Text(text, overflow="fold"))  # paths and settings may contain brackets
     screen.print(table, highlight=False)
 
 
 def _text(key: str, value: Any) -> str:
-    """Return a setting for people."""
+    """Format a setting."""
     from ..errors import format_bytes
 
     if isinstance(value, bool):

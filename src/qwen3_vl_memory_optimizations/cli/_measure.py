@@ -1,4 +1,4 @@
-"""Brief measurements of this machine: the speed of matrix products."""
+"""Quick measurements of this machine: matrix-product throughput."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _COLUMNS, _ROWS = 2048, 2048
 
 
 def product_speeds(rows: int, *, runs: int) -> dict[str, float]:
-    """Return how fast `rows` activations pass a 2048 x 2048 layer, in operations/s.
+    """Measure the throughput of `rows` activations through a 2048 x 2048 layer, in operations/s.
 
     Args:
-        rows: 1 is a step of decoding; many is a prompt or an image.
-        runs: the best of so many counts.
+        rows: 1 for a decode step; many for a prompt or an image.
+        runs: number of repetitions; the best one counts.
 
     Returns:
-        One figure for fp32, bf16, and INT8 weights as the library computes with them (fp32 activations).
+        One figure each for fp32, bf16 and INT8 weights (the last with fp32 activations, as the library computes).
     """
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(_ROWS, _COLUMNS, generator=generator, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What all commands share: how results, progress and errors are shown, and the options for that."""
+"""Shared by all commands: output of results, progress and errors, and the common options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from ..errors import MemoryOptimizationError
 
@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 _UsageError: Any = typer.BadParameter.__base__  # typer brings its own click since 0.26
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+INPUT, MEMORY, GENERATION, OUTPUT = "Input", "Memory", "Generation", "Output"
+"""Panels of options in help texts."""
+_MOST_WITHOUT_PANELS = 7
 
 Progress = Callable[[str, int, int], None]
 
 
 def _remember(name: str) -> Callable[[typer.Context, bool], bool]:
-    """Return a callback that notes an option where `CommandGroup` finds it, whichever command it was given to."""
+    """Return a callback that stores an option where `CommandGroup` finds it, whatever the command."""
 
     def note(ctx: typer.Context, value: bool) -> bool:
         ctx.meta[name] = value
@@ -38,32 +41,42 @@ def _remember(name: str) -> Callable[[typer.Context, bool], bool]:
 
 JsonOption = Annotated[
     bool,
-    typer.Option("--json", callback=_remember("json"), help="Print one JSON object on stdout, and nothing else there."),
+    typer.Option(
+        "--json",
+        callback=_remember("json"),
+        rich_help_panel=OUTPUT,
+        help="Print one JSON object to stdout and nothing else.",
+    ),
 ]
 DebugOption = Annotated[
-    bool, typer.Option("--debug", callback=_remember("debug"), help="Show where in the code an error came from.")
+    bool,
+    typer.Option("--debug", callback=_remember("debug"), rich_help_panel=OUTPUT, help="Print a traceback on errors."),
 ]
 RamBudgetOption = Annotated[
     str | None,
-    typer.Option("--ram-budget", metavar="SIZE", help="The most the whole process may use, such as 4GB."),
+    typer.Option(
+        "--ram-budget", metavar="SIZE", rich_help_panel=MEMORY, help="Memory limit for the whole process, such as 4GB."
+    ),
 ]
 TensorBudgetOption = Annotated[
-    str | None, typer.Option("--tensor-budget", metavar="SIZE", help="The most the weights in memory may use.")
+    str | None,
+    typer.Option("--tensor-budget", metavar="SIZE", rich_help_panel=MEMORY, help="Memory limit for the weights."),
 ]
 ProfileOption = Annotated[
     str | None,
     typer.Option(
         "--profile",
         metavar="NAME|FILE",
-        help="Settings for a sort of machine, where no option says otherwise: auto (the one that fits; see doctor), "
-        "a name, or a .toml file.",
+        rich_help_panel=MEMORY,
+        help="Hardware profile; explicit options override it: auto (best match, see doctor), a name, or a .toml file.",
     ),
 ]
 CodecOption = Annotated[
     str,
     typer.Option(
         "--codec",
-        help="How weights are stored: auto, none (as they are), or a codec such as int8_rotated, int8 or int4.",
+        rich_help_panel=MEMORY,
+        help="Weight format: auto, none (unchanged), or a codec such as int8_rotated, int8 or int4.",
     ),
 ]
 CacheDirOption = Annotated[
@@ -71,25 +84,40 @@ CacheDirOption = Annotated[
     typer.Option(
         "--cache-dir",
         metavar="DIR",
-        help="Where packed checkpoints and cached results lie. (default: $QWEN3VL_MEM_CACHE, or ~/.cache/qwen3vl-mem)",
+        rich_help_panel=MEMORY,
+        help="Directory of packed checkpoints, cached results and recorded runs. "
+        "(default: $QWEN3VL_MEM_CACHE, or ~/.cache/qwen3vl-mem)",
     ),
 ]
 
 
 def typed(ctx: typer.Context, **settings: Any) -> dict[str, Any]:
-    """Return those of a command's options that the user typed: a default is no wish, and a profile goes before it."""
+    """Return only explicitly given options, so that a profile overrides defaults."""
     sources = {name: ctx.get_parameter_source(name) for name in settings}
     return {name: settings[name] for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
 
 
+class Command(TyperCommand):
+    """A command whose help lists few options without panels, and `--help` with the last panel."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help text."""
+        options: list[Any] = [each for each in self.get_params(ctx) if each.param_type_name == "option"]
+        use_panels = len(options) > _MOST_WITHOUT_PANELS
+        for option in options:
+            panel = getattr(option, "rich_help_panel", None) or (OUTPUT if option.name == "help" else None)
+            option.rich_help_panel = panel if use_panels else None
+        super().format_help(ctx, formatter)
+
+
 class CommandGroup(TyperGroup):
-    """Shows what goes wrong as one line that says what to do, never as a traceback."""
+    """A command group that reports errors as one line with advice, never as a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command.
 
         Raises:
-            typer.Exit: the command failed, and what there is to say was said.
+            typer.Exit: the command failed and its error was printed.
         """
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         try:
@@ -113,7 +141,7 @@ def _show_error(error: Exception, *, debug: bool, as_json: bool) -> None:
         traceback.print_exception(error)
     if as_json:
         print_json({"error": {"type": type(error).__name__, "message": str(error)}})
-    # No markup and no wrapping: the message may hold brackets, and paths that people copy.
+    # No markup, no wrapping: messages may contain brackets, and paths to copy.
     error_console().print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -125,22 +153,22 @@ def console() -> Console:
 
 
 def error_console() -> Console:
-    """Return the console for everything that is not a result."""
+    """Return the console for everything except results."""
     from rich.console import Console
 
     return Console(stderr=True)
 
 
 def print_json(value: Any) -> None:
-    """Print the result of a command for machines."""
+    """Print the result of a command as JSON."""
     sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
 
 
 @contextlib.contextmanager
 def progress_bar(*, quiet: bool = False, in_bytes: bool = True) -> Iterator[Progress]:
-    """Give a callback (description, done, in all) that shows a bar with remaining time, and the rate of bytes.
+    """Yield a callback (description, done, total) that shows a progress bar with time left, and bytes per second.
 
-    The bar lives on stderr and vanishes at the end. Without a terminal, or `quiet`, nothing is shown.
+    The bar is on stderr and disappears at the end. Without a terminal, or if `quiet`, it is not shown.
     """
     screen = error_console()
     if quiet or not screen.is_terminal:
@@ -168,7 +196,7 @@ def progress_bar(*, quiet: bool = False, in_bytes: bool = True) -> Iterator[Prog
 
 @contextlib.contextmanager
 def working(message: str, *, quiet: bool = False) -> Iterator[None]:
-    """Show on stderr that something is being done that has no measure of progress."""
+    """Show a spinner on stderr during work without measurable progress."""
     screen = error_console()
     if quiet or not screen.is_terminal:
         yield
@@ -178,5 +206,5 @@ def working(message: str, *, quiet: bool = False) -> Iterator[None]:
 
 
 def percent(share: float | None) -> str:
-    """Return a share for people; a figure that is not there is a dash."""
+    """Format a share as a percentage; `None` is a dash."""
     return "-" if share is None else f"{100 * share:.0f} %"

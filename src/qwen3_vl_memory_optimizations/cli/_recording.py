@@ -1,4 +1,4 @@
-"""What commands that run a model share: the run is recorded, and shown on a page if that is asked for."""
+"""Shared by commands that run a model: record the run, and serve its dashboard on request."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ._output import error_console
+from ._output import OUTPUT, error_console
 
 if TYPE_CHECKING:
     from ..optimizer import MemoryOptimizer
@@ -21,22 +21,25 @@ DashboardOption = Annotated[
         metavar="PORT",
         min=0,
         max=65535,
-        help="Serve a live page on 127.0.0.1 while it runs (0: any free port).",
+        rich_help_panel=OUTPUT,
+        help="Serve a live dashboard on 127.0.0.1 during the run (0: any free port).",
     ),
 ]
 RecordOption = Annotated[
     bool,
     typer.Option(
-        "--record/--no-record", help="Keep figures of the run for top, dashboard and report; the last 20 runs stay."
+        "--record/--no-record",
+        rich_help_panel=OUTPUT,
+        help="Record the run for top, dashboard and report; the last 20 runs are kept.",
     ),
 ]
 
 
 def check_watching(dashboard: int | None) -> None:
-    """Find out before anything slow is done whether a page can be served.
+    """Check before slow work that a dashboard can be served.
 
     Raises:
-        ConfigurationError: what it needs is not installed.
+        ConfigurationError: its dependencies are not installed.
     """
     if dashboard is not None:
         from ..monitoring.dashboard.server import check_installed
@@ -48,16 +51,16 @@ def check_watching(dashboard: int | None) -> None:
 def watched(
     optimizer: MemoryOptimizer, *, dashboard: int | None, record: bool, command: str, model: str
 ) -> Iterator[None]:
-    """Record what an optimizer does in a block, and show it.
+    """Record an optimizer during a block, and serve its dashboard.
 
     Args:
-        optimizer: of the run. Where it is private, nothing is written.
-        dashboard: port of the page; `None`: no page.
-        record: whether a file is written.
-        command, model: what the run is of.
+        optimizer: the optimizer of the run; if it is private, no file is written.
+        dashboard: port of the dashboard; `None` for no dashboard.
+        record: whether to write a run file.
+        command, model: names shown for the run.
 
     Raises:
-        ConfigurationError: the page cannot be served.
+        ConfigurationError: the dashboard cannot be served.
     """
     from ..monitoring import Recorder, start_dashboard
 
@@ -65,7 +68,7 @@ def watched(
     about = {"command": command, "model": model}
     with contextlib.ExitStack() as stack:
         if dashboard is not None:
-            optimizer.figures.measure()  # 0.3 s, before the run and not in it
+            optimizer.figures.measure()  # takes 0.3 s, so before the run
             page = stack.enter_context(start_dashboard(optimizer, dashboard, path=path, about=about))
             text = f"dashboard: {page.url}"
             error_console().print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
@@ -75,11 +78,11 @@ def watched(
 
 
 def _run_path(optimizer: MemoryOptimizer) -> Path | None:
-    """Return where to record; `None`: nowhere, and a run needs no record of itself."""
+    """Return the path of the run file, or `None` if it cannot be written: a run works without a recording."""
     from ..monitoring.recording.run_file import new_run_path, runs_dir
 
     try:
         return new_run_path(runs_dir(optimizer.config))
     except OSError as error:
-        error_console().print(f"the run is not recorded: {error}", style="yellow", markup=False, soft_wrap=True)
+        error_console().print(f"this run is not recorded: {error}", style="yellow", markup=False, soft_wrap=True)
         return None

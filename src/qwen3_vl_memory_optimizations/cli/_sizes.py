@@ -1,4 +1,4 @@
-"""How large the published models are, and how fast they can be: arithmetic on their true shapes."""
+"""Sizes and speed bounds of the published models, computed from their real shapes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 Matrix = tuple[int, int]
 
 PROCESS_BYTES = 500_000_000
-"""What a process needs besides weights: interpreter, torch and transformers (about 400 MB measured), activations."""
+"""Process memory besides weights: interpreter, torch and transformers (about 400 MB measured), activations."""
 
 _KV_HEADS, _HEAD_DIM, _VOCABULARY = 8, 128, 151936
 _PATCH_VALUES = 3 * 2 * 16 * 16
@@ -20,10 +20,10 @@ _DEEPSTACK_LAYERS = 3
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """The sizes that tell the published Qwen3-VL models apart.
+    """The sizes in which the published Qwen3-VL models differ.
 
     Attributes:
-        tied: the language-model head is the embedding.
+        tied: the language-model head shares the embedding weights.
     """
 
     name: str
@@ -37,18 +37,18 @@ class ModelShape:
     vision_mlp: int
 
     def decoder_matrices(self) -> list[Matrix]:
-        """Return the matrices that each new token reads: all layers and the language-model head."""
+        """Return the matrices read per new token: all layers and the language-model head."""
         hidden, queries, keys = self.hidden, self.heads * _HEAD_DIM, _KV_HEADS * _HEAD_DIM
         attention = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
         mlp = [(self.mlp, hidden), (self.mlp, hidden), (hidden, self.mlp)]
         return (attention + mlp) * self.layers + [(_VOCABULARY, hidden)]
 
     def embedding_matrices(self) -> list[Matrix]:
-        """Return the embedding where it is apart from the head: a token reads one row of it."""
+        """Return the embedding unless it is tied to the head; each token reads one row."""
         return [] if self.tied else [(_VOCABULARY, self.hidden)]
 
     def vision_matrices(self) -> list[Matrix]:
-        """Return the matrices of the vision tower, which an image reads once."""
+        """Return the matrices of the vision tower, read once per image."""
         width, wide = self.vision_hidden, self.vision_mlp
         block = [(3 * width, width), (width, width), (wide, width), (width, wide)]
         merged = width * _MERGED_PATCHES
@@ -58,7 +58,7 @@ class ModelShape:
 
     @property
     def n_parameters(self) -> int:
-        """All weights of the model, vectors included."""
+        """Number of weights, vectors included."""
         matrices = self.decoder_matrices() + self.embedding_matrices() + self.vision_matrices()
         return sum(math.prod(matrix) for matrix in matrices) + self._text_vectors() + self._vision_vectors()
 
@@ -120,11 +120,11 @@ def encoded_bytes(matrices: Iterable[Matrix], codec: str) -> int:
 
 
 def least_budgets(shape: ModelShape, itemsize: int) -> dict[str, int]:
-    """Return the least `ram_budget` by what is asked: with less, a run is refused before its first token.
+    """Return the minimum `ram_budget` for each prompt size; with less, a run is refused before its first token.
 
     Args:
-        shape: of the model.
-        itemsize: bytes of an activation: 2 in bf16, 4 in fp32.
+        shape: the model shape.
+        itemsize: bytes per activation: 2 in bf16, 4 in fp32.
     """
     from types import SimpleNamespace
 
@@ -156,14 +156,14 @@ def least_budgets(shape: ModelShape, itemsize: int) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What to expect of one model.
+    """Expected speed of one model with one codec.
 
     Attributes:
-        decoder_bytes: used by each new token.
-        resident_bytes: what of it stays in memory.
-        read_bytes_per_token: the rest, which comes from the SSD for each token.
-        tokens_per_s: an upper bound: reading is all that takes time.
-        bound_by: what limits it, `ssd` or `memory`.
+        decoder_bytes: bytes used per new token.
+        resident_bytes: the part of them that stays in memory.
+        read_bytes_per_token: the rest, read from the SSD.
+        tokens_per_s: upper bound: only reads are assumed to take time.
+        bound_by: the bottleneck, `ssd` or `memory`.
     """
 
     model: str
@@ -183,7 +183,7 @@ def estimate(
     ssd_bytes_per_s: float | None,
     memory_bytes_per_s: float,
 ) -> Estimate:
-    """Return what to expect of a model within a budget: 1 / max(missing / SSD, decoder / memory bandwidth)."""
+    """Estimate tokens/s within a budget: 1 / max(missing bytes / SSD bandwidth, decoder bytes / memory bandwidth)."""
     decoder_bytes = encoded_bytes(shape.decoder_matrices(), codec)
     resident_bytes = min(decoder_bytes, max(0, ram_budget_bytes - PROCESS_BYTES))
     missing_bytes = decoder_bytes - resident_bytes

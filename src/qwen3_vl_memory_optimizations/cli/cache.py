@@ -1,4 +1,4 @@
-"""`qwen3vl-mem cache`: what is kept of images and prompts on the SSD, and how to be rid of it."""
+"""`qwen3vl-mem cache`: inspect and clear the cached results of images and prompts on the SSD."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._output import CacheDirOption, DebugOption, JsonOption, console, print_json
+from ._output import CacheDirOption, Command, DebugOption, JsonOption, console, print_json
 
 if TYPE_CHECKING:
     from ..storage import ContentStore
@@ -17,7 +17,7 @@ EXIT_PROBLEMS = 1
 
 app = typer.Typer(
     name="cache",
-    help="Look at what is kept of images and prompts on the SSD, check it, remove it.",
+    help="List, verify and clear the cached results of images and prompts on the SSD.",
     epilog="Example: qwen3vl-mem cache ls",
     no_args_is_help=True,
 )
@@ -30,13 +30,13 @@ def _store(cache_dir: Path | None) -> ContentStore:
     return ContentStore(MemoryConfig(cache_dir=cache_dir).reuse_dir)
 
 
-@app.command("ls")
+@app.command("ls", cls=Command)
 def list_entries(
     cache_dir: CacheDirOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """List the entries, the last used first.
+    """List cached entries, most recently used first.
 
     Example: qwen3vl-mem cache ls --json
     """
@@ -50,14 +50,14 @@ def list_entries(
         return
     screen = console()
     if not rows:
-        screen.print(f"nothing is kept in {store.directory}", markup=False, highlight=False, soft_wrap=True)
+        screen.print(f"the cache in {store.directory} is empty", markup=False, highlight=False, soft_wrap=True)
         return
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2))
     for heading in ("key", "kind"):
         table.add_column(heading)
-    for heading in ("size", "uses", "saves", "last used"):
+    for heading in ("size", "uses", "time saved", "last used"):
         table.add_column(heading, justify="right")
     for row in rows:
         used_at = row["used_at"]
@@ -72,13 +72,13 @@ def list_entries(
     screen.print(table, highlight=False)
 
 
-@app.command("stats")
+@app.command("stats", cls=Command)
 def show_stats(
     cache_dir: CacheDirOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Show how much is kept, of what, and how fast it was read.
+    """Show the cache size by kind and its read bandwidth.
 
     Example: qwen3vl-mem cache stats
     """
@@ -107,21 +107,21 @@ def show_stats(
     screen = console()
     screen.print(f"{len(index.entries)} entries, {format_bytes(index.used_bytes)}", highlight=False)
     for name, row in sorted(kinds.items()):
-        text = f"  {name}: {row['entries']} entries, {format_bytes(row['n_bytes'])}, asked for {row['uses']} times"
+        text = f"  {name}: {row['entries']} entries, {format_bytes(row['n_bytes'])}, used {row['uses']} times"
         screen.print(text, markup=False, highlight=False)
-    screen.print("read at " + ("a speed not measured yet" if rate is None else f"{format_bytes(rate)}/s"))
+    screen.print("read bandwidth: " + ("not measured yet" if rate is None else f"{format_bytes(rate)}/s"))
     screen.print(str(store.directory), markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command("verify")
+@app.command("verify", cls=Command)
 def verify(
     cache_dir: CacheDirOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Read every entry and compare it with its checksum; exit with 1 if one is not what was written.
+    """Verify the checksum of every entry; exit with 1 if one is damaged.
 
-    A damaged entry is never used: it counts as not there, and is removed when it is asked for.
+    Damaged entries are never used: a lookup counts as a miss and removes the entry.
 
     Example: qwen3vl-mem cache verify
     """
@@ -135,19 +135,19 @@ def verify(
         for each in problems:
             screen.print(each["problem"], style="red", markup=False, highlight=False, soft_wrap=True)
         good = n_entries - len(problems) if problems else n_entries
-        screen.print(f"{n_entries} entries are as they were written" if not problems else f"{max(good, 0)} are good")
+        screen.print(f"{n_entries} entries are intact" if not problems else f"{max(good, 0)} entries are intact")
     if problems:
         raise typer.Exit(EXIT_PROBLEMS)
 
 
-@app.command("clear")
+@app.command("clear", cls=Command)
 def clear(
     cache_dir: CacheDirOption = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Remove all entries.
+    """Remove all cached entries.
 
     Example: qwen3vl-mem cache clear --yes
     """

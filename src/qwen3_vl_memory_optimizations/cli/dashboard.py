@@ -1,4 +1,4 @@
-"""`qwen3vl-mem dashboard`: the page of a run, live or recorded."""
+"""`qwen3vl-mem dashboard`: the dashboard of a live or recorded run."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from ._output import CacheDirOption, DebugOption, error_console
 
 RunArgument = Annotated[
     Path | None,
-    typer.Argument(metavar="[RUN]", help="A recorded run. (default: the newest that still runs, else the newest)"),
+    typer.Argument(metavar="[RUN]", help="Run file. (default: the newest live run, else the newest)"),
 ]
 
 
 def dashboard(
     run: RunArgument = None,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="On 127.0.0.1; 0: any that is free.")] = 0,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port on 127.0.0.1 (0: any free port).")] = 0,
     cache_dir: CacheDirOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Show a run on a page, until Ctrl-C.
+    """Serve the dashboard of a run until Ctrl-C.
 
-    Without a name it is the newest run that is still under way, in whatever process, and the page
-    follows it; else the newest that ended. `generate` and `demo` record theirs in the cache directory.
+    The default is the newest live run of any process, which the page follows; else the newest ended run.
+    `generate` and `demo` record their runs in the cache directory.
 
     Example: qwen3vl-mem dashboard
     """
@@ -34,7 +34,7 @@ def dashboard(
 
     path = find_run(run, _runs_dir(cache_dir))
     with serve_run(path, port) as page:
-        text = f"{page.url}  ({path.name}, {'running' if page.source.running else 'ended'}; Ctrl-C ends the page)"
+        text = f"{page.url}  ({path.name}, {'running' if page.source.running else 'ended'}; Ctrl-C stops the dashboard)"
         error_console().print(text, markup=False, highlight=False, soft_wrap=True)
         try:
             threading.Event().wait()

@@ -1,4 +1,4 @@
-"""`qwen3vl-mem doctor`: what this machine is, measured, and what to expect of it."""
+"""`qwen3vl-mem doctor`: describe and measure this machine, and estimate the speed of each model."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _PROMPT_ROWS = 128
 def doctor(
     path: Annotated[
         Path | None,
-        typer.Option("--path", metavar="DIR", help="Measure the SSD there. (default: the cache directory)"),
+        typer.Option("--path", metavar="DIR", help="Directory whose SSD is measured. (default: the cache directory)"),
     ] = None,
     ram_budget: Annotated[
         str | None,
-        typer.Option("--ram-budget", metavar="SIZE", help="What the process may use. (default: what is free)"),
+        typer.Option("--ram-budget", metavar="SIZE", help="Memory limit of the process. (default: free memory)"),
     ] = None,
     profile: Annotated[
-        str, typer.Option("--profile", metavar="NAME|FILE", help="The hardware profile to explain.")
+        str, typer.Option("--profile", metavar="NAME|FILE", help="Hardware profile to explain.")
     ] = "auto",
-    quick: Annotated[bool, typer.Option("--quick", help="Measure less: sooner done, less exact.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Measure for less time, with less precision.")] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Describe this machine, the hardware profile that suits it, and the speed of each model on it, estimated.
+    """Describe this machine, its best hardware profile, and the estimated speed of each model.
 
     Example: qwen3vl-mem doctor --ram-budget 4GB
     """
@@ -42,7 +42,7 @@ def doctor(
 
     budget_bytes = None if ram_budget is None else parse_size(ram_budget, key="ram_budget")
     if path is not None and not path.is_dir():
-        raise ConfigurationError(f"--path: {path} is not a directory")
+        raise ConfigurationError(f"--path: {path} is not a directory; name an existing one")
     directory = path or MemoryConfig().packed_dir.parent
 
     with working("measuring this machine", quiet=as_json):
@@ -104,7 +104,7 @@ def _examine(directory: Path, budget_bytes: int | None, profile: str, *, quick: 
 
 
 def _ssd_bandwidth(directory: Path, total_bytes: int) -> tuple[float | None, str | None]:
-    """Return the bandwidth in bytes/s, or why there is none: a full disk must not hide the rest of the report."""
+    """Return the bandwidth in bytes/s, or the problem, so that a full disk does not hide the rest of the report."""
     from ..errors import StorageError
     from ..storage.probe import measure_scratch_bandwidth
 
@@ -128,7 +128,7 @@ def _show(report: dict[str, Any], screen: Console) -> None:
     show_energy(report["energy"], screen)
     show_profile(report["profile"], screen)
 
-    screen.print("\n[bold]Matrix products[/bold], in billion operations a second")
+    screen.print("\n[bold]Matrix products[/bold], billion operations per second")
     speeds = Table(box=None, padding=(0, 2))
     speeds.add_column("")
     kinds = measured["decode_operations_per_s"]
@@ -142,7 +142,7 @@ def _show(report: dict[str, Any], screen: Console) -> None:
     screen.print(speeds, highlight=False)
     prompt = measured["prompt_operations_per_s"]
     ratio = f"bf16 runs at {prompt['bfloat16'] / prompt['float32']:.2g} times the speed of fp32"
-    screen.print(f"  computed in [green]{report['compute_dtype']}[/green]: {ratio} here", highlight=False)
+    screen.print(f"  compute dtype: [green]{report['compute_dtype']}[/green]; {ratio} on this machine", highlight=False)
 
     _show_estimates(report, screen)
 
@@ -175,7 +175,7 @@ def _show_estimates(report: dict[str, Any], screen: Console) -> None:
     table = Table(box=None, padding=(0, 2))
     table.add_column("  model")
     table.add_column("codec")
-    for heading in ("decoder", "in memory", "read a token", "tokens/s"):
+    for heading in ("decoder", "in memory", "SSD reads per token", "tokens/s"):
         table.add_column(heading, justify="right")
     for row in report["estimates"]:
         rate = row["tokens_per_s"]
@@ -188,7 +188,7 @@ def _show_estimates(report: dict[str, Any], screen: Console) -> None:
             "-" if rate is None else f"{rate:.2g}",
         )
     screen.print(table, highlight=False)
-    screen.print("  An upper bound: reading weights is taken to be all that takes time.", style="dim")
+    screen.print("  An upper bound: only weight reads are assumed to take time.", style="dim")
     _show_least(report, screen)
 
 
@@ -200,7 +200,7 @@ def _show_least(report: dict[str, Any], screen: Console) -> None:
     if not report.get("models"):
         return
     screen.print(
-        f"\n[bold]Least --ram-budget[/bold], computed in {report['compute_dtype']}: with less, a prompt is refused"
+        f"\n[bold]Minimum --ram-budget[/bold] by prompt, computing in {report['compute_dtype']}; smaller budgets are refused"
     )
     table = Table(box=None, padding=(0, 2))
     table.add_column("  model")

@@ -1,4 +1,4 @@
-"""`qwen3vl-mem evaluate`: what each codec costs in accuracy and saves in bytes."""
+"""`qwen3vl-mem evaluate`: the accuracy and size of each codec."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._output import CacheDirOption, DebugOption, JsonOption, TensorBudgetOption, console, print_json, progress_bar
+from ._output import (
+    INPUT,
+    MEMORY,
+    CacheDirOption,
+    DebugOption,
+    JsonOption,
+    TensorBudgetOption,
+    console,
+    print_json,
+    progress_bar,
+)
 from ._recording import DashboardOption, check_watching, watched
 
 if TYPE_CHECKING:
@@ -25,23 +35,31 @@ _COMPARED = ("top1_agreement", "kl_divergence", "layer_relative_error")
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A checkpoint directory, or a model id of the hub.")],
+    model: Annotated[str, typer.Argument(help="Checkpoint directory or Hugging Face model id.")],
     codec: Annotated[
         list[str] | None,
-        typer.Option("--codec", help="What to evaluate; may be given several times. (default: every codec there is)"),
+        typer.Option("--codec", rich_help_panel=MEMORY, help="Codec to evaluate; repeatable. (default: all codecs)"),
     ] = None,
     text: Annotated[
         Path | None,
-        typer.Option("--text", metavar="FILE", help="A text to predict. (default for a language model: a novel)"),
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            rich_help_panel=INPUT,
+            help="Text file to predict. (default for a language model: a novel)",
+        ),
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=2, help="How much of the text.")] = _DEFAULT_TOKENS,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=2, rich_help_panel=INPUT, help="Number of text tokens to predict.")
+    ] = _DEFAULT_TOKENS,
     images: Annotated[
         int | None,
         typer.Option(
             "--images",
             min=1,
-            help=f"Questions about so many images; above {_DEFAULT_IMAGES} of the test images of easy-VQA, "
-            f"up to 1000. (default for a vision model: {_DEFAULT_IMAGES})",
+            rich_help_panel=INPUT,
+            help=f"Number of images to ask about; above {_DEFAULT_IMAGES}, test images of easy-VQA, up to 1000. "
+            f"(default for a vision model: {_DEFAULT_IMAGES})",
         ),
     ] = None,
     tensor_budget: TensorBudgetOption = None,
@@ -50,10 +68,10 @@ def evaluate(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Compare codecs with the model as it is: accuracy, perplexity, errors of layers, bytes.
+    """Compare codecs with the unmodified model: accuracy, perplexity, layer errors, size.
 
-    Without a budget the model is loaded whole beside each codec; with --tensor-budget both are read within it.
-    With --dashboard the page shows one codec after the other: reload it when it says that one has ended.
+    Without a budget, the whole model is loaded alongside each codec; with --tensor-budget, both stay within it.
+    With --dashboard, the page shows one codec at a time: reload it when a run has ended.
 
     Example: qwen3vl-mem evaluate ~/models/Qwen3-VL-2B-Instruct --codec int8 --text novel.txt --tensor-budget 1GB
     """
@@ -68,7 +86,7 @@ def evaluate(
     from ..factory import local_directory
 
     directory = local_directory(model)
-    disable_progress_bar()  # one bar is enough
+    disable_progress_bar()  # our own bar is enough
     tasks = _tasks(directory, text, tokens, images)
 
     def watch(optimized: Any, name: str) -> AbstractContextManager[None]:
@@ -84,7 +102,7 @@ def evaluate(
 
 
 def report(results: list[CodecResult]) -> dict[str, Any]:
-    """Return results in a form that can be written as JSON; a figure that is not finite is null."""
+    """Return results ready for JSON; non-finite figures are null."""
     rows = []
     for result in results:
         tasks = {}
@@ -106,10 +124,10 @@ def report(results: list[CodecResult]) -> dict[str, Any]:
 
 
 def _tasks(directory: Path, text: Path | None, tokens: int, images: int | None) -> list[Task]:
-    """Return what can be asked of this checkpoint.
+    """Return the evaluation tasks for this checkpoint.
 
     Raises:
-        ConfigurationError: images for a model that sees none.
+        ConfigurationError: images for a model without vision.
         InputError: the text cannot be read.
     """
     from ..errors import ConfigurationError, InputError
@@ -120,7 +138,7 @@ def _tasks(directory: Path, text: Path | None, tokens: int, images: int | None) 
 
     sees = "vision_config" in open_checkpoint(directory).config
     if images is not None and not sees:
-        raise ConfigurationError(f"--images: {directory} is a language model; give it a --text")
+        raise ConfigurationError(f"--images: {directory} is a language model; use --text instead")
     tasks = []
     if images is not None or (sees and text is None):
         from ..model.inputs.processor import load_processor
@@ -132,7 +150,7 @@ def _tasks(directory: Path, text: Path | None, tokens: int, images: int | None) 
         try:
             content = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: the text cannot be read ({error})") from error
+            raise InputError(f"{path}: cannot read this text ({error}); name a UTF-8 text file") from error
         tasks.append(Task("text", text_windows(load_tokenizer(directory), content, max_tokens=tokens)))
     return tasks
 
@@ -145,14 +163,14 @@ def _show(results: list[CodecResult]) -> None:
     for task, first in results[0].impacts.items():
         title = f"{task}: {first.n_positions:,} predictions"
         table = _table(title, "perplexity", "accuracy", "macro F1", "same top-1", "KL", "layer error")
-        table.add_row("as it is", *(figure(first.baseline[key]) for key in _ALONE))
+        table.add_row("unmodified", *(figure(first.baseline[key]) for key in _ALONE))
         for result in results:
             impact = result.impacts[task]
             shown = [impact.optimized[key] for key in _ALONE] + [impact.get(key, math.nan) for key in _COMPARED]
             table.add_row(result.codec, *map(figure, shown))
         screen.print(table, highlight=False)
         screen.print()
-    table = _table("weights", "bytes", "of 16 bit", "stored as")
+    table = _table("weights", "size", "vs. 16-bit", "weights by codec")
     for result in results:
         kinds = ", ".join(f"{count} {codec}" for codec, count in result.stored_as.items())
         table.add_row(result.codec, format_bytes(result.weight_bytes), f"{result.share_of_half:.3f}", kinds)
@@ -177,7 +195,7 @@ def _table(title: str, *headings: str) -> Table:
 
 
 def figure(value: float) -> str:
-    """Return a figure for people, with four digits that mean something; one that is not there is a dash."""
+    """Format a figure with four significant digits; NaN is a dash."""
     return "-" if math.isnan(value) else f"{value:.4g}"
 
 

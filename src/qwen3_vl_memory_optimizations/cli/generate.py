@@ -1,4 +1,4 @@
-"""`qwen3vl-mem generate`: ask one question, and see the answer as it comes."""
+"""`qwen3vl-mem generate`: ask one question and stream the answer."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ import typer
 
 from ._output import (
     EXIT_INTERRUPTED,
+    GENERATION,
+    INPUT,
+    MEMORY,
+    OUTPUT,
     CacheDirOption,
     CodecOption,
     DebugOption,
@@ -36,47 +40,74 @@ if TYPE_CHECKING:
 
 def generate(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="A checkpoint directory, or a model id of the hub.")],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")],
+    model: Annotated[str, typer.Argument(help="Checkpoint directory or Hugging Face model id.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", rich_help_panel=INPUT, help="Question or instruction.")],
     image: Annotated[
         list[str] | None,
-        typer.Option("--image", "-i", metavar="PATH", help="An image; may be given several times."),
+        typer.Option("--image", "-i", metavar="PATH", rich_help_panel=INPUT, help="Image file; repeatable."),
     ] = None,
-    fetch: Annotated[bool, typer.Option("--fetch", help="Fetch images given as http(s) addresses.")] = False,
-    video: Annotated[Path | None, typer.Option("--video", help="A video file, or a directory of frames.")] = None,
-    system: Annotated[str | None, typer.Option("--system", help="What the model is told to be.")] = None,
+    fetch: Annotated[
+        bool, typer.Option("--fetch", rich_help_panel=INPUT, help="Download images given as http(s) URLs.")
+    ] = False,
+    video: Annotated[
+        Path | None, typer.Option("--video", rich_help_panel=INPUT, help="Video file or directory of frames.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", rich_help_panel=INPUT, help="System prompt.")] = None,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(
+            "--max-pixels", min=1, rich_help_panel=INPUT, help="Scale larger images and frames down to this many pixels."
+        ),
+    ] = None,
     ram_budget: RamBudgetOption = None,
     tensor_budget: TensorBudgetOption = None,
     profile: ProfileOption = None,
     codec: CodecOption = "auto",
     cache_dir: CacheDirOption = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="The longest answer.")] = 256,
-    max_pixels: Annotated[
-        int | None, typer.Option("--max-pixels", min=1, help="Scale larger images and frames down to this.")
-    ] = None,
     image_policy: Annotated[
         str,
         typer.Option(
             "--image-policy",
             metavar="downsize|refuse",
-            help="What to do with pictures that the budget has no room for: scale them down, or refuse.",
+            rich_help_panel=MEMORY,
+            help="Images too large for the budget: downsize or refuse them.",
         ),
     ] = "downsize",
+    private: Annotated[
+        bool,
+        typer.Option(
+            "--private", rich_help_panel=MEMORY, help="Write nothing derived from images or prompts to the disk."
+        ),
+    ] = False,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option("--max-new-tokens", min=1, rich_help_panel=GENERATION, help="Maximum answer length in tokens."),
+    ] = 256,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.")
+        float,
+        typer.Option(
+            "--temperature", min=0.0, rich_help_panel=GENERATION, help="Sampling temperature; 0 is greedy decoding."
+        ),
     ] = 0.0,
     prompt_lookup: Annotated[
-        int, typer.Option("--prompt-lookup", min=0, metavar="N", help="Try N tokens copied from the prompt.")
+        int,
+        typer.Option(
+            "--prompt-lookup",
+            min=0,
+            metavar="N",
+            rich_help_panel=GENERATION,
+            help="Speculate with up to N tokens copied from the prompt.",
+        ),
     ] = 0,
     assistant: Annotated[
         str | None,
         typer.Option(
-            "--assistant", metavar="MODEL", help="A smaller model that drafts tokens, within the same budget."
+            "--assistant",
+            metavar="MODEL",
+            rich_help_panel=GENERATION,
+            help="Smaller draft model for speculative decoding, within the same budget.",
         ),
     ] = None,
-    private: Annotated[
-        bool, typer.Option("--private", help="Keep nothing of the image and the prompt on the disk.")
-    ] = False,
     metrics: Annotated[
         int | None,
         typer.Option(
@@ -84,37 +115,40 @@ def generate(
             metavar="PORT",
             min=0,
             max=65535,
-            help="Serve figures for Prometheus on 127.0.0.1 while it runs (0: any free port).",
+            rich_help_panel=OUTPUT,
+            help="Serve Prometheus metrics on 127.0.0.1 during the run (0: any free port).",
         ),
     ] = None,
     dashboard: DashboardOption = None,
     record: RecordOption = True,
-    stats: Annotated[bool, typer.Option("--stats", help="Show speed and memory at the end (on stderr).")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", rich_help_panel=OUTPUT, help="Print speed and memory use at the end, to stderr.")
+    ] = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Answer a question about images or a video, within a memory budget.
+    """Answer a question about images or a video within a memory budget.
 
-    Ctrl-C stops the answer; what was said so far stays.
+    Ctrl-C stops the answer and keeps the text so far.
 
     Example:
 
     qwen3vl-mem generate Qwen/Qwen3-VL-2B-Instruct -i photo.jpg -p "What is this?"
 
-    With a draft:
+    Speculative decoding with a draft model:
 
     qwen3vl-mem generate Qwen/Qwen3-VL-8B-Instruct --assistant Qwen/Qwen3-VL-2B-Instruct -p "Tell a story."
 
-    With a live page of what the memory does:
+    Live dashboard:
 
     qwen3vl-mem generate Qwen/Qwen3-VL-2B-Instruct --ram-budget 2GB -p "Tell a story." --dashboard 8080
     """
     from ..errors import ConfigurationError
     from ..profiles import configure
 
-    # Checked before anything slow is done.
+    # Check before slow work.
     if assistant and prompt_lookup:
-        raise ConfigurationError("--assistant and --prompt-lookup both propose tokens: give one of them")
+        raise ConfigurationError("--assistant and --prompt-lookup both draft tokens; use only one of them")
     check_watching(dashboard)
     budgets = typed(ctx, profile=profile, ram_budget=ram_budget, tensor_budget=tensor_budget)
     settings = typed(ctx, codec=codec, cache_dir=cache_dir, image_policy=image_policy, private=private)
@@ -168,7 +202,7 @@ def generate(
         choices["temperature"] = temperature
     if prompt_lookup:
         choices["prompt_lookup_num_tokens"] = prompt_lookup
-        # Else transformers also proposes to copy the places of pictures, and fails when it counts them.
+        # Without this, transformers also drafts image placeholder tokens and fails when it counts them.
         choices["suppress_tokens"] = [processor.tokens.image_id, processor.tokens.video_id]
     interrupted = False
     read_before = optimizer.get_memory_efficiency_stats()["paging"]["bytes_read"]
@@ -181,7 +215,7 @@ def generate(
             optimized.generate(**inputs, **choices, max_new_tokens=max_new_tokens, streamer=streamer)
         except KeyboardInterrupt:
             interrupted = True
-            streamer.end()  # the last word, which waited for its end
+            streamer.end()  # flush the last, incomplete word
         after = Cost.now(meter)
         memory = optimizer.get_memory_efficiency_stats()
     finally:
@@ -224,14 +258,14 @@ def _serve_metrics(optimizer: MemoryOptimizer, port: int) -> MetricsExporter:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """What one answer cost; `None` where there is nothing to measure.
+    """The cost of one answer; `None` where nothing was measured.
 
     Attributes:
-        tokens_per_s: after the first one, or the first ones where several come at once.
-        bytes_read_per_token: from the SSD.
-        hit_rate: share of the weight bytes used that were in memory already.
-        cpu_s_per_token: processor time of all threads; of the whole answer, the prompt included.
-        joules_per_token: likewise, of the whole machine.
+        tokens_per_s: excludes the first token, or the first tokens where several arrive at once.
+        bytes_read_per_token: SSD reads.
+        hit_rate: share of used weight bytes that were already in memory.
+        cpu_s_per_token: processor time of all threads, prefill included.
+        joules_per_token: energy of the whole machine, prefill included.
     """
 
     new_tokens: int
@@ -252,7 +286,7 @@ class Figures:
         read_before: int,
         costs: dict[str, float | None],
     ) -> Figures:
-        """Return the figures of an answer that began at `start_s` (`time.perf_counter()`)."""
+        """Return the figures of an answer that started at `start_s` (`time.perf_counter()`)."""
         tokens, first_s, last_s = streamer.n_tokens, streamer.first_token_s, streamer.last_token_s
         rate = None
         if first_s is not None and last_s is not None and last_s > first_s:
@@ -268,7 +302,7 @@ class Figures:
         )
 
     def line(self) -> str:
-        """Return the figures for people."""
+        """Format the figures as one line."""
         from ..errors import format_bytes
 
         read, first = self.bytes_read_per_token, self.time_to_first_token_s
@@ -277,11 +311,11 @@ class Figures:
             (
                 f"{self.new_tokens} tokens",
                 "-" if self.tokens_per_s is None else f"{self.tokens_per_s:.2f} tokens/s",
-                "-" if first is None else f"first after {first:.2f} s",
-                f"peak {format_bytes(self.peak_rss_bytes)}",
-                "-" if read is None else f"{format_bytes(read)} read a token",
+                "-" if first is None else f"first token after {first:.2f} s",
+                f"peak memory {format_bytes(self.peak_rss_bytes)}",
+                "-" if read is None else f"SSD reads per token {format_bytes(read)}",
                 f"hit rate {percent(self.hit_rate)}",
-                "-" if cpu_s is None else f"{cpu_s:.3g} CPU s a token",
-                *(() if joules is None else (f"{joules:.3g} J a token",)),
+                "-" if cpu_s is None else f"{cpu_s:.3g} CPU s per token",
+                *(() if joules is None else (f"{joules:.3g} J per token",)),
             )
         )

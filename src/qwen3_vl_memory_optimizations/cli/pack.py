@@ -1,4 +1,4 @@
-"""`qwen3vl-mem pack`: encode a checkpoint once, ahead of its first use."""
+"""`qwen3vl-mem pack`: encode a checkpoint before its first use."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ._output import (
+    INPUT,
+    MEMORY,
     CacheDirOption,
     CodecOption,
     DebugOption,
@@ -29,14 +31,15 @@ _MOST_NAMED = 12
 
 def pack(
     ctx: typer.Context,
-    model: Annotated[Path, typer.Argument(help="A checkpoint directory, or a .gguf file.")],
+    model: Annotated[Path, typer.Argument(help="Checkpoint directory or .gguf file.")],
     codec: CodecOption = "auto",
     plan: Annotated[
         Path | None,
         typer.Option(
             "--plan",
             metavar="FILE",
-            help="Pack by a plan that was made before and edited; replaces what auto had packed.",
+            rich_help_panel=MEMORY,
+            help="Use this compression plan, such as an edited one; replaces a checkpoint packed with auto.",
         ),
     ] = None,
     calibration: Annotated[
@@ -44,7 +47,8 @@ def pack(
         typer.Option(
             "--calibration",
             metavar="DIR",
-            help="Make a new plan with these images and .txt files instead of those of this package.",
+            rich_help_panel=INPUT,
+            help="Make a new plan from the images and .txt files in DIR instead of the shipped ones.",
         ),
     ] = None,
     profile: ProfileOption = None,
@@ -53,11 +57,11 @@ def pack(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Encode a checkpoint for fast reading from the SSD; it is done once.
+    """Encode a checkpoint once for fast reads from the SSD.
 
-    With codec auto, a few images and a text run through the model first, and each weight gets the codec that suits
-    it; the plan is kept beside the packed checkpoint. The first `generate` does the same. Stopped in between, it
-    goes on where it was.
+    With codec auto, calibration images and a text first run through the model to choose a codec per weight; the
+    plan is saved next to the packed checkpoint. The first `generate` does the same. If interrupted, the next run
+    resumes.
 
     Example: qwen3vl-mem pack ~/models/Qwen3-VL-2B-Instruct
     """
@@ -67,7 +71,7 @@ def pack(
     config = configure(typed(ctx, profile=profile, codec=codec, cache_dir=cache_dir, ram_budget=ram_budget))
     codec = config.codec
     if codec != "auto" and (plan or calibration):
-        raise ConfigurationError(f"--plan and --calibration are for codec auto, not {codec!r}")
+        raise ConfigurationError(f"--plan and --calibration require codec auto, not {codec!r}; drop them or --codec")
 
     from ..model.checkpoint.formats import needs_packing, open_checkpoint
     from ..model.checkpoint.packing import packed_directory, plan_path
@@ -77,7 +81,7 @@ def pack(
 
     source = open_checkpoint(model)
     if config.weight_codec() == "none" and not needs_packing(source):
-        raise ConfigurationError("codec 'none' needs no packing: the checkpoint is read as it is")
+        raise ConfigurationError("codec 'none' needs no packing: this checkpoint is read directly; use it with generate")
     given = None if plan is None else CompressionPlan.load(plan)
     packed = packed_directory(source, config.weight_codec(), config)
     before = packed.stat().st_ino if packed.is_dir() else None
@@ -109,7 +113,7 @@ def _show(report: dict[str, Any], plan: CompressionPlan | None) -> None:
 
     before_bytes, after_bytes = report["source_bytes"], report["packed_bytes"]
     share = f"{100 * after_bytes / before_bytes:.0f} %"
-    done = "is packed already" if report["already_packed"] else f"packed in {report['seconds']:.1f} s"
+    done = "already packed" if report["already_packed"] else f"packed in {report['seconds']:.1f} s"
     screen = console()
     sizes = f"{format_bytes(before_bytes)} -> {format_bytes(after_bytes)} ({share}, {report['codec']})"
     screen.print(f"[green]{done}[/green]: {sizes}", highlight=False)
@@ -121,13 +125,13 @@ def _show(report: dict[str, Any], plan: CompressionPlan | None) -> None:
             line = f"  {name}: {weight.codec}; {weight.why_not(usual)}"
             screen.print(line, markup=False, highlight=False, soft_wrap=True)
         if len(others) > _MOST_NAMED:
-            screen.print(f"  and {len(others) - _MOST_NAMED} more, in the plan")
+            screen.print(f"  and {len(others) - _MOST_NAMED} more: see the plan")
         screen.print(f"plan: {report['plan']}", markup=False, highlight=False, soft_wrap=True)
     screen.print(report["directory"], markup=False, highlight=False, soft_wrap=True)
 
 
 def _by_codec(plan: CompressionPlan) -> dict[str, dict[str, Any]]:
-    """Return what each codec of a plan is used for: weights, bytes, and the largest error that was measured."""
+    """Return the number of weights, bytes and largest measured error for each codec of a plan."""
     result: dict[str, dict[str, Any]] = {}
     for weight in plan.weights.values():
         row = result.setdefault(weight.codec, {"weights": 0, "bytes": 0, "largest_error": None})
@@ -145,7 +149,7 @@ def _plan_table(plan: CompressionPlan) -> Any:
 
     title = f"Calibrated on {plan.calibrated_on}; tolerance {100 * plan.tolerance:g} %"
     table = Table(title=title, title_justify="left", box=None)
-    for heading in ("codec", "weights", "bytes", "largest error"):
+    for heading in ("codec", "weights", "size", "largest error"):
         table.add_column(heading, justify="left" if heading == "codec" else "right")
     for name, row in sorted(_by_codec(plan).items()):
         error = row["largest_error"]

@@ -1,4 +1,4 @@
-"""`qwen3vl-mem report`: a recorded run as one HTML file."""
+"""`qwen3vl-mem report`: write a recorded run as one HTML file."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def report(
     run: RunArgument = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="(default: the name of the run with .html, here)"),
+        typer.Option("--output", "-o", metavar="FILE", help="HTML file to write. (default: RUN.html in the current directory)"),
     ] = None,
     cache_dir: CacheDirOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Write what happened in a run to one HTML file that needs nothing else.
+    """Write the report of a run as one self-contained HTML file.
 
-    It has plots, tables, alerts, the settings and the machine.
+    It contains plots, tables, alerts, the settings and the hardware.
 
     Example: qwen3vl-mem report -o run.html
     """

@@ -1,4 +1,4 @@
-"""`qwen3vl-mem top`: a run in the terminal, as it goes."""
+"""`qwen3vl-mem top`: follow a run in the terminal."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def top(
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Follow a run in the terminal: speed, memory, what lies where, caches, alerts.
+    """Follow a run in the terminal: speed, memory, data placement, caches, alerts.
 
-    Ctrl-C ends it, and not the run. Without a terminal, and with --json, it prints one frame.
+    Ctrl-C stops the display, not the run. Without a terminal, or with --json, print one frame.
 
     Example: qwen3vl-mem top
     """
@@ -73,23 +73,23 @@ def _follow(followed: RunFile) -> None:
                     before, shown = shown, (followed.state.t, followed.state.snapshot)
                 live.update(frame(followed, before, screen.width), refresh=True)
         except KeyboardInterrupt:
-            pass  # what was seen last stays on the screen
+            pass  # the last frame stays on the screen
 
 
 def frame(followed: RunFile, before: Sample | None, width: int) -> RenderableType:
-    """Return the latest state for people.
+    """Render the latest state.
 
     Args:
         followed: the run.
-        before: an earlier sample, that rates are counted from; `None`: the first one of the run.
-        width: of the terminal.
+        before: the earlier sample that rates are relative to; `None`: the first sample of the run.
+        width: terminal width.
     """
     from rich.console import Group
     from rich.text import Text
 
     state, snapshot = followed.state, followed.state.snapshot
     if not snapshot:
-        return Text("no figures so far", style="dim")
+        return Text("no data yet", style="dim")
     header = followed.header
     status = "running" if followed.running else "ended"
     what = " · ".join(
@@ -120,14 +120,14 @@ def _figures(t: float, snapshot: Mapping[str, Any], before: Sample | None) -> Re
 
     table = Table.grid(padding=(0, 2))
     rows = [
-        ("tokens/s", now("responses.tokens_per_s", "plain"), "first token", now("responses.first_token_s", "s")),
-        ("process", now("process.rss_bytes", "bytes"), "its peak", now("process.peak_rss_bytes", "bytes")),
-        ("budget", _budget(snapshot), "occupied, not droppable", now("budget.undroppable_share")),
-        ("weights in memory", now("paging.hit_rate"), "prefetch used", now("prediction.prefetch_accuracy")),
-        ("SSD read", rate("paging.bytes_read", "bytes/s"), "SSD written", rate("paging.bytes_written", "bytes/s")),
-        ("waiting for SSD", rate("paging.stall_s", "share"), "processor", rate("process.cpu_s", "cores")),
-        ("cache hit rate", now("cache.hit_rate"), "cache in memory", now("cache.levels.cpu.used_bytes", "bytes")),
-        ("compression", now("metrics.compression_ratio", "times"), "quality", now("metrics.compression_quality")),
+        ("tokens/s", now("responses.tokens_per_s", "plain"), "time to first token", now("responses.first_token_s", "s")),
+        ("process memory", now("process.rss_bytes", "bytes"), "peak", now("process.peak_rss_bytes", "bytes")),
+        ("budget", _budget(snapshot), "non-evictable memory", now("budget.undroppable_share")),
+        ("weight hit rate", now("paging.hit_rate"), "prefetch accuracy", now("prediction.prefetch_accuracy")),
+        ("SSD reads", rate("paging.bytes_read", "bytes/s"), "SSD writes", rate("paging.bytes_written", "bytes/s")),
+        ("SSD stall time", rate("paging.stall_s", "share"), "CPU cores in use", rate("process.cpu_s", "cores")),
+        ("cache hit rate", now("cache.hit_rate"), "cache size in memory", now("cache.levels.cpu.used_bytes", "bytes")),
+        ("compression ratio", now("metrics.compression_ratio", "times"), "compression quality", now("metrics.compression_quality")),
         ("fragmentation", now("fragmentation"), "responses", now("responses.count", "count")),
     ]
     for left, value, right, other in rows:
@@ -147,7 +147,7 @@ def _budget(snapshot: Mapping[str, Any]) -> str:
 
 
 def _memory_map(followed: RunFile, width: int) -> RenderableType:
-    """Return the pages as marks, in the order of use, with what lies in each tier by kind and codec."""
+    """Render the pages as marks in the order of use, and a table of bytes per tier by kind and codec."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -177,7 +177,7 @@ def _memory_map(followed: RunFile, width: int) -> RenderableType:
         colour = _KIND_COLOURS.get(kind, "white")
         figures = (format_bytes(tiers.get(tier, 0)) for tier in ("cpu", "ssd"))
         table.add_row(f"[{colour}]█[/{colour}] {kind}", codec, "absent", *figures)
-    return Group(Text("█ in memory  ▓ moving  · on the SSD only", style="dim"), marks, table)
+    return Group(Text("█ in memory  ▓ in transit  · on SSD only", style="dim"), marks, table)
 
 
 def _alerts(snapshot: Mapping[str, Any]) -> RenderableType:
@@ -185,5 +185,5 @@ def _alerts(snapshot: Mapping[str, Any]) -> RenderableType:
 
     active = [row["message"] for row in snapshot["alerts"] if row["active"]]
     return (
-        Text("\n".join(f"! {text}" for text in active), style="bold red") if active else Text("no alert", style="dim")
+        Text("\n".join(f"! {text}" for text in active), style="bold red") if active else Text("no alerts", style="dim")
     )
