@@ -109,10 +109,10 @@ def test_the_report_fits_80_columns():
     assert "bf16 runs at 0.0086 times the speed of fp32" in screen.getvalue()
     text = " ".join(screen.getvalue().split())
     assert "is for root alone [0]" in text
-    assert "counted: gpu-0, gpu-1" in text
+    assert "measured by gpu-0, gpu-1" in text
     assert "ram_budget = 4.8 GB, enable_tiering = on" in text
     assert "not server memory from 24 GB (8 GB)" in text
-    assert "not ram-8gb-gpu fits too, but comes after" in text
+    assert "not ram-8gb-gpu also matches, but has a lower priority" in text
 
 
 def test_the_profile_is_told_with_its_reasons(run, tmp_path, monkeypatch):
@@ -124,7 +124,7 @@ def test_the_profile_is_told_with_its_reasons(run, tmp_path, monkeypatch):
     assert chosen["settings"]["ram_budget"] > 0
     assert {other["name"] for other in chosen["considered"]} | {chosen["name"]} >= {"ram-8gb", "server"}
     assert all(not other["fits"] for other in chosen["considered"])
-    for words in (chosen["name"], chosen["why"][:20], "fits by", "ram_budget = ", "--profile auto", "not reference"):
+    for words in (chosen["name"], chosen["why"][:20], "matches", "ram_budget = ", "--profile auto", "not reference"):
         assert words in result.stdout
 
 
@@ -136,7 +136,7 @@ def test_a_profile_that_does_not_fit_is_told_by_name(run, tmp_path):
     text = " ".join(result.stdout.split())
     assert "mine a test" in text
     assert "memory below 1 MB" in text
-    assert "taken because it was asked for" in text
+    assert "used because you requested it" in text
     assert "sets l2_cache_size = 7 MB, private = on" in text
 
 

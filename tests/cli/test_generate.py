@@ -44,7 +44,7 @@ def test_the_answer_is_all_there_is_on_stdout(run, digits, expected_digits):
 def test_stats_go_to_stderr(run, digits, expected_digits):
     result = run(*digits, "--stats")
     assert result.stdout.strip() == expected_digits
-    for words in ("17 tokens", "tokens/s", "first after", "peak", "read a token", "hit rate", "CPU s a token"):
+    for words in ("17 tokens", "tokens/s", "first token after", "peak memory", "SSD reads per token", "hit rate", "CPU s per token"):
         assert words in result.stderr
 
 
@@ -82,7 +82,7 @@ def test_energy_is_told_where_the_machine_counts_it(run, digits, monkeypatch, tm
     monkeypatch.setattr(energy, "EnergyMeter", Here)
     answer = json.loads(run(*digits, "--json", "--max-new-tokens", 3).stdout)
     assert answer["joules_per_token"] == 2.0
-    assert "2 J a token" in run(*digits, "--stats", "--max-new-tokens", 3).stderr
+    assert "2 J per token" in run(*digits, "--stats", "--max-new-tokens", 3).stderr
 
 
 def test_a_profile_gives_what_no_option_does(run, digits, tmp_path):
@@ -118,7 +118,7 @@ def test_an_assistant_gives_the_same_answer(run, digits, tiny, expected_digits):
 def test_two_sources_of_drafts_are_a_mistake(run, digits, tiny):
     result = run(*digits, "--assistant", tiny, "--prompt-lookup", 3)
     assert result.exit_code == 2
-    assert "give one of them" in result.stderr
+    assert "use only one of them" in result.stderr
 
 
 def test_a_temperature_draws_tokens(run, digits):

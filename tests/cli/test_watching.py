@@ -59,7 +59,7 @@ def test_a_record_that_cannot_be_made_does_not_cost_the_answer(run, question, ru
     finally:
         runs.unlink()
     assert result.exit_code == 0 and result.stdout.strip()
-    assert "the run is not recorded" in result.stderr
+    assert "this run is not recorded" in result.stderr
 
 
 def test_top_prints_a_frame(run, recorded):
@@ -67,7 +67,7 @@ def test_top_prints_a_frame(run, recorded):
     assert result.exit_code == 0, result.stderr
     for words in ("generate · tiny-qwen3vl", "ended", "tokens/s", "2 MB for tensors", "weights", "int8", "absent"):
         assert words in result.stdout
-    assert "no alert" in result.stdout
+    assert "no alerts" in result.stdout
     assert max(len(line) for line in result.stdout.splitlines()) <= 80
 
 

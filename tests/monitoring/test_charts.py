@@ -72,7 +72,7 @@ def test_a_plot_without_figures_says_so():
     assert empty.count("not measured") == 2 and "Title &lt;1&gt;" in empty and "<path" not in empty
     drawn = chart_as_svg(chart, {"a": [(0.0, 0.25), (1.0, None), (2.0, 0.5)]})
     assert drawn.count("M") == 2, "the line is broken where there is no figure"
-    assert "last 50 %, mean 37.5 %, most 50 %" in drawn
+    assert "last 50 %, mean 37.5 %, max 50 %" in drawn
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_a_port_that_is_taken_is_said_and_nothing_is_left_running(optimizer):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        with pytest.raises(ConfigurationError, match="port .* cannot be used: Address already in use"):
+        with pytest.raises(ConfigurationError, match="cannot use port .*: Address already in use"):
             start_dashboard(optimizer, other.getsockname()[1])
     assert optimizer.lifecycle._listeners == ()
 

@@ -170,6 +170,6 @@ def test_a_failure_ends_the_recording_and_says_so(make_optimizer, tmp_path, monk
     monkeypatch.setattr(optimizer.pager, "page_map", lambda: 1 / 0)
     wait_until(lambda: not recorder.running and not threads())
     assert "division by zero" in RunFile(tmp_path / "run.jsonl").state.events[-1]["text"]
-    assert "the recording ends" in caplog.text and optimizer.lifecycle._listeners == ()
+    assert "recording failed and stops" in caplog.text and optimizer.lifecycle._listeners == ()
     monkeypatch.undo()
     recorder.close()

@@ -121,7 +121,7 @@ def verify(
 ) -> None:
     """Verify the checksum of every entry; exit with 1 if one is damaged.
 
-    Damaged entries are never used: a lookup counts as a miss and removes the entry.
+    Damaged entries are never used: a lookup is a miss and removes the entry.
 
     Example: qwen3vl-mem cache verify
     """

@@ -24,8 +24,9 @@ def dashboard(
 ) -> None:
     """Serve the dashboard of a run until Ctrl-C.
 
-    The default is the newest live run of any process, which the page follows; else the newest ended run.
-    `generate` and `demo` record their runs in the cache directory.
+    The default is the newest live run of any process, which the page follows;
+    else the newest ended run. `generate` and `demo` record their runs in the
+    cache directory.
 
     Example: qwen3vl-mem dashboard
     """

@@ -70,8 +70,9 @@ def evaluate(
 ) -> None:
     """Compare codecs with the unmodified model: accuracy, perplexity, layer errors, size.
 
-    Without a budget, the whole model is loaded alongside each codec; with --tensor-budget, both stay within it.
-    With --dashboard, the page shows one codec at a time: reload it when a run has ended.
+    Without a budget, the whole model is loaded alongside each codec; with
+    --tensor-budget, both stay within it. With --dashboard, the page shows one
+    codec at a time: reload it when a run has ended.
 
     Example: qwen3vl-mem evaluate ~/models/Qwen3-VL-2B-Instruct --codec int8 --text novel.txt --tensor-budget 1GB
     """

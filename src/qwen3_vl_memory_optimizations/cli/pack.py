@@ -59,9 +59,9 @@ def pack(
 ) -> None:
     """Encode a checkpoint once for fast reads from the SSD.
 
-    With codec auto, calibration images and a text first run through the model to choose a codec per weight; the
-    plan is saved next to the packed checkpoint. The first `generate` does the same. If interrupted, the next run
-    resumes.
+    With codec auto, calibration images and a text first run through the model
+    to choose a codec per weight; the plan is saved next to the packed
+    checkpoint. The first `generate` does the same. An interrupted pack resumes.
 
     Example: qwen3vl-mem pack ~/models/Qwen3-VL-2B-Instruct
     """

@@ -39,7 +39,8 @@ def top(
 ) -> None:
     """Follow a run in the terminal: speed, memory, data placement, caches, alerts.
 
-    Ctrl-C stops the display, not the run. Without a terminal, or with --json, print one frame.
+    Ctrl-C stops the display, not the run. Without a terminal, or with --json,
+    print one frame.
 
     Example: qwen3vl-mem top
     """

@@ -1,4 +1,4 @@
-"""What happens inside an optimizer, shown: snapshots, metrics, alerts, an exporter for Prometheus, records, a page."""
+"""Monitoring of an optimizer: snapshots, metrics, alerts, a Prometheus exporter, recorded runs and a dashboard."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .rendering.report import write_report
     from .snapshot import take_snapshot
 
-# Whoever looks at a recorded run needs no torch.
+# Lazy, so that viewing a recorded run does not import torch.
 _LAZY = {
     "ALERTS": ".alerts",
     "Alert": ".alerts",

@@ -1,4 +1,4 @@
-"""Alerts (section 7.3): each fires after its condition held for a while, and clears behind a laxer bound."""
+"""Alerts (section 7.3): each fires once its condition has held for a while, and clears at a separate bound."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _PERIOD_S = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AlertLimits:
-    """When alerts fire and clear.
+    """Limits at which alerts fire and clear.
 
     Attributes:
-        hit_rate, hit_rate_clear: of the cache of results over `window_s`, with at least `least_lookups` look-ups in it.
+        hit_rate, hit_rate_clear: result-cache hit rate over `window_s`, if that has at least `least_lookups` lookups.
         fragmentation, fragmentation_clear: see `MemoryFigures.fragmentation`.
-        response_s, response_clear_s: the last response, or one under way; `None`: no limit was set, or 0.9 of it.
-        memory, memory_clear: share of the capacity that cannot be given up at once, see `MemoryFigures.occupancy`.
-        hold_s: how long a condition must hold before its alert fires; and the other one before it clears.
-        window_s: that hit rates are counted over.
-        least_lookups: fewer say nothing.
+        response_s, response_clear_s: time of the last or current response; `None`: no limit, and 0.9 of it.
+        memory, memory_clear: non-evictable share of the capacity, see `MemoryFigures.occupancy`.
+        hold_s: how long a condition must hold before its alert fires or clears.
+        window_s: window for hit rates.
+        least_lookups: with fewer lookups, the hit rate is unknown.
 
     Raises:
-        ConfigurationError: a bound on the wrong side of its limit, or no time.
+        ConfigurationError: a clear bound on the wrong side of its limit, or a time out of range.
     """
 
     hit_rate: float = 0.70
@@ -55,14 +55,14 @@ class AlertLimits:
 
     def __post_init__(self) -> None:
         if self.hit_rate_clear < self.hit_rate:
-            raise ConfigurationError(f"hit_rate_clear: {self.hit_rate_clear} is below hit_rate, {self.hit_rate}")
+            raise ConfigurationError(f"hit_rate_clear: {self.hit_rate_clear} must not be below hit_rate, {self.hit_rate}")
         for name in ("fragmentation", "response", "memory"):
             unit = "_s" if name == "response" else ""
             limit, clear = getattr(self, name + unit), getattr(self, f"{name}_clear{unit}")
             if limit is not None and clear is not None and clear > limit:
-                raise ConfigurationError(f"{name}_clear{unit}: {clear} is above {name}{unit}, {limit}")
+                raise ConfigurationError(f"{name}_clear{unit}: {clear} must not be above {name}{unit}, {limit}")
         if self.hold_s < 0 or self.window_s <= 0:
-            raise ConfigurationError(f"hold_s: {self.hold_s} s and window_s: {self.window_s} s leave no time")
+            raise ConfigurationError(f"hold_s: {self.hold_s} s must not be negative, and window_s: {self.window_s} s must be positive")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +70,11 @@ class Alert:
     """The state of one alert.
 
     Attributes:
-        active: whether it fired and has not cleared.
-        value: the figure now; `None`: there is none, and nothing to alert of.
-        limit: that it fires beyond; `None`: no limit was set.
-        since_s: for how long it has been active or not; `None`: from the beginning.
-        message: for people.
+        active: whether it has fired and not cleared.
+        value: the current value; `None`: unknown, so the alert cannot fire.
+        limit: the value beyond which it fires; `None`: no limit is set.
+        since_s: time in the current state; `None`: since the start.
+        message: readable text.
     """
 
     name: str
@@ -90,15 +90,15 @@ class _State:
     active: bool = False
     changed_s: float | None = None
     turning_s: float | None = None
-    """Since when the figure has been on the other side."""
+    """When the value crossed to the other side."""
 
 
 class AlertMonitor:
-    """Decides from snapshots which alerts are active. Any thread may ask.
+    """Decides from snapshots which alerts are active. Thread-safe.
 
     Args:
         limits: when they fire and clear.
-        on_change: called with each alert that fires or clears, outside of locks; what it raises is logged.
+        on_change: called without locks for each alert that fires or clears; its exceptions are logged.
         clock: monotonic, in seconds.
     """
 
@@ -114,10 +114,10 @@ class AlertMonitor:
         self._clock = clock
         self._lock = threading.Lock()
         self._states = {name: _State() for name in ALERTS}
-        self._lookups: deque[tuple[float, int, int]] = deque()  # time, hits, look-ups
+        self._lookups: deque[tuple[float, int, int]] = deque()  # time, hits, lookups
 
     def evaluate(self, snapshot: Mapping[str, Any]) -> list[Alert]:
-        """Return all alerts, as of a snapshot; those that fire or clear by it are logged and handed to `on_change`."""
+        """Return all alerts for a snapshot; log those that fire or clear, and pass them to `on_change`."""
         with self._lock:
             now_s, limits = self._clock(), self.limits
             hit_rate = self._hit_rate(snapshot["cache"], now_s)
@@ -148,12 +148,12 @@ class AlertMonitor:
         """Return an alert, and whether it changed.
 
         Args:
-            name: of the alert.
-            value: the figure.
-            limit: that it fires beyond.
-            clear: that it clears behind.
-            now_s: the time.
-            below: it fires below the limit.
+            name: name of the alert.
+            value: current value.
+            limit: value beyond which it fires.
+            clear: bound at which it clears.
+            now_s: current time.
+            below: whether it fires below the limit.
         """
         state = self._states[name]
         bound = clear if state.active else limit
@@ -169,19 +169,19 @@ class AlertMonitor:
         since_s = None if state.changed_s is None else now_s - state.changed_s
         side = "below" if below else "above"
         message = f"{name} {'fires' if state.active else 'is clear'}: " + (
-            "no figure" if value is None else f"{value:.3g}"
+            "unknown" if value is None else f"{value:.3g}"
         )
         if limit is not None:
             message += f" (fires {side} {limit:g}, clears at {clear:g})"
         return Alert(name, state.active, value, limit, since_s, message), changed
 
     def _hit_rate(self, cache: Mapping[str, Any] | None, now_s: float) -> float | None:
-        """Return the hit rate of the look-ups in the window; `None`: too few."""
+        """Return the hit rate over the window; `None`: too few lookups."""
         if cache is None:
             return None
         seen = self._lookups
         if not seen:
-            seen.append((now_s - self.limits.window_s, 0, 0))  # the beginning
+            seen.append((now_s - self.limits.window_s, 0, 0))  # start of the run
         seen.append((now_s, cache["hits"], cache["hits"] + cache["misses"]))
         while len(seen) > 2 and seen[1][0] <= now_s - self.limits.window_s:
             seen.popleft()
@@ -193,17 +193,17 @@ class AlertMonitor:
         if self._on_change is not None:
             try:
                 self._on_change(alert)
-            except Exception:  # who watches must not end the watch
+            except Exception:  # a failing callback must not stop the monitor
                 logger.exception("the callback of alert %s failed", alert.name)
 
 
 class AlertWatch:
-    """A thread that lets a monitor look at an optimizer every two seconds; it ends with the optimizer or `close`.
+    """Thread that evaluates the alerts of an optimizer every two seconds until the optimizer or `close` ends it.
 
     Args:
-        optimizer: is looked at.
-        monitor: decides.
-        period_s: between two looks.
+        optimizer: the optimizer to watch.
+        monitor: evaluates the alerts.
+        period_s: seconds between evaluations.
     """
 
     def __init__(self, optimizer: MemoryOptimizer, monitor: AlertMonitor, period_s: float = _PERIOD_S) -> None:
@@ -219,7 +219,7 @@ class AlertWatch:
         return optimizer is not None
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._periodic.close()
 
     def __enter__(self) -> AlertWatch:
@@ -230,5 +230,5 @@ class AlertWatch:
 
 
 def alert_rows(alerts: list[Alert]) -> list[dict[str, Any]]:
-    """Return alerts as the `alerts` of a snapshot."""
+    """Return alerts in the form of the `alerts` key of a snapshot."""
     return [asdict(alert) for alert in alerts]

@@ -9,19 +9,19 @@ from ..optimizer import MemoryOptimizer
 
 
 def get_memory_performance_metrics(model: Any) -> dict[str, float | int | None]:
-    """Return the figures of section 7.1 of an optimized model, by their keys; `None`: not measurable, or not yet.
+    """Return the section 7.1 metrics of an optimized model by key; `None`: not measurable, or not measured yet.
 
-    The first call measures memory bandwidth and allocations, in 0.3 s. `docs/metrics.md` defines each figure.
+    The first call takes 0.3 s to measure memory bandwidth and allocations. `docs/metrics.md` defines each metric.
 
     Args:
-        model: has a `memory_optimizer`.
+        model: a model with a `memory_optimizer`.
 
     Raises:
-        ConfigurationError: it has none.
+        ConfigurationError: the model has none.
     """
     optimizer = getattr(model, "memory_optimizer", None)
     if not isinstance(optimizer, MemoryOptimizer):
         raise ConfigurationError(
-            f"{type(model).__name__} is not an optimized model: create_optimized_model makes one of it"
+            f"{type(model).__name__} is not an optimized model; make one with create_optimized_model"
         )
     return optimizer.figures.metrics()

@@ -1,4 +1,4 @@
-"""`MetricsExporter`: what Prometheus scrapes. Computed when it is scraped, by the thread that answers."""
+"""`MetricsExporter`: Prometheus metrics, computed at each scrape by the thread that serves it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from prometheus_client.registry import CollectorRegistry
 
 NAMESPACE = "qwen3vl_mem"
-"""What all names begin with."""
+"""Prefix of all metric names."""
 
 _Samples = Iterable[tuple[tuple[str, ...], float | int | None]]
 _Read = Callable[[Mapping[str, Any]], _Samples]
 
 
 def _one(*path: str) -> _Read:
-    """Read one figure without labels."""
+    """Return a reader of one unlabelled value."""
 
     def read(snapshot: Mapping[str, Any]) -> _Samples:
         value: Any = snapshot
@@ -36,7 +36,7 @@ def _one(*path: str) -> _Read:
 
 
 def _each(column: str, *path: str) -> _Read:
-    """Read a column of a table of rows by name; the name is the label."""
+    """Return a reader of one column of a table; row names are labels."""
 
     def read(snapshot: Mapping[str, Any]) -> _Samples:
         table: Any = snapshot
@@ -65,7 +65,7 @@ def _alerts(snapshot: Mapping[str, Any]) -> _Samples:
 
 
 def _collector(snapshot: Mapping[str, Any]) -> _Samples:
-    """Read the counters of the collector that are plain numbers."""
+    """Return the numeric counters of the collector."""
     return [
         ((name,), value)
         for name, value in (snapshot["gc"] or {}).items()
@@ -78,21 +78,21 @@ _LEVELS = ("cache", "levels")
 FAMILIES: tuple[tuple[str, str, str, tuple[str, ...], _Read], ...] = (
     ("uptime_seconds", GAUGE, "Age of the optimizer.", (), _one("uptime_s")),
     ("process_resident_bytes", GAUGE, "Resident memory of the process.", (), _one("process", "rss_bytes")),
-    ("process_cpu_seconds", COUNTER, "CPU-seconds of the process.", (), _one("process", "cpu_s")),
+    ("process_cpu_seconds", COUNTER, "CPU seconds used by the process.", (), _one("process", "cpu_s")),
     # --- allocation
-    ("memory_bytes", GAUGE, "Encoded bytes that lie in a tier.", ("tier", "kind", "codec"), _memory),
-    ("account_bytes", GAUGE, "What an owner holds of the budget.", ("owner",), _accounts),
-    ("capacity_bytes", GAUGE, "The budget, or the machine's memory.", (), _one("budget", "capacity_bytes")),
-    ("undroppable_bytes", GAUGE, "Memory not to be given up at once.", (), _one("budget", "undroppable_bytes")),
-    ("undroppable_ratio", GAUGE, "The same, of the capacity.", (), _one("budget", "undroppable_share")),
+    ("memory_bytes", GAUGE, "Encoded bytes per tier, kind and codec.", ("tier", "kind", "codec"), _memory),
+    ("account_bytes", GAUGE, "Budget bytes held per owner.", ("owner",), _accounts),
+    ("capacity_bytes", GAUGE, "Memory budget, or the machine's memory.", (), _one("budget", "capacity_bytes")),
+    ("undroppable_bytes", GAUGE, "Non-evictable memory.", (), _one("budget", "undroppable_bytes")),
+    ("undroppable_ratio", GAUGE, "Non-evictable share of the capacity.", (), _one("budget", "undroppable_share")),
     ("frames_used_bytes", GAUGE, "Page frames in use.", (), _one("budget", "frames_used_bytes")),
-    ("frames_free_bytes", GAUGE, "Page frames kept for reuse.", (), _one("budget", "frames_free_bytes")),
-    ("frames_limit_bytes", GAUGE, "The most page frames.", (), _one("budget", "frames_limit_bytes")),
-    ("pressure_reliefs", COUNTER, "How often memory was given up.", (), _one("budget", "pressure_reliefs")),
-    ("pool_size_bytes", GAUGE, "Address space of a pool.", ("pool",), _each("size_bytes", "pools")),
-    ("pool_used_bytes", GAUGE, "Granted bytes of a pool.", ("pool",), _each("used_bytes", "pools")),
-    ("pool_utilization_ratio", GAUGE, "Granted bytes over size.", ("pool",), _each("utilization", "pools")),
-    ("pool_allocations", COUNTER, "Allocations of a pool.", ("pool",), _each("allocations", "pools")),
+    ("frames_free_bytes", GAUGE, "Free page frames kept for reuse.", (), _one("budget", "frames_free_bytes")),
+    ("frames_limit_bytes", GAUGE, "Page frame limit.", (), _one("budget", "frames_limit_bytes")),
+    ("pressure_reliefs", COUNTER, "Times memory was released under pressure.", (), _one("budget", "pressure_reliefs")),
+    ("pool_size_bytes", GAUGE, "Address space per pool.", ("pool",), _each("size_bytes", "pools")),
+    ("pool_used_bytes", GAUGE, "Granted bytes per pool.", ("pool",), _each("used_bytes", "pools")),
+    ("pool_utilization_ratio", GAUGE, "Granted bytes / pool size.", ("pool",), _each("utilization", "pools")),
+    ("pool_allocations", COUNTER, "Allocations per pool.", ("pool",), _each("allocations", "pools")),
     (
         "pool_internal_fragmentation_ratio",
         GAUGE,
@@ -107,69 +107,69 @@ FAMILIES: tuple[tuple[str, str, str, tuple[str, ...], _Read], ...] = (
         ("pool",),
         _each("external_fragmentation", "pools"),
     ),
-    ("fragmentation_ratio", GAUGE, "The largest external fragmentation of a pool.", (), _one("fragmentation")),
+    ("fragmentation_ratio", GAUGE, "Highest external fragmentation of any pool.", (), _one("fragmentation")),
     ("tensors", GAUGE, "Managed tensors.", ("kind",), _each("tensors", "kinds")),
-    ("births", COUNTER, "Runtime tensors that came.", ("kind",), _each("births", "life_cycles")),
-    ("deaths", COUNTER, "Runtime tensors that are gone.", ("kind",), _each("deaths", "life_cycles")),
-    ("life_rounds", GAUGE, "Mean length of finished lives.", ("kind",), _each("mean_rounds", "life_cycles")),
-    ("sessions_open", GAUGE, "Inference sessions.", (), _one("sessions_open")),
+    ("births", COUNTER, "Runtime tensors created.", ("kind",), _each("births", "life_cycles")),
+    ("deaths", COUNTER, "Runtime tensors freed.", ("kind",), _each("deaths", "life_cycles")),
+    ("life_rounds", GAUGE, "Mean lifetime of freed tensors, in rounds.", ("kind",), _each("mean_rounds", "life_cycles")),
+    ("sessions_open", GAUGE, "Open inference sessions.", (), _one("sessions_open")),
     # --- paging
-    ("page_hits", COUNTER, "Page accesses that found bytes kept.", (), _one("paging", "hits")),
-    ("page_misses", COUNTER, "Page accesses that found bytes read anew.", (), _one("paging", "misses")),
-    ("page_faults", COUNTER, "Misses that had to wait.", (), _one("paging", "faults")),
-    ("stall_seconds", COUNTER, "Seconds waited for pages.", (), _one("paging", "stall_s")),
-    ("read_bytes", COUNTER, "Read from the SSD.", (), _one("paging", "bytes_read")),
-    ("written_bytes", COUNTER, "Written to the swap file.", (), _one("paging", "bytes_written")),
+    ("page_hits", COUNTER, "Page accesses served from memory.", (), _one("paging", "hits")),
+    ("page_misses", COUNTER, "Page accesses served by a new read.", (), _one("paging", "misses")),
+    ("page_faults", COUNTER, "Misses that waited for a read.", (), _one("paging", "faults")),
+    ("stall_seconds", COUNTER, "Stall time waiting for pages.", (), _one("paging", "stall_s")),
+    ("read_bytes", COUNTER, "Bytes read from the SSD.", (), _one("paging", "bytes_read")),
+    ("written_bytes", COUNTER, "Bytes written to the swap file.", (), _one("paging", "bytes_written")),
     ("page_migrations", COUNTER, "Pages moved between tiers.", (), _one("migrations", "pages")),
-    ("prefetches", COUNTER, "Pages read ahead of use.", (), _one("paging", "prefetches")),
-    ("prefetches_used", COUNTER, "Of those, used before they left.", (), _one("paging", "prefetches_used")),
+    ("prefetches", COUNTER, "Pages prefetched.", (), _one("paging", "prefetches")),
+    ("prefetches_used", COUNTER, "Prefetched pages used before eviction.", (), _one("paging", "prefetches_used")),
     # --- cache
-    ("cache_requests", COUNTER, "Look-ups, whatever level answered.", (), _requests),
-    ("cache_request_hits", COUNTER, "Look-ups that some level answered.", (), _one("cache", "hits")),
-    ("cache_saved_seconds", COUNTER, "Seconds that hits saved.", (), _one("cache", "saved_s")),
-    ("cache_hits", COUNTER, "Hits of a level.", ("level",), _each("hits", *_LEVELS)),
-    ("cache_misses", COUNTER, "Misses of a level.", ("level",), _each("misses", *_LEVELS)),
-    ("cache_migrations", COUNTER, "Entries that came from another level.", ("level",), _each("migrations", *_LEVELS)),
-    ("cache_used_bytes", GAUGE, "Bytes of a level.", ("level",), _each("used_bytes", *_LEVELS)),
+    ("cache_requests", COUNTER, "Cache lookups, all levels.", (), _requests),
+    ("cache_request_hits", COUNTER, "Cache lookups that hit any level.", (), _one("cache", "hits")),
+    ("cache_saved_seconds", COUNTER, "Compute seconds saved by hits.", (), _one("cache", "saved_s")),
+    ("cache_hits", COUNTER, "Hits per level.", ("level",), _each("hits", *_LEVELS)),
+    ("cache_misses", COUNTER, "Misses per level.", ("level",), _each("misses", *_LEVELS)),
+    ("cache_migrations", COUNTER, "Entries moved in from another level.", ("level",), _each("migrations", *_LEVELS)),
+    ("cache_used_bytes", GAUGE, "Bytes used per level.", ("level",), _each("used_bytes", *_LEVELS)),
     (
         "cache_prediction_efficiency_ratio",
         GAUGE,
-        "Entries admitted to a level that were found there later.",
+        "Share of entries admitted to a level that were hit there later.",
         ("level",),
         _each("prediction_efficiency", *_LEVELS),
     ),
     # --- compression
-    ("kind_compression_ratio", GAUGE, "Original over encoded bytes.", ("kind",), _each("compression_ratio", "kinds")),
+    ("kind_compression_ratio", GAUGE, "Original / encoded bytes.", ("kind",), _each("compression_ratio", "kinds")),
     ("kind_relative_error", GAUGE, "Mean relative error.", ("kind",), _each("relative_error", "kinds")),
-    ("encode_bytes_per_second", GAUGE, "Speed of encoding.", ("kind",), _each("encode_bytes_per_s", "kinds")),
-    ("decode_bytes_per_second", GAUGE, "Speed of decoding.", ("kind",), _each("decode_bytes_per_s", "kinds")),
+    ("encode_bytes_per_second", GAUGE, "Encoding speed.", ("kind",), _each("encode_bytes_per_s", "kinds")),
+    ("decode_bytes_per_second", GAUGE, "Decoding speed.", ("kind",), _each("decode_bytes_per_s", "kinds")),
     ("encodes", COUNTER, "Encodings in this process.", ("kind",), _each("encodes", "kinds")),
     # --- responses
-    ("responses", COUNTER, "Generations and forwards.", (), _one("responses", "count")),
-    ("tokens", COUNTER, "New tokens.", (), _one("responses", "tokens")),
+    ("responses", COUNTER, "Responses: generations and single forward passes.", (), _one("responses", "count")),
+    ("tokens", COUNTER, "Generated tokens.", (), _one("responses", "tokens")),
     ("response_seconds", COUNTER, "Wall time of responses.", (), _one("responses", "seconds")),
-    ("current_response_seconds", GAUGE, "The last or a running response.", (), _one("responses", "current_s")),
-    ("tokens_per_second", GAUGE, "Of a sequence, after the first token.", (), _one("responses", "tokens_per_s")),
-    ("first_token_seconds", GAUGE, "Mean time to the first token.", (), _one("responses", "first_token_s")),
+    ("current_response_seconds", GAUGE, "Time of the last or current response.", (), _one("responses", "current_s")),
+    ("tokens_per_second", GAUGE, "Decode speed per sequence, after the first token.", (), _one("responses", "tokens_per_s")),
+    ("first_token_seconds", GAUGE, "Mean time to first token.", (), _one("responses", "first_token_s")),
     # --- the rest
-    ("gc_stat", GAUGE, "Figures of the collector, by name.", ("stat",), _collector),
+    ("gc_stat", GAUGE, "Collector statistics by name.", ("stat",), _collector),
     ("alert_active", GAUGE, "1 while an alert is active.", ("alert",), _alerts),
     *((name, GAUGE, f"Section 7.1: {name}.", (), _one("metrics", name)) for name in METRICS),
 )
-"""Name, type, help, labels, and how it is read from a snapshot. Counters get `_total`."""
+"""Name, type, help, labels and snapshot reader of each metric. Counters get the suffix `_total`."""
 
 
 class MetricsExporter:
-    """A collector of `prometheus_client` over snapshots.
+    """A `prometheus_client` collector of snapshots.
 
     Args:
-        optimizer: what is exported; once it is collected, nothing is.
-        registry: where to register; default: a new one.
-        monitor: decides on alerts at each scrape.
+        optimizer: the optimizer to export; held by a weak reference.
+        registry: registry to join; default: a new one.
+        monitor: evaluates alerts at each scrape.
 
     Attributes:
-        registry: holds this collector.
-        url: where it is served, once it is.
+        registry: the registry that holds this collector.
+        url: address of the metrics once they are served.
 
     Raises:
         ConfigurationError: `prometheus-client` is not installed.
@@ -196,11 +196,11 @@ class MetricsExporter:
         self.registry.register(self)
 
     def describe(self) -> Iterator[Metric]:
-        """Yield the families without samples; `prometheus_client` calls it to find names that clash."""
+        """Yield the metric families without samples; `prometheus_client` uses them to detect name clashes."""
         yield from _families(None)
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the families of a snapshot taken now; a figure that is `None` has no sample."""
+        """Yield the metric families of a new snapshot; `None` values have no sample."""
         optimizer = self._optimizer()
         if optimizer is None:
             return
@@ -209,26 +209,26 @@ class MetricsExporter:
         yield from _families(snapshot)
 
     def serve(self, port: int, *, address: str = "127.0.0.1") -> str:
-        """Answer scrapes over HTTP, in a thread, until `close`; return the address.
+        """Serve metrics over HTTP from a thread until `close`; return the URL.
 
         Args:
-            port: 0: any that is free.
-            address: to listen on; figures are nobody's business outside of this machine unless you say so.
+            port: port to listen on; 0 for any free port.
+            address: address to listen on; the default is reachable from this machine only.
 
         Raises:
-            ConfigurationError: it is served already, or the port is taken.
+            ConfigurationError: metrics are already served, or the port is in use.
         """
         from prometheus_client import start_http_server
 
         if self._stop is not None:
-            raise ConfigurationError(f"metrics are served already: {self.url}")
+            raise ConfigurationError(f"metrics are already served at {self.url}; close this exporter first")
         optimizer = self._optimizer()
         if optimizer is not None:
-            optimizer.figures.measure()  # a scrape measures nothing
+            optimizer.figures.measure()  # scrapes take no measurements
         try:
             server, thread = start_http_server(port, addr=address, registry=self.registry)
         except OSError as error:
-            raise ConfigurationError(f"metrics: port {port} cannot be used: {error.strerror}") from error
+            raise ConfigurationError(f"metrics: cannot use port {port}: {error.strerror}; choose another, or 0 for any free port") from error
         self.url = f"http://{address}:{server.server_port}/metrics"
 
         def stop() -> None:
@@ -240,7 +240,7 @@ class MetricsExporter:
         return self.url
 
     def close(self) -> None:
-        """End the service, and leave the registry."""
+        """Stop serving and leave the registry."""
         if self._stop is not None:
             self._stop()
             self._stop = None
@@ -267,5 +267,5 @@ def _families(snapshot: Mapping[str, Any] | None) -> Iterator[Metric]:
 
 
 def exported_names() -> set[str]:
-    """Return the names of all series, as Prometheus stores them."""
+    """Return the names of all series as Prometheus stores them."""
     return {f"{NAMESPACE}_{name}{'_total' if sort == COUNTER else ''}" for name, sort, *_ in FAMILIES}

@@ -1,4 +1,4 @@
-"""A run as one JSON document or as a table."""
+"""Export of a run as one JSON document or a CSV table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .recording.run_state import Record, RunState
 
 
 def state_of(lines: Iterable[str]) -> RunState:
-    """Return the state after some records, with all samples."""
+    """Return the state after the given records, with all samples."""
     state = RunState(keep_samples=True)
     for line in lines:
         state.apply(json.loads(line))
@@ -20,7 +20,7 @@ def state_of(lines: Iterable[str]) -> RunState:
 
 
 def as_json(header: Record, state: RunState) -> dict[str, Any]:
-    """Return the header, all samples (`t` and the whole snapshot) and the events."""
+    """Return the header, all samples (`t` and the full snapshot) and the events."""
     return {
         "header": header,
         "samples": [{"t": t, **snapshot} for t, snapshot in state.samples],
@@ -29,7 +29,7 @@ def as_json(header: Record, state: RunState) -> dict[str, Any]:
 
 
 def as_csv(state: RunState) -> str:
-    """Return a table: a row a sample, a column a figure, named by its keys; what is not measured is empty."""
+    """Return CSV with one row per sample and one column per figure, named by its keys; unmeasured figures are empty."""
     rows = [{"t": t, **dict(_figures(snapshot))} for t, snapshot in state.samples]
     columns = dict.fromkeys(name for row in rows for name in row)
     text = io.StringIO()

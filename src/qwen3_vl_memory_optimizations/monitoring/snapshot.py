@@ -1,4 +1,4 @@
-"""`take_snapshot`: everything there is to show of an optimizer, now, as one dict that JSON can hold."""
+"""`take_snapshot`: the full state of an optimizer as one JSON-ready dict."""
 
 from __future__ import annotations
 
@@ -11,47 +11,47 @@ from ..model.run.response_times import Response
 from ..optimizer import MemoryOptimizer
 
 SCHEMA = 1
-"""Grows when a key changes its meaning or goes."""
+"""Incremented when a key is removed or changes its meaning."""
 
 _LATELY_S = 300.0
 
 
 def take_snapshot(optimizer: MemoryOptimizer, *, measure: bool = False) -> dict[str, Any]:
-    """Return the state and the counters of an optimizer; a figure that is not there is `None`.
+    """Return the state and counters of an optimizer; missing figures are `None`.
 
-    Takes about a millisecond. Counters only grow: whoever wants rates keeps the snapshot before.
+    Takes about a millisecond. Counters only grow: for rates, keep the previous snapshot.
 
     Args:
-        optimizer: not closed.
-        measure: also measure what `metrics` need a measurement for, once (0.3 s).
+        optimizer: an open optimizer.
+        measure: also take the one-time measurements that `metrics` needs (0.3 s).
 
     Returns:
         schema: `SCHEMA`.
-        time_s: seconds since 1970; `uptime_s`: of the optimizer.
-        process: `rss_bytes`, `peak_rss_bytes`, `cpu_s` (CPU-seconds so far, all threads).
+        time_s: seconds since 1970; `uptime_s`: age of the optimizer.
+        process: `rss_bytes`, `peak_rss_bytes`, `cpu_s` (CPU seconds so far, all threads).
         budget: limits, `accounts_bytes` by owner (`tensor_accounts_bytes`: those under `tensor_budget`), page frames
-            (`frames_*_bytes`), what was given up under pressure; `undroppable_bytes`, `capacity_bytes`,
+            (`frames_*_bytes`), bytes released under pressure; `undroppable_bytes`, `capacity_bytes`,
             `undroppable_share`: see `MemoryFigures.occupancy`.
-        memory_map: rows `tier` (`cpu`, `ssd`), `kind`, `codec`, `tensors`, `bytes`: encoded bytes that lie there; those
-            of `ssd` are not in memory besides.
-        tiers, kinds, codecs, paging, sessions_open: as in `get_memory_efficiency_stats`. Each kind has besides
+        memory_map: rows `tier` (`cpu`, `ssd`), `kind`, `codec`, `tensors`, `bytes`: encoded bytes in that tier; `ssd`
+            counts bytes on the SSD only.
+        tiers, kinds, codecs, paging, sessions_open: as in `get_memory_efficiency_stats`. Each kind also has
             `compression_ratio`, `relative_error`, `encode_bytes_per_s`,
             `decode_bytes_per_s`, `encodes`.
         pools: by kind: `size_bytes`, `used_bytes`, `requested_bytes`, `utilization`, `allocations`,
             `internal_fragmentation`, `external_fragmentation`. Empty without pooling.
-        fragmentation: the figure that alerts look at, see `MemoryFigures.fragmentation`.
+        fragmentation: the value used by alerts, see `MemoryFigures.fragmentation`.
         cache: `hits`, `misses`, `hit_rate`, `saved_s`, `computed_s`, `levels` (`gpu`, `cpu`, `ssd`: each `None` or its
-            counters, `hit_rate`, `prediction_efficiency`, `migrations`). `None`: switched off.
-        swapping: `algorithm`, `decides`, `swapped_ahead_bytes`; `None`: switched off.
-        migrations: `pages` moved between tiers; `tensors` brought back by the tiering system, `tensors_used` of them.
+            counters, `hit_rate`, `prediction_efficiency`, `migrations`). `None`: disabled.
+        swapping: `algorithm`, `decides`, `swapped_ahead_bytes`; `None`: disabled.
+        migrations: `pages` moved between tiers; `tensors` prefetched by the tiering system, `tensors_used` of them used.
         prediction: `prefetch_accuracy`, `tier_effectiveness`, `improvement_over_lru`.
-        gc: counters of the collector; `None`: there is none.
+        gc: counters of the collector; `None`: no collector.
         life_cycles: by kind of runtime tensor: `births`, `deaths`, `alive`, `alive_bytes`, `mean_rounds`.
-        responses: `count`, `tokens`, `seconds` in all; `running_s`; `last`; `current_s` for the alert: the time of the
-            last one where it ended in the last five minutes, or of one under way if that is longer; `tokens_per_s`,
+        responses: totals `count`, `tokens`, `seconds`; `running_s`; `last`; `current_s` for the alert: time of the last
+            response if it ended within five minutes, or of the current one if that is longer; `tokens_per_s`,
             `cpu_s_per_token` and mean `first_token_s` of the last 64.
         metrics: the keys of section 7.1.
-        alerts: empty; `AlertMonitor` has them (`alert_rows`).
+        alerts: empty; filled from `AlertMonitor` (`alert_rows`).
     """
     figures, memory = optimizer.figures, optimizer.get_memory_efficiency_stats()
     uses = optimizer.pager.usage()
@@ -162,7 +162,7 @@ def _responses(optimizer: MemoryOptimizer) -> dict[str, Any]:
 
 
 def _current_s(recent: list[Response], running_s: float | None, now_s: float) -> float | None:
-    """Return the time of the last response if it ended lately, or of one under way if that is longer already."""
+    """Return the time of the last response if it ended recently, or of the current one if that is longer."""
     lately = recent and now_s - recent[-1].ended_s < _LATELY_S
     times = [running_s or 0.0, recent[-1].wall_s if lately else 0.0]
     return max(times) if lately or running_s is not None else None

@@ -1,4 +1,4 @@
-"""The page on which a run is seen: served on this machine alone, while it runs or from its record."""
+"""The dashboard of a live or recorded run, served on this machine only."""
 
 from .server import Dashboard, serve_run, start_dashboard
 

@@ -1,4 +1,4 @@
-"""The web application: a page, its events, and the run as JSON and CSV. Nothing of it leaves this machine."""
+"""The web application: the page, its event stream, and the run as JSON and CSV. It is local to this machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .files import STATIC
 from .source import RunSource, newest, run_id
 
 HOSTS = ["127.0.0.1", "localhost"]
-"""Names under which it answers: a page of another site whose name was bent to 127.0.0.1 is refused."""
+"""Accepted host names, to block DNS rebinding by other sites."""
 
 _LOOK_S = 0.4
 _BEAT_S = 15.0
@@ -40,7 +40,7 @@ _HEADERS = {
 
 
 def make_app(source: RunSource, closing: threading.Event) -> Starlette:
-    """Return the application for a run; its streams of events end once `closing` is set."""
+    """Return the application for a run; its event streams end once `closing` is set."""
 
     def page(request: Request) -> Response:
         return FileResponse(STATIC / "index.html")
@@ -56,7 +56,7 @@ def make_app(source: RunSource, closing: threading.Event) -> Starlette:
         return Response(text, media_type="text/csv", headers=_attachment("csv"))
 
     def events(request: Request) -> Response:
-        # As the browser sends it when the connection broke: "run:number".
+        # Sent by the browser when it reconnects: "run:number".
         run, _, number = request.headers.get("last-event-id", "").rpartition(":")
         after = int(number) if run == run_id(source) and number.isdigit() else 0
         return StreamingResponse(_events(source, after, closing), media_type="text/event-stream")
@@ -74,7 +74,7 @@ def make_app(source: RunSource, closing: threading.Event) -> Starlette:
 
 
 class _WithHeaders:
-    """Adds the headers that all answers have."""
+    """Adds the common headers to all responses."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -89,13 +89,13 @@ class _WithHeaders:
 
 
 async def _events(source: RunSource, after: int, closing: threading.Event) -> AsyncIterator[str]:
-    """Yield the records after a number, and those that come."""
+    """Yield the records after a number, then new ones as they arrive."""
     run, history = run_id(source), source.history
     assert history is not None
     yield _event("header", {"run": run, "header": source.header, "charts": charts_as_rows()})
     idle_s, told_end, ends = 0.0, False, False
     while not ends:
-        ends = closing.is_set()  # looked at first: what came before it is still sent
+        ends = closing.is_set()  # read first, so that earlier records are still sent
         source.poll()
         rows = history.after(after)
         for start in range(0, len(rows), _BATCH):
@@ -106,7 +106,7 @@ async def _events(source: RunSource, after: int, closing: threading.Event) -> As
             told_end = True
             yield _event("end", {})
         idle_s = 0.0 if rows else idle_s + _LOOK_S
-        if idle_s > _BEAT_S:  # else nobody notices that the page is gone
+        if idle_s > _BEAT_S:  # a heartbeat, to detect closed pages
             idle_s = 0.0
             yield ": \n\n"
         if not ends:

@@ -1,4 +1,4 @@
-"""Where the files of the page lie."""
+"""Location of the static files of the page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Dashboard`: serves the page of a run from a thread, on 127.0.0.1."""
+"""`Dashboard`: serves the page of a run from a thread on 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _END_S = 2
 
 
 class Dashboard:
-    """The page of a run, until `close`.
+    """Serves the page of a run until `close`.
 
     Args:
         source: the run.
-        port: 0: any that is free.
-        recorder: ends with the page.
+        port: port to listen on; 0 for any free port.
+        recorder: closed together with the page.
 
     Attributes:
-        url: of the page.
+        url: address of the page.
 
     Raises:
-        ConfigurationError: starlette and uvicorn are not installed, or the port is taken.
+        ConfigurationError: starlette and uvicorn are not installed, or the port is in use.
     """
 
     def __init__(self, source: RunSource, *, port: int = 0, recorder: Recorder | None = None) -> None:
@@ -66,7 +66,7 @@ class Dashboard:
         self._thread.start()
 
     def close(self) -> None:
-        """End the page, and the recording if it began with it. A second call does nothing."""
+        """Stop the page, and the recording if it started with it. Further calls do nothing."""
         if self._recorder is not None:
             self._recorder.close()
         self._closing.set()
@@ -88,18 +88,18 @@ def start_dashboard(
     monitor: AlertMonitor | None = None,
     about: dict[str, Any] | None = None,
 ) -> Dashboard:
-    """Serve a page that shows an optimizer at work, from a thread; return at once.
+    """Serve a live page of an optimizer from a thread and return immediately.
 
     Args:
-        model_or_optimizer: a model of `create_optimized_model`, or a `MemoryOptimizer`. It is not kept alive.
-        port: 0: any that is free.
-        path: of a file for the record of the run; `None`: none.
-        monitor: decides on alerts; default: one with the usual limits.
-        about: what the page says of the run, such as the `command`.
+        model_or_optimizer: a model from `create_optimized_model`, or a `MemoryOptimizer`; held by a weak reference.
+        port: port to listen on; 0 for any free port.
+        path: run file to record to; `None` for none.
+        monitor: evaluates alerts; default: one with the default limits.
+        about: labels for the run, such as the `command`.
 
     Raises:
-        ConfigurationError: starlette and uvicorn are not installed, the port is taken, or it is no such object.
-        StorageError: the file cannot be made.
+        ConfigurationError: starlette and uvicorn are not installed, the port is in use, or the object is neither.
+        StorageError: the run file cannot be created.
     """
     check_installed()
     from ..recording.recorder import Recorder
@@ -114,36 +114,36 @@ def start_dashboard(
 
 
 def optimizer_of(model_or_optimizer: Any) -> MemoryOptimizer:
-    """Return the optimizer that is meant.
+    """Return the optimizer of a model, or the optimizer itself.
 
     Raises:
-        ConfigurationError: there is none.
+        ConfigurationError: the object is neither.
     """
     from ...optimizer import MemoryOptimizer
 
     optimizer = getattr(model_or_optimizer, "memory_optimizer", model_or_optimizer)
     if not isinstance(optimizer, MemoryOptimizer):
         name = type(model_or_optimizer).__name__
-        raise ConfigurationError(f"expected a MemoryOptimizer or a model that has one, got {name}")
+        raise ConfigurationError(f"expected a MemoryOptimizer or an optimized model, got {name}")
     return optimizer
 
 
 @contextlib.contextmanager
 def serve_run(path: Path, port: int = 0) -> Iterator[Dashboard]:
-    """Serve the page of a recorded run, which may still be written, for a block.
+    """Serve the page of a recorded run, live or ended, during a block.
 
     Raises:
-        ConfigurationError: it cannot be read, or the page cannot be served.
+        ConfigurationError: the run cannot be read, or the page cannot be served.
     """
     with Dashboard(RunFile(path), port=port) as dashboard:
         yield dashboard
 
 
 def check_installed() -> None:
-    """Raise where what serves the page is not installed.
+    """Check that the dashboard's dependencies are installed.
 
     Raises:
-        ConfigurationError: it is not.
+        ConfigurationError: one is not installed.
     """
     try:
         import starlette  # noqa: F401
@@ -159,8 +159,8 @@ def _listen(port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((ADDRESS, port))
-        listener.listen()  # now, and not when the thread comes to it: who has the address may ask at once
+        listener.listen()  # now, not in the thread: callers may connect as soon as they have the URL
     except OSError as error:
         listener.close()
-        raise ConfigurationError(f"dashboard: port {port} cannot be used: {error.strerror}") from error
+        raise ConfigurationError(f"dashboard: cannot use port {port}: {error.strerror}; choose another, or 0 for any free port") from error
     return listener

@@ -1,4 +1,4 @@
-"""`RunSource`: what the page asks of a run, whether it is recorded now or lies in a file."""
+"""`RunSource`: the page's interface to a run, whether live or in a file."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from ..recording.run_state import Record, RunState
 
 
 class RunSource(Protocol):
-    """A run: `Recorder` and `RunFile` are such."""
+    """A run; implemented by `Recorder` and `RunFile`."""
 
     @property
     def header(self) -> Record:
-        """What the run is of."""
+        """Description of the run."""
 
     @property
     def state(self) -> RunState:
-        """As of the latest record."""
+        """State as of the latest record."""
 
     @property
     def history(self) -> History | None:
@@ -25,19 +25,19 @@ class RunSource(Protocol):
 
     @property
     def running(self) -> bool:
-        """Whether there may be more."""
+        """Whether more records may follow."""
 
     def poll(self) -> None:
-        """Take what came since."""
+        """Read new records."""
 
 
 def run_id(source: RunSource) -> str:
-    """Return what tells one run from another."""
+    """Return a unique id of a run."""
     return f"{source.header['started_s']}-{source.header['pid']}"
 
 
 def newest(source: RunSource) -> dict[str, Any]:
-    """Return the latest snapshot and what the map says, ready for JSON."""
+    """Return the latest snapshot and memory map, ready for JSON."""
     source.poll()
     state, pages = source.state, source.state.memory_map
     states = pages.states()

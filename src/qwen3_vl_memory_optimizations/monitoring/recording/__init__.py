@@ -1,1 +1,1 @@
-"""What a run leaves: records in memory and on the disk."""
+"""Recording of runs in memory and on disk."""

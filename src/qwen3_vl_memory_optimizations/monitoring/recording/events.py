@@ -1,4 +1,4 @@
-"""What is worth a line between two snapshots."""
+"""Events between two snapshots."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _LEAST_STALL_S = 0.1
 ALERT, PRESSURE, RESPONSE, STALL, SWAP = "alert", "pressure", "response", "stall", "swap"
 
 ROUTINE = frozenset({RESPONSE, STALL, SWAP})
-"""Sorts of which there may be one each half second; they must not crowd out the others."""
+"""Frequent event types (up to two per second), capped separately so that they do not crowd out the others."""
 
 
 def events_between(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the sort and the text of what happened between two snapshots; `before` may be empty."""
+    """Yield the type and text of each event between two snapshots; `before` may be empty."""
     if not before:
         return
     yield from _alerts(before["alerts"], after["alerts"])
@@ -25,12 +25,12 @@ def events_between(before: Mapping[str, Any], after: Mapping[str, Any]) -> Itera
     stalled_s = paging["stall_s"] - earlier["stall_s"]
     if stalled_s >= _LEAST_STALL_S:
         faults = paging["faults"] - earlier["faults"]
-        yield STALL, f"waited {stalled_s:.2f} s for the SSD, {faults} times"
+        yield STALL, f"stalled {stalled_s:.2f} s on the SSD, {faults} faults"
     written, read = (paging[key] - earlier[key] for key in ("swap_writes", "swap_reads"))
     if written or read:
         yield SWAP, f"pages swapped out: {written}, swapped in: {read}"
     if after["budget"]["pressure_reliefs"] > before["budget"]["pressure_reliefs"]:
-        yield PRESSURE, f"memory is short on this machine: {format_bytes(after['budget']['given_up_bytes'])} given up"
+        yield PRESSURE, f"low memory on this machine: {format_bytes(after['budget']['given_up_bytes'])} released"
 
 
 def _alerts(before: list[Mapping[str, Any]], after: list[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
@@ -48,4 +48,4 @@ def _responses(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[
     elif n_new and last is not None and last["generated"]:
         yield RESPONSE, f"{last['new_tokens']} tokens in {last['wall_s']:.2f} s"
     elif n_new:
-        yield RESPONSE, "a forward"
+        yield RESPONSE, "one forward pass"

@@ -1,4 +1,4 @@
-"""`History`: the records of a run in memory, bounded; what is long ago is kept more coarsely."""
+"""`History`: a bounded list of the records of a run, coarser for older ones."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .events import ROUTINE
 from .run_state import Record, is_sample, merge_samples
 
 _PARTS = 3
-"""Of the limit: what happened lately, whole; what happened before, thinned; and room for what comes."""
+"""Thirds of the limit: recent records in full, older records thinned, and room for new ones."""
 _EVENTS_SHARE = 6
 
 
 class History:
-    """Records by number, as lines of JSON. Any thread may use it.
+    """Numbered records as lines of JSON. Thread-safe.
 
     Args:
-        limit: the most records. Where there are more, a third stays as it is, and of the samples before it so many that
-            they are evenly apart: the whole run stays, and what is not recent loses detail.
+        limit: maximum number of records. Beyond it, the latest third is kept in full and older samples are thinned
+            evenly: the whole run stays covered, with less detail for its older part.
     """
 
     def __init__(self, limit: int = 1200) -> None:
@@ -31,7 +31,7 @@ class History:
 
     @property
     def last(self) -> int:
-        """The number of the latest record; 0: there is none."""
+        """Number of the latest record; 0: none."""
         return self._last
 
     def append(self, record: Record) -> None:
@@ -45,7 +45,7 @@ class History:
                 self._lines[:-recent] = _thinned(self._lines[:-recent], recent // 2, self._limit // _EVENTS_SHARE)
 
     def after(self, number: int) -> list[tuple[int, str]]:
-        """Return the records with higher numbers, with these; each is one line of JSON."""
+        """Return (number, line of JSON) of all records after a number."""
         with self._lock:
             if number >= self._last:
                 return []
@@ -53,7 +53,7 @@ class History:
 
 
 def to_line(record: Record) -> str:
-    """Return a record as one line, without the end of it. A number that JSON has no word for is not measured: null."""
+    """Return a record as one line without a newline; non-finite numbers become null (not measured)."""
     try:
         return json.dumps(record, separators=(",", ":"), default=str, allow_nan=False)
     except ValueError:
@@ -69,7 +69,7 @@ def _finite(value: Any) -> Any:
 
 
 def _thinned(lines: list[tuple[int, str]], most_samples: int, most_events: int) -> list[tuple[int, str]]:
-    """Return samples that are evenly apart, each merged with those left out before it, and the latest events."""
+    """Return evenly spaced samples, each merged with those dropped before it, and the latest events."""
     rows = [(number, json.loads(line)) for number, line in lines]
     kept_events = _latest_events(rows, most_events // 2)
     samples = [record["t"] for _, record in rows if is_sample(record)]
@@ -90,7 +90,7 @@ def _thinned(lines: list[tuple[int, str]], most_samples: int, most_events: int) 
 
 
 def _latest_events(rows: list[tuple[int, Record]], most: int) -> set[int]:
-    """Return the numbers of the latest events: at most so many of those that are routine, and so many others."""
+    """Return the numbers of the latest events: at most `most` routine ones and `most` others."""
     events = [(number, record["event"] in ROUTINE) for number, record in rows if not is_sample(record)]
     return {
         number

@@ -1,4 +1,4 @@
-"""`Recorder`: a thread that notes the state of an optimizer twice a second, in memory and in a file."""
+"""`Recorder`: a thread that records the state of an optimizer twice per second, in memory and to a file."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ PERIOD_S = 0.5
 
 
 class PhaseTimes:
-    """Seconds that were spent in each phase. Told by the thread that computes, asked by another.
+    """Seconds spent in each phase. Updated by the computing thread, read by another.
 
     Args:
-        phase: the one now.
+        phase: the current phase.
         clock: monotonic, in seconds.
     """
 
@@ -45,7 +45,7 @@ class PhaseTimes:
         self._seconds = dict.fromkeys(("vision", "prefill", "decode", phase), 0.0)
 
     def begin(self, phase: str) -> None:
-        """Note that a phase begins."""
+        """Start a phase."""
         with self._lock:
             self._count()
             self._phase = phase
@@ -56,35 +56,35 @@ class PhaseTimes:
         self._since_s = now_s
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the phase now, and the seconds by phase."""
+        """Return the current phase and the seconds per phase."""
         with self._lock:
             self._count()
             return {"now": self._phase, "seconds": dict(self._seconds)}
 
 
 class Recorder:
-    """Notes snapshots, the memory map, alerts and events of an optimizer until it, or `close`, ends.
+    """Records snapshots, the memory map, alerts and events of an optimizer until it is closed or `close` is called.
 
-    Samples are taken by a thread of its own. Those who compute wait for nothing of it but for the Pager's lock, which a
-    snapshot and the map take for about a millisecond.
+    A separate thread takes the samples. Computing threads wait only for the Pager's lock, which a snapshot and the map
+    hold for about a millisecond.
 
     Args:
-        optimizer: not closed. It is not kept alive.
-        path: of a file for the run, which must not exist; `None`: memory alone.
-        period_s: between two samples.
-        history: the most records in memory; 0: none, where only the file is wanted.
-        monitor: decides on alerts; default: one with the usual limits.
-        about: what the header says besides, such as the command.
+        optimizer: an open optimizer; held by a weak reference.
+        path: new file for the run; `None` records in memory only.
+        period_s: seconds between samples.
+        history: maximum number of records in memory; 0 for a file only.
+        monitor: evaluates alerts; default: one with the default limits.
+        about: extra header entries, such as the command.
         clock: monotonic, in seconds.
 
     Attributes:
-        header: what the run is of.
-        state: as of the latest sample.
+        header: description of the run.
+        state: state as of the latest sample.
         history: the records.
 
     Raises:
-        ConfigurationError: no period.
-        StorageError: the file cannot be made.
+        ConfigurationError: `period_s` is not positive.
+        StorageError: the file cannot be created.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Recorder:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not period_s > 0:
-            raise ConfigurationError(f"period_s: {period_s} s is not above zero")
+            raise ConfigurationError(f"period_s: {period_s} s must be above zero")
         self.header = _header(optimizer, period_s, about or {})
         self.state = RunState()
         self.history = History(history) if history else None
@@ -124,30 +124,30 @@ class Recorder:
 
     @property
     def path(self) -> Path | None:
-        """The file of the run; `None`: there is none, or it could not be written on."""
+        """The file of the run; `None`: no file, or writing it failed."""
         return None if self._writer is None else self._writer.path
 
     @property
     def running(self) -> bool:
-        """Whether there will be more."""
+        """Whether more records will follow."""
         return not self.state.ended
 
     def poll(self) -> None:
-        """Do nothing: records come by themselves."""
+        """Do nothing: the recorder thread adds records."""
 
     def note(self, event: str, text: str) -> None:
         """Add an event.
 
         Args:
-            event: its sort, one word.
-            text: for people.
+            event: its type, one word.
+            text: readable text.
         """
         with self._lock:
             if not self.state.ended:
                 self._append({"t": self._now_s(), "event": event, "text": text})
 
     def look(self) -> None:
-        """Take a sample now, besides those that are taken anyway."""
+        """Take an extra sample now."""
         optimizer = self._optimizer()
         if optimizer is not None and not optimizer.pager.closed:
             self._look(optimizer)
@@ -166,9 +166,9 @@ class Recorder:
             except MemoryOptimizationError as error:  # closed meanwhile
                 self._end(str(error))
                 return
-            except Exception as error:  # the file must say that there will be no more
-                logger.exception("the recording ends")
-                self._end(f"the recording failed: {error!r}")
+            except Exception as error:  # the file must record that the run has ended
+                logger.exception("recording failed and stops")
+                self._end(f"recording failed: {error!r}")
                 return
             del optimizer
 
@@ -214,7 +214,7 @@ class Recorder:
             self._stop_writing()
 
     def close(self) -> None:
-        """Take a last sample, and end. A second call does nothing."""
+        """Take a last sample and stop. Further calls do nothing."""
         self._ended.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()

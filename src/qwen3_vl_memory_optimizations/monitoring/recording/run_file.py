@@ -1,4 +1,4 @@
-"""Runs on the disk: one file a run, a record a line, so that what was written before a crash can be read."""
+"""Run files: one file per run and one record per line, readable even after a crash."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .run_state import Record, RunState, check_header, is_sample, merge_samples
 
 SUFFIX = ".jsonl"
 KEPT_RUNS = 20
-"""So many runs stay in the directory; the oldest go."""
+"""Number of runs kept in the directory; older ones are removed."""
 
 _SAMPLES_A_STAGE = 7200
 _READ_BYTES = 1 << 20
@@ -28,12 +28,12 @@ _numbers = itertools.count()
 
 
 def runs_dir(config: MemoryConfig | None = None) -> Path:
-    """Return where runs are recorded."""
+    """Return the directory of recorded runs."""
     return (config or MemoryConfig()).base_dir / "runs"
 
 
 def new_run_path(directory: Path) -> Path:
-    """Return the path for a run that begins now, in a directory that is made; runs that are too many are removed."""
+    """Return the path for a new run; create the directory and remove excess old runs."""
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     for path in recorded_runs(directory)[KEPT_RUNS - 1 :]:
         if not is_running(path):
@@ -43,7 +43,7 @@ def new_run_path(directory: Path) -> Path:
 
 
 def recorded_runs(directory: Path) -> list[Path]:
-    """Return the runs in a directory, the newest first."""
+    """Return the runs in a directory, newest first."""
     dated = []
     for path in directory.glob(f"*{SUFFIX}") if directory.is_dir() else ():
         with contextlib.suppress(FileNotFoundError):  # removed by another process meanwhile
@@ -52,7 +52,7 @@ def recorded_runs(directory: Path) -> list[Path]:
 
 
 def is_running(path: Path) -> bool:
-    """Whether a process still writes a run: it holds the lock of the file, and a process that died holds none."""
+    """Return whether a live process is writing a run: it holds the file lock, which ends with the process."""
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -64,19 +64,19 @@ def is_running(path: Path) -> bool:
 
 
 def find_run(given: Path | None, directory: Path) -> Path:
-    """Return the run that is meant: a given one, else the newest that still runs, else the newest.
+    """Return the given run, else the newest live run, else the newest.
 
     Raises:
-        ConfigurationError: there is none.
+        ConfigurationError: no such run.
     """
     if given is not None:
         if not given.is_file():
-            raise ConfigurationError(f"{given}: no such file; recorded runs lie in {directory}")
+            raise ConfigurationError(f"{given}: no such file; recorded runs are in {directory}")
         return given
     runs = recorded_runs(directory)
     if not runs:
         raise ConfigurationError(
-            f"no run is recorded in {directory}; `qwen3vl-mem generate` and `demo` record theirs, unless --no-record"
+            f"no run is recorded in {directory}; record one with `qwen3vl-mem generate` or `demo`, without --no-record"
         )
     return next((path for path in runs if is_running(path)), runs[0])
 
@@ -84,15 +84,15 @@ def find_run(given: Path | None, directory: Path) -> Path:
 class RunWriter:
     """Appends records to a new file that only its owner may read.
 
-    The file grows ever more slowly: after two hours of samples at half a second each it takes every second one, then
-    every fourth. What is left out is merged into the next.
+    The file grows more and more slowly: after two hours at two samples per second, it keeps every second sample, then
+    every fourth. Dropped samples are merged into the next.
 
     Args:
-        path: of the file; it must not exist.
-        header: its first line.
+        path: path of the file, which must not exist.
+        header: first line of the file.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: the file cannot be written.
     """
 
     def __init__(self, path: Path, header: Record) -> None:
@@ -103,7 +103,7 @@ class RunWriter:
         try:
             self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise StorageError(f"{path}: the run cannot be recorded: {error.strerror}", path=path) from error
+            raise StorageError(f"{path}: this run cannot be recorded: {error.strerror}", path=path) from error
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         self._write(header)
 
@@ -111,7 +111,7 @@ class RunWriter:
         """Write a record.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: the file cannot be written.
         """
         if not is_sample(record):
             self._write(record)
@@ -133,10 +133,10 @@ class RunWriter:
             while data:
                 data = data[os.write(self._descriptor, data) :]
         except OSError as error:
-            raise StorageError(f"{self.path}: the run cannot be recorded: {error.strerror}", path=self.path) from error
+            raise StorageError(f"{self.path}: this run cannot be recorded: {error.strerror}", path=self.path) from error
 
     def close(self) -> None:
-        """Write what waits, and end the file."""
+        """Write the pending sample and close the file."""
         try:
             self._flush()
         finally:
@@ -144,20 +144,20 @@ class RunWriter:
 
 
 class RunFile:
-    """A recorded run, which may still be written.
+    """A recorded run, live or ended.
 
     Args:
-        path: of the file.
-        limit: the most records that are kept.
+        path: path of the file.
+        limit: maximum number of records to keep.
         keep_samples: see `RunState`.
 
     Attributes:
-        header: its first line.
-        state: as of the latest record that was read.
-        history: the records that were read.
+        header: first line of the file.
+        state: state as of the latest record read.
+        history: the records read.
 
     Raises:
-        ConfigurationError: no file, or not a recorded run.
+        ConfigurationError: no such file, or not a recorded run.
     """
 
     def __init__(self, path: Path, *, limit: int = 4 * _SAMPLES_A_STAGE, keep_samples: bool = False) -> None:
@@ -178,12 +178,12 @@ class RunFile:
 
     @property
     def running(self) -> bool:
-        """Whether it is still written."""
+        """Whether the run is still being written."""
         return not self.state.ended and is_running(self.path)
 
     def poll(self) -> None:
-        """Read what was written since; a line that is not whole waits for its end."""
-        with self._lock, contextlib.suppress(FileNotFoundError):  # removed meanwhile: there is no more
+        """Read new records; an incomplete last line is read later."""
+        with self._lock, contextlib.suppress(FileNotFoundError):  # file removed meanwhile: no more records
             for line in self._new_lines():
                 self._take(line)
 
@@ -205,7 +205,7 @@ class RunFile:
 
 
 def _parsed(line: bytes) -> object:
-    """Return a line as JSON; `None`: it is not, as the last one of a process that was killed."""
+    """Parse a line of JSON; `None` if incomplete, such as the last line of a killed process."""
     try:
         return json.loads(line)
     except ValueError:

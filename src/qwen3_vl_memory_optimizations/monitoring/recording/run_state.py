@@ -1,11 +1,11 @@
-"""The records that a run leaves, and `RunState`, which is rebuilt from them.
+"""The records of a run, and `RunState`, which is rebuilt from them.
 
-A run is a header and then records, each one JSON object:
+A run is a header followed by records, each one JSON object:
 
-- header: `format`, `version`, `started_s` (seconds since 1970), `period_s`, and what the run was of;
-- sample: `t` (seconds since the start), `set` (the parts of the snapshot that changed, see `take_snapshot`), and of the
-  memory map `tensors` and `map`, where they changed;
-- event: `t`, `event` (its sort) and `text`. The last one of a run that ended by itself is of the sort `end`.
+- header: `format`, `version`, `started_s` (seconds since 1970), `period_s`, and a description of the run;
+- sample: `t` (seconds since the start), `set` (the parts of the snapshot that changed, see `take_snapshot`), and the
+  parts `tensors` and `map` of the memory map that changed;
+- event: `t`, `event` (its type) and `text`. A run that ended normally has a last event of type `end`.
 """
 
 from __future__ import annotations
@@ -30,38 +30,38 @@ def check_header(header: object) -> Record:
     """Return the header of a run.
 
     Raises:
-        ConfigurationError: it is none, or of a version that this one does not know.
+        ConfigurationError: not a run header, or an unknown version.
     """
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ConfigurationError("not a recorded run: its first line is not the header of one")
+        raise ConfigurationError("not a recorded run: the first line is not a run header")
     if header.get("version") != VERSION:
         raise ConfigurationError(f"recorded with format {header.get('version')}; this version reads format {VERSION}")
     return header
 
 
 def is_sample(record: Record) -> bool:
-    """Whether a record is a sample and not an event."""
+    """Return whether a record is a sample, not an event."""
     return "set" in record
 
 
 def merge_samples(first: Record, second: Record) -> Record:
-    """Return one sample that has the effect of two, at the time of the second."""
+    """Merge two consecutive samples into one at the time of the second."""
     return {"t": second["t"], "set": {**first["set"], **second["set"]}, **merge_changes(first, second)}
 
 
 class RunState:
-    """What is known of a run at its latest record.
+    """The state of a run as of its latest record.
 
     Args:
-        keep_samples: keep all samples, and not the latest alone.
+        keep_samples: keep all samples, not only the latest.
 
     Attributes:
         t: seconds since the start.
-        snapshot: as of `take_snapshot`, and `phases`.
-        first: the first sample, (`t`, snapshot); `None`: there is none.
-        samples: all of them; unchanged parts are shared.
-        memory_map: where the pages are.
-        ended: the run ended by itself.
+        snapshot: the latest snapshot (`take_snapshot`), with `phases`.
+        first: the first sample, (`t`, snapshot); `None`: no sample yet.
+        samples: all samples; unchanged parts are shared.
+        memory_map: location of each page.
+        ended: whether the run ended normally.
     """
 
     def __init__(self, *, keep_samples: bool = False) -> None:
@@ -75,7 +75,7 @@ class RunState:
         self._keep_samples = keep_samples
 
     def apply(self, record: Record) -> None:
-        """Take the next record."""
+        """Apply the next record."""
         self.t = record["t"]
         if is_sample(record):
             self.snapshot = {**self.snapshot, **record["set"]}
@@ -90,5 +90,5 @@ class RunState:
 
     @property
     def events(self) -> list[Record]:
-        """The latest events, by time: so many of those that are routine, and so many others."""
+        """The latest events by time; routine events and others are capped separately."""
         return sorted((*self._events[False], *self._events[True]), key=lambda record: record["t"])

@@ -1,1 +1,1 @@
-"""Figures and records of a run as text, charts and reports."""
+"""Text, charts and reports of a run."""

@@ -1,4 +1,4 @@
-"""What is drawn of a run, for the page and the report alike: which figures, in which unit, and how."""
+"""Chart definitions of a run for both page and report: figures, units and styles."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 ANY = "*"
-"""In the path of a figure: each key of a table, which becomes part of the label."""
+"""In a figure's path: matches every key of a table; the key becomes part of the label."""
 
 Point = tuple[float, float | None]
 Sample = tuple[float, Mapping[str, Any]]
@@ -18,10 +18,10 @@ class Series:
     """Lines of a chart.
 
     Attributes:
-        label: of the line; of lines with `ANY` in the path, what the key is put into at `{}`.
+        label: label of the line; with `ANY` in the path, the key replaces `{}`.
         path: keys of the snapshot, joined by dots.
-        rate: growth a second since the sample before, instead of the figure itself.
-        optional: left out where there never was such a figure, as with a limit that nobody set.
+        rate: plot the growth per second since the previous sample instead of the figure.
+        optional: omit the line if the figure never appears, such as a limit that is not set.
     """
 
     label: str
@@ -35,9 +35,9 @@ class Chart:
     """A chart over time.
 
     Attributes:
-        section: of the page.
+        section: section of the page.
         unit: `bytes`, `bytes/s`, `share`, `/s`, `times`, `cores` or `count`.
-        note: what the figures mean.
+        note: explanation of the figures.
         style: `line`, `bars` or `stack`.
     """
 
@@ -56,7 +56,7 @@ CHARTS = (
         "timeline",
         "Phases",
         "share",
-        "Share of the time spent on the vision tower, prompts and tokens.",
+        "Share of time in the vision tower, prefill and decode.",
         tuple(Series(name, f"phases.seconds.{name}", rate=True) for name in ("vision", "prefill", "decode")),
         "stack",
     ),
@@ -65,8 +65,8 @@ CHARTS = (
         "timeline",
         "Stalls",
         "share",
-        "Share of the time in which somebody waited for a page from the SSD.",
-        (Series("waiting", "paging.stall_s", rate=True),),
+        "Share of time stalled on page reads from the SSD.",
+        (Series("stalled", "paging.stall_s", rate=True),),
         "bars",
     ),
     Chart(
@@ -74,10 +74,10 @@ CHARTS = (
         "timeline",
         "Migrations",
         "/s",
-        "Pages that moved between memory and SSD.",
+        "Pages moved between memory and SSD.",
         (
-            Series("read from the SSD", "paging.page_reads", rate=True),
-            Series("dropped, unchanged", "paging.evictions", rate=True),
+            Series("read from SSD", "paging.page_reads", rate=True),
+            Series("evicted without a write", "paging.evictions", rate=True),
             Series("swapped out", "paging.swap_writes", rate=True),
             Series("swapped in", "paging.swap_reads", rate=True),
         ),
@@ -87,7 +87,7 @@ CHARTS = (
         "timeline",
         "SSD traffic",
         "bytes/s",
-        "Checkpoint and swap file.",
+        "Reads of the checkpoint and swap file, and swap writes.",
         (Series("read", "paging.bytes_read", rate=True), Series("written", "paging.bytes_written", rate=True)),
     ),
     Chart(
@@ -95,31 +95,31 @@ CHARTS = (
         "timeline",
         "Speed",
         "/s",
-        "Forwards, one of which gives a token while decoding; new tokens count when their response ends.",
-        (Series("forwards", "paging.passes", rate=True), Series("tokens", "responses.tokens", rate=True)),
+        "Forward passes (one per decode step), and generated tokens, counted when their response ends.",
+        (Series("forward passes", "paging.passes", rate=True), Series("tokens", "responses.tokens", rate=True)),
     ),
     Chart(
         "cpu",
         "timeline",
-        "Processor",
+        "CPU",
         "cores",
-        "CPU-seconds of the process a second.",
+        "CPU cores in use by the process.",
         (Series("in use", "process.cpu_s", rate=True),),
     ),
     Chart(
         "process",
         "allocation",
-        "Process",
+        "Process memory",
         "bytes",
         "Resident memory, libraries included.",
-        (Series("resident", "process.rss_bytes"), Series("ram budget", "budget.ram_budget_bytes", optional=True)),
+        (Series("resident", "process.rss_bytes"), Series("RAM budget", "budget.ram_budget_bytes", optional=True)),
     ),
     Chart(
         "frames",
         "allocation",
         "Page frames",
         "bytes",
-        "Memory behind managed tensors, and the most that the budget leaves them.",
+        "Memory of managed tensors, and the limit set by the budget.",
         (
             Series("used", "budget.frames_used_bytes"),
             Series("free, kept for reuse", "budget.frames_free_bytes"),
@@ -129,9 +129,9 @@ CHARTS = (
     Chart(
         "pools",
         "allocation",
-        "Pool use",
+        "Pool utilization",
         "share",
-        "Granted bytes of the address space of each pool of runtime tensors.",
+        "Granted share of each runtime-tensor pool's address space.",
         (Series("{}", "pools.*.utilization"),),
     ),
     Chart(
@@ -139,7 +139,7 @@ CHARTS = (
         "allocation",
         "Pool bytes",
         "bytes",
-        "Granted bytes of each pool.",
+        "Granted bytes per pool.",
         (Series("{}", "pools.*.used_bytes"),),
     ),
     Chart(
@@ -147,7 +147,7 @@ CHARTS = (
         "allocation",
         "Fragmentation",
         "share",
-        "External fragmentation of each pool: 1 - largest hole / free bytes.",
+        "External fragmentation per pool: 1 - largest hole / free bytes.",
         (Series("{}", "pools.*.external_fragmentation"),),
     ),
     Chart(
@@ -155,7 +155,7 @@ CHARTS = (
         "cache",
         "Hit rate",
         "share",
-        "Of the levels of the cache of results; of weights: bytes found in memory.",
+        "Result cache by level; for weights, share of bytes already in memory.",
         (
             Series("all levels", "cache.hit_rate"),
             Series("level {}", "cache.levels.*.hit_rate"),
@@ -167,12 +167,12 @@ CHARTS = (
         "cache",
         "Prediction efficiency",
         "share",
-        "What was read ahead, brought back or admitted, and was used afterwards.",
+        "Share of prefetched pages, prefetched tensors and admitted entries that were used later.",
         (
-            Series("pages read ahead", "prediction.prefetch_accuracy"),
-            Series("tensors brought back", "prediction.tier_effectiveness"),
+            Series("prefetched pages", "prediction.prefetch_accuracy"),
+            Series("prefetched tensors", "prediction.tier_effectiveness"),
             Series("admitted to {}", "cache.levels.*.prediction_efficiency"),
-            Series("lifetimes", "metrics.predicted_lifetime_accuracy"),
+            Series("predicted lifetimes", "metrics.predicted_lifetime_accuracy"),
         ),
     ),
     Chart(
@@ -180,15 +180,15 @@ CHARTS = (
         "cache",
         "Migrations between levels",
         "count",
-        "Cached results that came from another level, and tensors that were brought back, so far.",
-        (Series("to {}", "cache.levels.*.migrations"), Series("tensors brought back", "migrations.tensors")),
+        "Cached results moved from another level, and prefetched tensors, in total.",
+        (Series("to {}", "cache.levels.*.migrations"), Series("prefetched tensors", "migrations.tensors")),
     ),
     Chart(
         "ratio",
         "compression",
         "Compression ratio",
         "times",
-        "Original over encoded bytes.",
+        "Original / encoded bytes.",
         (Series("{}", "kinds.*.compression_ratio"),),
     ),
     Chart(
@@ -196,7 +196,7 @@ CHARTS = (
         "compression",
         "Relative error",
         "share",
-        "Mean over what was encoded, by bytes.",
+        "Mean over encoded tensors, weighted by bytes.",
         (Series("{}", "kinds.*.relative_error"),),
     ),
     Chart(
@@ -204,7 +204,7 @@ CHARTS = (
         "compression",
         "Encoding speed",
         "bytes/s",
-        "Original bytes a second, as measured where they were encoded.",
+        "Original bytes per second, measured during encoding.",
         (Series("{}", "kinds.*.encode_bytes_per_s"),),
     ),
     Chart(
@@ -212,36 +212,36 @@ CHARTS = (
         "compression",
         "Decoding speed",
         "bytes/s",
-        "Bytes a second, of samples decoded where they were encoded. Products of weights read what is encoded.",
+        "Bytes per second, from samples decoded after encoding. Matrix products read encoded weights directly.",
         (Series("{}", "kinds.*.decode_bytes_per_s"),),
     ),
     Chart(
         "lives",
         "lives",
-        "Runtime tensors alive",
+        "Live runtime tensors",
         "count",
-        "Tensors that are no weights, and cached results.",
+        "All tensors except weights, and cached results.",
         (Series("{}", "life_cycles.*.alive"),),
     ),
     Chart(
         "births",
         "lives",
-        "Births",
+        "Created tensors",
         "/s",
-        "Runtime tensors made.",
+        "Runtime tensors created per second.",
         (Series("{}", "life_cycles.*.births", rate=True),),
     ),
 )
-"""All charts, in the order of the page."""
+"""All charts in page order."""
 
 
 def charts_as_rows() -> list[dict[str, Any]]:
-    """Return `CHARTS` as plain values, ready for JSON."""
+    """Return `CHARTS` ready for JSON."""
     return [asdict(chart) for chart in CHARTS]
 
 
 def lines_of(chart: Chart, samples: Sequence[Sample]) -> dict[str, list[Point]]:
-    """Return the points of each line of a chart, by label; a figure that is not there is `None`."""
+    """Return the points of each line of a chart by label; missing figures are `None`."""
     lines: dict[str, list[Point]] = {}
     for series in chart.series:
         path = series.path.split(".")
@@ -259,7 +259,7 @@ def lines_of(chart: Chart, samples: Sequence[Sample]) -> dict[str, list[Point]]:
 
 
 def figure_at(snapshot: Mapping[str, Any], path: Sequence[str]) -> float | None:
-    """Return a figure of a snapshot; `None`: there is none."""
+    """Return a figure of a snapshot, or `None` if missing."""
     value: Any = snapshot
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -267,7 +267,7 @@ def figure_at(snapshot: Mapping[str, Any], path: Sequence[str]) -> float | None:
 
 
 def _found(value: Any, path: Sequence[str], keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield the figures at a path, with the keys at each `ANY`."""
+    """Yield the figures at a path with the keys matched by each `ANY`."""
     if not path:
         yield keys, value
     elif isinstance(value, Mapping):

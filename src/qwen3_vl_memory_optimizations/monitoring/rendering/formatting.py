@@ -1,4 +1,4 @@
-"""Figures as people read them."""
+"""Formatting of figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _ENDINGS = {"/s": "/s", "times": " x", "s": " s", "cores": " cores"}
 
 
 def show(value: float | None, unit: str) -> str:
-    """Return a figure in one of the units of charts, or in `plain` or `s`; one that is not there is said to be so."""
+    """Format a figure in a chart unit, `plain` or `s`; `None` reads "not measured"."""
     if value is None:
         return NOT_MEASURED
     if unit in ("bytes", "bytes/s"):
@@ -21,5 +21,5 @@ def show(value: float | None, unit: str) -> str:
 
 
 def _digits(value: float) -> str:
-    """Return a number with three digits that mean something, and never an exponent where it is large."""
+    """Format a number with three significant digits, and large ones without an exponent."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

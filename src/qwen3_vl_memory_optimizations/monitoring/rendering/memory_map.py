@@ -1,4 +1,4 @@
-"""The memory map in a compact form: which tensors there are, told once, and the states of all pages as a short text."""
+"""Compact memory map: the tensors, sent once, and the run-length encoded states of all pages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _RUN = re.compile(r"(\d+)([a-z])")
 
 
 class MappedTensor(NamedTuple):
-    """What a map says of a tensor besides the states of its pages."""
+    """A tensor of the map, without the states of its pages."""
 
     kind: str
     codec: str
@@ -24,14 +24,14 @@ class MappedTensor(NamedTuple):
 
 
 class MapWriter:
-    """Turns maps into changes since the map before."""
+    """Turns maps into changes since the previous map."""
 
     def __init__(self) -> None:
         self._known: dict[str, MappedTensor] = {}
         self._runs: str | None = None
 
     def changes(self, tensors: Sequence[TensorPages]) -> dict[str, Any]:
-        """Return what `MemoryMap.after` needs to go from the map before to this one; empty: nothing changed."""
+        """Return the changes since the previous map, for `MemoryMap.after`; empty if nothing changed."""
         states = {each.tensor_id: each.states for each in tensors}
         now = {each.tensor_id: MappedTensor(each.kind, each.codec, each.n_bytes, len(each.states)) for each in tensors}
         gone = [key for key, tensor in self._known.items() if now.get(key) != tensor]
@@ -50,18 +50,18 @@ class MapWriter:
 
 @dataclass(frozen=True, slots=True)
 class MemoryMap:
-    """Where each page is, rebuilt from changes.
+    """The location of each page, rebuilt from changes.
 
     Attributes:
         tensors: by id, in the order of `runs`.
-        runs: the states of their pages, one after the other, as `shorten` writes them.
+        runs: the concatenated states of their pages, encoded by `shorten`.
     """
 
     tensors: Mapping[str, MappedTensor] = field(default_factory=dict)
     runs: str = ""
 
     def after(self, changes: Mapping[str, Any]) -> MemoryMap:
-        """Return the map after some changes."""
+        """Return the map after the given changes."""
         tensors = self.tensors
         if "tensors" in changes:
             removed = set(changes["tensors"]["remove"])
@@ -70,7 +70,7 @@ class MemoryMap:
         return MemoryMap(tensors, changes.get("map", self.runs))
 
     def states(self) -> dict[str, str]:
-        """Return the letters of each tensor's pages."""
+        """Return the page states of each tensor as letters."""
         letters = "".join(letter * int(count) for count, letter in _RUN.findall(self.runs))
         states, start = {}, 0
         for key, tensor in self.tensors.items():
@@ -80,7 +80,7 @@ class MemoryMap:
 
 
 def merge_changes(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what has the effect of two changes, one after the other."""
+    """Merge two consecutive changes into one."""
     merged = {key: value for key, value in {**first, **second}.items() if key == "map"}
     if "tensors" in first or "tensors" in second:
         one, two = (each.get("tensors", {"remove": [], "add": []}) for each in (first, second))
@@ -93,5 +93,5 @@ def merge_changes(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[s
 
 
 def shorten(states: str) -> str:
-    """Return a text of letters with each run of one letter as a count and the letter: `rrrs` is `3r1s`."""
+    """Run-length encode a string of letters: `rrrs` is `3r1s`."""
     return "".join(f"{len(list(run))}{letter}" for letter, run in groupby(states))

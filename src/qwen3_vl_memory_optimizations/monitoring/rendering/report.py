@@ -1,4 +1,4 @@
-"""`write_report`: a recorded run as one HTML file, with plots as SVG and nothing to fetch."""
+"""`write_report`: a recorded run as one self-contained HTML file with SVG plots."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from .svg import chart_as_svg
 
 _MOST_POINTS = 400
 _SECTIONS = {
-    "timeline": "Time line",
+    "timeline": "Timeline",
     "allocation": "Allocation",
     "cache": "Cache",
     "compression": "Compression",
-    "lives": "Life cycles",
+    "lives": "Lifetimes",
 }
 _SUMMARY = (
-    ("Tokens a second, without the first of each answer", "responses.tokens_per_s", "plain"),
-    ("Mean time to the first token", "responses.first_token_s", "s"),
+    ("Tokens per second, first tokens excluded", "responses.tokens_per_s", "plain"),
+    ("Mean time to first token", "responses.first_token_s", "s"),
     ("Responses", "responses.count", "count"),
-    ("New tokens", "responses.tokens", "count"),
-    ("CPU-seconds a token", "responses.cpu_s_per_token", "s"),
-    ("Peak memory of the process", "process.peak_rss_bytes", "bytes"),
-    ("Budget for the process", "budget.ram_budget_bytes", "bytes"),
-    ("Budget for managed tensors", "budget.tensor_budget_bytes", "bytes"),
-    ("Most page frames in use", "budget.frames_peak_bytes", "bytes"),
-    ("Read from the SSD", "paging.bytes_read", "bytes"),
-    ("Written to the swap file", "paging.bytes_written", "bytes"),
-    ("Weights found in memory", "paging.hit_rate", "share"),
-    ("Seconds waited for the SSD", "paging.stall_s", "s"),
+    ("Generated tokens", "responses.tokens", "count"),
+    ("CPU seconds per token", "responses.cpu_s_per_token", "s"),
+    ("Peak process memory", "process.peak_rss_bytes", "bytes"),
+    ("Process memory budget", "budget.ram_budget_bytes", "bytes"),
+    ("Tensor memory budget", "budget.tensor_budget_bytes", "bytes"),
+    ("Peak page frames", "budget.frames_peak_bytes", "bytes"),
+    ("SSD reads", "paging.bytes_read", "bytes"),
+    ("Swap writes", "paging.bytes_written", "bytes"),
+    ("Weight hit rate", "paging.hit_rate", "share"),
+    ("SSD stall time", "paging.stall_s", "s"),
 )
 _METRIC_UNITS = {
     "allocation_speedup": "times",
@@ -49,11 +49,11 @@ _METRIC_UNITS = {
 
 
 def write_report(run: Path, output: Path) -> Path:
-    """Write the report of a recorded run; return where it lies.
+    """Write the report of a recorded run and return its path.
 
     Raises:
         ConfigurationError: the run cannot be read.
-        StorageError: the report cannot be written; what was there before stays.
+        StorageError: the report cannot be written; an existing file is kept.
     """
     recorded = RunFile(run, keep_samples=True)
     text = report_html(recorded.header, recorded.state)
@@ -74,25 +74,25 @@ def report_html(header: Mapping[str, Any], state: RunState) -> str:
     how = "" if state.ended else " The run had not ended, or its process was killed."
     samples = _every_nth(state.samples)
     sections = [_section("Summary", _table(("figure", "value"), _summary(state.snapshot)))]
-    sections.append(_section("Alerts", _table(("alert", "state", "value", "fires beyond"), _alerts(state.snapshot))))
+    sections.append(_section("Alerts", _table(("alert", "state", "value", "limit"), _alerts(state.snapshot))))
     for key, name in _SECTIONS.items():
         charts = [chart_as_svg(chart, lines_of(chart, samples)) for chart in CHARTS if chart.section == key]
         tables = _tables(key, state)
         sections.append(_section(name, f'<div class="charts">{"".join(charts)}</div>{tables}'))
     sections.append(_section("Metrics", _table(("metric", "value"), _metrics(state.snapshot))))
-    sections.append(_section("Settings and machine", _table(("", ""), _facts(header))))
+    sections.append(_section("Settings and hardware", _table(("", ""), _facts(header))))
     style = (STATIC / "report.css").read_text(encoding="utf-8")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f"<style>{style}</style></head><body><h1>{escape(title)}</h1>"
-        f'<p class="note">Began {started}, {state.t:.1f} s, {len(state.samples)} samples; a plot has at most '
+        f'<p class="note">Started {started}, ran {state.t:.1f} s, {len(state.samples)} samples; plots show at most '
         f"{_MOST_POINTS} points.{how}</p>{''.join(sections)}</body></html>\n"
     )
 
 
 def _every_nth(samples: Sequence[Sample]) -> Sequence[Sample]:
-    """Return samples that are evenly apart, the last one among them. Rates between them are exact."""
+    """Return evenly spaced samples including the last. Rates between them are exact."""
     step = -(-len(samples) // _MOST_POINTS) or 1
     return samples[::-1][::step][::-1]
 
@@ -118,7 +118,7 @@ def _summary(snapshot: Mapping[str, Any]) -> Iterator[Sequence[str]]:
 def _alerts(snapshot: Mapping[str, Any]) -> Iterator[Sequence[str]]:
     for row in snapshot.get("alerts", ()):
         unit = "s" if row["name"] == "response_time" else "share"
-        limit = "no limit set" if row["limit"] is None else show(row["limit"], unit)
+        limit = "not set" if row["limit"] is None else show(row["limit"], unit)
         yield row["name"].replace("_", " "), "active" if row["active"] else "clear", show(row["value"], unit), limit
 
 
@@ -132,7 +132,7 @@ def _tables(section: str, state: RunState) -> str:
             (row["tier"], row["kind"].replace("_", " "), row["codec"], str(row["tensors"]), show(row["bytes"], "bytes"))
             for row in snapshot.get("memory_map", ())
         )
-        return "<h3>What lay where at the end</h3>" + _table(
+        return "<h3>Data placement at the end</h3>" + _table(
             ("tier", "kind", "codec", "tensors", "bytes"), rows, "none"
         )
     if section == "compression":
@@ -148,8 +148,8 @@ def _tables(section: str, state: RunState) -> str:
             )
             for name, row in snapshot.get("kinds", {}).items()
         )
-        headings = ("kind", "original", "encoded", "ratio", "relative error", "encoding", "decoding")
-        return "<h3>Kinds</h3>" + _table(headings, kinds, "none")
+        headings = ("kind", "original", "encoded", "ratio", "relative error", "encoding speed", "decoding speed")
+        return "<h3>By kind</h3>" + _table(headings, kinds, "none")
     return ""
 
 

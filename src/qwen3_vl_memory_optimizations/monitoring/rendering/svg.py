@@ -1,4 +1,4 @@
-"""Charts of a run as SVG text, for a report that needs no script."""
+"""Charts of a run as SVG, for a report without scripts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _summary(chart: Chart, points: list[Point]) -> str:
     if not known:
         return f'<span class="absent">{NOT_MEASURED}</span>'
     mean = sum(known) / len(known)
-    figures = (("last", known[-1]), ("mean", mean), ("most", max(known)))
+    figures = (("last", known[-1]), ("mean", mean), ("max", max(known)))
     return ", ".join(f"{name} {show(value, chart.unit)}" for name, value in figures)
 
 

@@ -1,4 +1,4 @@
-// Charts over time in SVG, drawn from the definitions that the server sends.
+// SVG time charts, drawn from definitions sent by the server.
 
 import { figureAt, format, formatTime, NOT_MEASURED, words } from "./format.js";
 
@@ -16,7 +16,7 @@ function svg(name, attributes = {}) {
 
 export const colourOf = (index) => `var(--c${index % 8})`;
 
-// Each n-th of a list from its end, so that the latest is among them.
+// Every n-th item, counted from the end so that the latest is included.
 export function everyNth(list, most) {
   const step = Math.ceil(list.length / most);
   return step <= 1 ? list : list.filter((_, i) => (list.length - 1 - i) % step === 0);
@@ -129,7 +129,7 @@ export class ChartView {
     return parts;
   }
 
-  // The figures at the cursor, or the latest, in words: also what a screen reader gets.
+  // Figures at the cursor, or the latest, as text, also for screen readers.
   tell(lines, cursorT) {
     const rows = lines.map((line, index) => {
       const until = cursorT === null ? line.points : line.points.filter((point) => point.t <= cursorT + 1e-6);

@@ -1,4 +1,4 @@
-// Figures for people. One that is not there is said to be so, and is never zero.
+// Formatting of figures. Missing figures read "not measured", never zero.
 
 export const NOT_MEASURED = "not measured";
 
@@ -36,7 +36,7 @@ export function formatTime(seconds) {
   return parts.slice(parts[0] ? 0 : 1).map((part, i) => (i ? String(part).padStart(2, "0") : part)).join(":");
 }
 
-// A path of keys joined by dots, as in the definitions of charts.
+// Path of keys, as in the chart definitions.
 export function figureAt(snapshot, keys) {
   let value = snapshot;
   for (const key of keys) value = value !== null && typeof value === "object" ? value[key] : undefined;

@@ -1,4 +1,4 @@
-// The page: takes the records of a run as they come, and shows the sample at the cursor.
+// The page: receives the records of a run and shows the sample at the cursor.
 
 import { ChartView } from "./chart.js";
 import { formatTime } from "./format.js";
@@ -25,7 +25,7 @@ const observer = new IntersectionObserver((entries) => {
 let run = null;
 let state = new RunState();
 let charts = [];
-let at = null; // the index of the sample that is looked at; null: the latest
+let at = null; // index of the sample shown; null: the latest
 let drawnMs = 0;
 let scheduled = false;
 let timer = null;
@@ -45,7 +45,7 @@ function sampleShown() {
   return state.samples[at ?? state.samples.length - 1];
 }
 
-// Figures and the map follow each sample; charts, which cost more, every two seconds. Only what is in sight is drawn.
+// Figures and the map update with each sample, charts (more expensive) every two seconds. Only visible parts are drawn.
 function show(chartsToo) {
   const sample = sampleShown();
   if (!sample) return;
@@ -79,7 +79,7 @@ function drawCharts(sample) {
 }
 
 function showStatus(phase) {
-  const texts = { live: `live${phase ? `: ${phase}` : ""}`, ended: "ended", lost: "connection lost; what was seen stays" };
+  const texts = { live: `live${phase ? `: ${phase}` : ""}`, ended: "ended", lost: "connection lost; showing the last data" };
   const node = byId("status");
   if (node.textContent !== texts[status]) node.textContent = texts[status] ?? "connecting";
   node.className = `status ${status}`;
@@ -93,7 +93,7 @@ function setStatus(value) {
 
 function begin({ run: id, header, charts: definitions }) {
   setStatus("live");
-  if (id === run) return; // the connection was lost for a while
+  if (id === run) return; // reconnected to the same run
   run = id;
   at = null;
   state = new RunState(header);
@@ -113,15 +113,15 @@ function connect() {
   });
   source.addEventListener("message", (event) => {
     for (const record of JSON.parse(event.data)) state.apply(record);
-    // While one looks back, thinning must not move the cursor away.
+    // Thinning must not move the cursor past the end.
     if (at !== null) at = Math.min(at, state.samples.length - 1);
     schedule();
     clearTimeout(timer);
-    timer = setTimeout(() => schedule(true), CHARTS_EVERY_MS); // the last sample of a run gets into the charts
+    timer = setTimeout(() => schedule(true), CHARTS_EVERY_MS); // so that the charts include the last sample
   });
   source.addEventListener("error", () => {
     setStatus(status === "ended" ? "ended" : "lost");
-    if (status === "ended") source.close(); // a run that ended has no more to say
+    if (status === "ended") source.close(); // no more records follow
   });
 }
 

@@ -1,4 +1,4 @@
-// The memory map: pieces of tensors as squares, the same place for a piece in each tier.
+// The memory map: parts of tensors as squares, at the same position in each tier.
 
 import { formatBytes, words } from "./format.js";
 import { expandRuns } from "./state.js";
@@ -8,12 +8,12 @@ const GAP = 2;
 const ROWS = 9;
 const IN_MEMORY = "rplw";
 const STATES = {
-  r: "in memory", p: "in memory, in use", l: "being read into memory", w: "being written to the SSD", s: "on the SSD only",
+  r: "in memory", p: "in memory, in use", l: "being read into memory", w: "being written to the SSD", s: "on SSD only",
   f: "freed",
 };
 const KINDS = ["weights", "kv_cache", "vision_features", "text_embeddings", "general"];
 
-// Colours by kind are fixed; codecs get theirs in the order in which they come.
+// Kinds have fixed colours; codecs get theirs in order of appearance.
 export class Palette {
   constructor() {
     this.names = { kind: [...KINDS], codec: [] };
@@ -40,7 +40,7 @@ export class MapView {
     }
   }
 
-  // Nothing is painted again that looks the same: `look` is what else it depends on.
+  // Repaints only after a change; `look` is everything else the drawing depends on.
   draw(sample, look) {
     const key = [sample.runs, sample.tensors, look, this.colour.value, this.canvases.cpu.clientWidth];
     if (key.every((part, i) => part === this.drawn[i])) return;
@@ -119,7 +119,7 @@ export class MapView {
   }
 }
 
-// Each page gets squares by its size, and at least one.
+// Each page gets squares in proportion to its size, at least one.
 function cellsOf(pages, bytesPerCell) {
   const cells = [];
   for (const page of pages) {

@@ -5,19 +5,19 @@ import { figureAt, format, formatBytes, formatTime, NOT_MEASURED, words } from "
 import { latestEvents } from "./state.js";
 
 const TILES = [
-  ["Tokens a second", "responses.tokens_per_s", "plain"],
-  ["Time to the first token", "responses.first_token_s", "s"],
+  ["Tokens per second", "responses.tokens_per_s", "plain"],
+  ["Time to first token", "responses.first_token_s", "s"],
   ["Process memory", "process.rss_bytes", "bytes"],
-  ["Its peak", "process.peak_rss_bytes", "bytes"],
-  ["Weights found in memory", "paging.hit_rate", "share"],
-  ["Hit rate minus that of LRU", "prediction.improvement_over_lru", "share"],
-  ["Reads that nobody waited for", "metrics.swap_efficiency", "share"],
-  ["Waited for the SSD", "paging.stall_s", "s"],
-  ["Read from the SSD", "paging.bytes_read", "bytes"],
+  ["Peak process memory", "process.peak_rss_bytes", "bytes"],
+  ["Weight hit rate", "paging.hit_rate", "share"],
+  ["Hit rate vs. LRU", "prediction.improvement_over_lru", "share"],
+  ["Prefetched in time", "metrics.swap_efficiency", "share"],
+  ["SSD stall time", "paging.stall_s", "s"],
+  ["SSD reads", "paging.bytes_read", "bytes"],
   ["Cache hit rate", "cache.hit_rate", "share"],
   ["Compression ratio", "metrics.compression_ratio", "times"],
   ["Compression quality", "metrics.compression_quality", "share"],
-  ["Occupied, not droppable", "budget.undroppable_share", "share"],
+  ["Non-evictable memory", "budget.undroppable_share", "share"],
   ["Fragmentation", "fragmentation", "share"],
 ];
 
@@ -28,7 +28,7 @@ const METRIC_UNITS = {
 const byId = (id) => document.getElementById(id);
 const shown = new Map();
 
-// Whether something is not what was shown in a place last; parts of snapshots that did not change are the same objects.
+// Whether a place shows something new; unchanged parts of snapshots are the same objects.
 function isNew(place, ...parts) {
   const before = shown.get(place);
   if (before && parts.every((part, i) => part === before[i])) return false;
@@ -48,7 +48,7 @@ function cell(content, kind = "") {
 const number = (value, unit) => cell(format(value, unit), "number");
 const text = (value) => cell(value, "text");
 
-// Columns: [heading, is it a number]. `makeRows` makes lists of cells out of the source; none: `nothing` says so.
+// Columns: [heading, numeric]. `makeRows` builds lists of cells; without rows, `nothing` is shown.
 function fill(id, source, columns, makeRows, nothing = NOT_MEASURED) {
   if (!isNew(id, source)) return;
   const rows = makeRows();
@@ -103,21 +103,21 @@ export function showTiles(snapshot) {
   }
 }
 
-// Of accounts, those count that are under the limit: all of the process, or those of managed tensors.
+// Only accounts under the limit count: all of the process, or those of managed tensors.
 export function showBudget({ budget }) {
   if (!budget || !isNew("budget", budget)) return;
   const total = budget.ram_budget_bytes ?? budget.tensor_budget_bytes;
   const accounts = budget.ram_budget_bytes === null ? budget.tensor_accounts_bytes : budget.accounts_bytes;
   const parts = Object.entries(accounts).map(([name, bytes]) => ({ name: words(name), bytes }));
   parts.push({ name: "page frames in use", bytes: budget.frames_used_bytes });
-  parts.push({ name: "page frames free, kept for reuse", bytes: budget.frames_free_bytes });
+  parts.push({ name: "free page frames, kept for reuse", bytes: budget.frames_free_bytes });
   const held = parts.filter(({ bytes }) => bytes > 0).sort((a, b) => b.bytes - a.bytes);
   const sum = held.reduce((bytes, part) => bytes + part.bytes, 0);
   const whole = Math.max(total ?? 0, sum) || 1;
   const whose = budget.ram_budget_bytes === null ? "managed tensors" : "the whole process";
   byId("budget-text").textContent = total === null
-    ? `No budget is set. ${formatBytes(sum)} are held.`
-    : `${formatBytes(sum)} of ${formatBytes(total)} for ${whose} are held (${format(sum / total, "share")}).`;
+    ? `No budget is set. ${formatBytes(sum)} in use.`
+    : `${formatBytes(sum)} of ${formatBytes(total)} for ${whose} in use (${format(sum / total, "share")}).`;
   const swatch = (index) => {
     const node = document.createElement("span");
     node.className = "swatch";
@@ -134,11 +134,11 @@ export function showBudget({ budget }) {
     }),
   );
   const left = (total ?? 0) > sum
-    ? [{ cells: [text("left"), number(total - sum, "bytes"), number((total - sum) / whole, "share")] }]
+    ? [{ cells: [text("free"), number(total - sum, "bytes"), number((total - sum) / whole, "share")] }]
     : [];
   fill(
     "budget-table", budget,
-    [["account", false], ["bytes", true], ["of the budget", true]],
+    [["account", false], ["bytes", true], ["share of budget", true]],
     () => held
       .map(({ name, bytes }, index) => {
         const label = document.createElement("span");
@@ -157,9 +157,9 @@ export function showTiers(snapshot, palette, by) {
     return row ? `; ${formatBytes(row.used_bytes)} of cached results` : "";
   };
   const swap = tiers.ssd ? `; ${formatBytes(tiers.ssd.swap_used_bytes)} in the swap file` : "";
-  byId("tier-gpu").textContent = tiers.gpu ? formatBytes(tiers.gpu.resident_bytes) : "absent: this process uses none";
+  byId("tier-gpu").textContent = tiers.gpu ? formatBytes(tiers.gpu.resident_bytes) : "absent: not used by this process";
   byId("tier-cpu").textContent = `${format(tiers.cpu?.resident_bytes, "bytes")} of tensors${cached("cpu")}`;
-  byId("tier-ssd").textContent = `${format(tiers.ssd?.only_there_bytes, "bytes")} of tensors only there${swap}${cached("ssd")}`;
+  byId("tier-ssd").textContent = `${format(tiers.ssd?.only_there_bytes, "bytes")} of tensors on SSD only${swap}${cached("ssd")}`;
   const sums = new Map();
   for (const row of rows) {
     const sum = sums.get(row[by]) ?? { cpu: 0, ssd: 0 };
@@ -172,7 +172,7 @@ export function showTiers(snapshot, palette, by) {
       const square = document.createElement("span");
       square.className = "swatch";
       square.style.background = colourOf(palette.index(by, name));
-      item.append(square, `${words(name)}: ${formatBytes(cpu)} in memory, ${formatBytes(ssd)} on the SSD only`);
+      item.append(square, `${words(name)}: ${formatBytes(cpu)} in memory, ${formatBytes(ssd)} on SSD only`);
       return item;
     }),
   );
@@ -183,23 +183,23 @@ export function showTiers(snapshot, palette, by) {
     () => rows.map((row) => ({
       cells: [text(names[row.tier]), text(words(row.kind)), text(row.codec), number(row.tensors, "count"), number(row.bytes, "bytes")],
     })),
-    "no managed tensor",
+    "no managed tensors",
   );
 }
 
 export function showTables(snapshot) {
   fill(
     "pools-table", snapshot.pools,
-    [["pool", false], ["granted", true], ["of", true], ["use", true], ["allocations", true], ["internal fragmentation", true], ["external fragmentation", true]],
+    [["pool", false], ["granted", true], ["size", true], ["utilization", true], ["allocations", true], ["internal fragmentation", true], ["external fragmentation", true]],
     () => rowsOf(snapshot.pools, (name, row) => [
       text(words(name)), number(row.used_bytes, "bytes"), number(row.size_bytes, "bytes"), number(row.utilization, "share"),
       number(row.allocations, "count"), number(row.internal_fragmentation, "share"), number(row.external_fragmentation, "share"),
     ]),
-    "pooling is switched off",
+    "pooling is disabled",
   );
   fill(
     "levels-table", snapshot.cache,
-    [["level", false], ["hits", true], ["misses", true], ["hit rate", true], ["entries", true], ["used", true], ["of", true], ["came from another level", true], ["prediction efficiency", true]],
+    [["level", false], ["hits", true], ["misses", true], ["hit rate", true], ["entries", true], ["used", true], ["size", true], ["moved from another level", true], ["prediction efficiency", true]],
     () => rowsOf(snapshot.cache?.levels, (name, row) =>
       row === null || row.available === false
         ? [text(name), Object.assign(cell("absent", "absent"), { colSpan: 8 })]
@@ -209,35 +209,35 @@ export function showTables(snapshot) {
             number(row.migrations, "count"), number(row.prediction_efficiency, "share"),
           ],
     ),
-    "the cache of results is switched off",
+    "the result cache is disabled",
   );
   fill(
     "kinds-table", snapshot.kinds,
-    [["kind", false], ["tensors", true], ["original", true], ["encoded", true], ["ratio", true], ["relative error", true], ["encoding", true], ["decoding", true]],
+    [["kind", false], ["tensors", true], ["original", true], ["encoded", true], ["ratio", true], ["relative error", true], ["encoding speed", true], ["decoding speed", true]],
     () => rowsOf(snapshot.kinds, (name, row) => [
       text(words(name)), number(row.tensors, "count"), number(row.logical_bytes, "bytes"), number(row.encoded_bytes, "bytes"),
       number(row.compression_ratio, "times"), number(row.relative_error, "share"), number(row.encode_bytes_per_s, "bytes/s"),
       number(row.decode_bytes_per_s, "bytes/s"),
     ]),
-    "no managed tensor",
+    "no managed tensors",
   );
   fill(
     "lives-table", snapshot.life_cycles,
-    [["kind", false], ["made", true], ["gone", true], ["alive", true], ["bytes alive", true], ["mean life, rounds", true]],
+    [["kind", false], ["created", true], ["freed", true], ["live", true], ["live bytes", true], ["mean lifetime, rounds", true]],
     () => rowsOf(snapshot.life_cycles, (name, row) => [
       text(words(name)), number(row.births, "count"), number(row.deaths, "count"), number(row.alive, "count"),
       number(row.alive_bytes, "bytes"), number(row.mean_rounds, "plain"),
     ]),
-    "no runtime tensor was made",
+    "no runtime tensors yet",
   );
   const plain = Object.entries(snapshot.gc ?? {}).filter(([, value]) => value === null || typeof value !== "object");
   fill(
     "gc-table", snapshot.gc,
-    [["figure", false], ["value", true]],
+    [["statistic", false], ["value", true]],
     () => plain.map(([name, value]) => ({
       cells: [text(words(name)), typeof value === "string" ? cell(value, "number") : number(value, gcUnit(name))],
     })),
-    "there is no collector",
+    "no collector",
   );
   fill(
     "metrics-table", snapshot.metrics,
@@ -261,13 +261,13 @@ function showAlerts(alerts) {
   const units = { response_time: "s" };
   fill(
     "alerts-table", alerts,
-    [["alert", false], ["state", false], ["value", true], ["fires beyond", true], ["since", true]],
+    [["alert", false], ["state", false], ["value", true], ["limit", true], ["time in state", true]],
     () => (alerts ?? []).map((row) => ({
       className: row.active ? "active" : "",
       cells: [
         text(words(row.name)), text(row.active ? "\u25B2 active" : "\u2713 clear"), number(row.value, units[row.name] ?? "share"),
-        row.limit === null ? cell("no limit set", "number absent") : number(row.limit, units[row.name] ?? "share"),
-        row.since_s === null ? cell("the beginning", "number") : number(row.since_s, "s"),
+        row.limit === null ? cell("not set", "number absent") : number(row.limit, units[row.name] ?? "share"),
+        row.since_s === null ? cell("since start", "number") : number(row.since_s, "s"),
       ],
     })),
   );
@@ -287,7 +287,7 @@ export function showEvents(events, until) {
       return item;
     }),
   );
-  if (!past.length) byId("events").textContent = "none so far";
+  if (!past.length) byId("events").textContent = "no events yet";
 }
 
 export function showAbout(header) {

@@ -1,12 +1,12 @@
-// What is known of a run: its records become samples, each a whole snapshot and the memory map of that time.
+// State of a run: records become samples, each a full snapshot with its memory map.
 
 const MOST_SAMPLES = 1800;
 const MOST_EVENTS = 500;
 
-// Sorts of which there may be one each half second; they must not crowd out the others.
+// Frequent event types (up to two per second), capped separately so that they do not crowd out the others.
 const ROUTINE = ["response", "stall", "swap"];
 
-// The latest events: at most so many of those that are routine, and so many others.
+// The latest events: at most `most` routine ones and `most` others.
 export function latestEvents(events, most) {
   const isRoutine = ({ event }) => ROUTINE.includes(event);
   const kept = new Set([...events.filter(isRoutine).slice(-most), ...events.filter((each) => !isRoutine(each)).slice(-most)]);
@@ -44,7 +44,7 @@ export class RunState {
     this.tensors = kept.concat(added.map(([id, kind, codec, bytes, pages]) => ({ id, kind, codec, bytes, pages })));
   }
 
-  // A third stays as it is; what is before it is thinned to samples that are evenly apart.
+  // Keeps the latest third and thins the older samples evenly.
   thin() {
     const recent = this.samples.slice(-MOST_SAMPLES / 3);
     const old = this.samples.slice(0, -MOST_SAMPLES / 3);
