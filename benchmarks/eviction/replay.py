@@ -1,4 +1,4 @@
-"""A recorded trace of uses, run through an algorithm at a capacity: what it would have found in memory."""
+"""Replay of a recorded trace of uses through an algorithm at a given capacity, for its hit rate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qwen3_vl_memory_optimizations.runtime_policy import SwappingAlgorithm
 
 @dataclass(frozen=True)
 class Trace:
-    """Uses in order.
+    """A sequence of uses.
 
     Attributes:
         keys: int32 `[uses]`, indices into `n_bytes`.
@@ -35,27 +35,27 @@ class Trace:
         """Read what `save` wrote; nothing in the file is executed.
 
         Raises:
-            ConfigurationError: no such file, or no trace.
+            ConfigurationError: no such file, or not a trace.
         """
         try:
             with np.load(path, allow_pickle=False) as stored:
                 return cls(stored["keys"], stored["n_bytes"], stored["kinds"])
         except (OSError, ValueError, KeyError) as error:
-            raise ConfigurationError(f"{path}: no trace ({type(error).__name__}: {error})") from error
+            raise ConfigurationError(f"{path}: not a trace ({type(error).__name__}: {error})") from error
 
     @property
     def total_bytes(self) -> int:
-        """Of all keys together."""
+        """Total bytes of all keys."""
         return int(self.n_bytes.sum())
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """What came of a replay.
+    """The result of a replay.
 
     Attributes:
-        hit_rate: share of the uses that found their key in memory.
-        byte_hit_rate: the same, each use counted by its bytes.
+        hit_rate: share of uses whose key was in memory.
+        byte_hit_rate: hit rate weighted by bytes.
     """
 
     hit_rate: float
@@ -63,10 +63,10 @@ class Replayed:
 
 
 def replay(trace: Trace, algorithm: SwappingAlgorithm, capacity_bytes: int) -> Replayed:
-    """Run a trace; each key that is not in memory comes in, unless it is larger than all memory.
+    """Replay a trace; each missing key is inserted unless it is larger than the capacity.
 
     Raises:
-        MemoryBudgetExceeded: the algorithm does not give up enough of what it holds.
+        MemoryBudgetExceeded: the algorithm does not evict enough.
     """
     sizes = trace.n_bytes.tolist()
     hits = hit_bytes = 0
@@ -92,10 +92,10 @@ def replay(trace: Trace, algorithm: SwappingAlgorithm, capacity_bytes: int) -> R
 
 
 def replay_belady(trace: Trace, capacity_bytes: int) -> Replayed:
-    """What leaves is what will be used last, known from the trace itself (Belady 1966).
+    """Replay with the victim whose next use is farthest, known from the trace itself (Belady 1966).
 
-    As in a real run, what is used is in memory meanwhile. With keys of one size nothing finds more; with several sizes
-    that is not proven, and hardly anything comes near.
+    As in a real run, a key in use must be in memory. For keys of one size this is optimal; for mixed sizes optimality
+    is not proven, but few policies come close.
     """
     keys = trace.keys.tolist()
     sizes = trace.n_bytes.tolist()
@@ -106,7 +106,7 @@ def replay_belady(trace: Trace, capacity_bytes: int) -> Replayed:
         following[position] = next_use.get(keys[position], never)
         next_use[keys[position]] = position
     inside: dict[int, int] = {}  # key -> its next use
-    farthest: list[tuple[int, int]] = []  # (-next use, key); entries that no longer hold are skipped
+    farthest: list[tuple[int, int]] = []  # (-next use, key); stale entries are skipped
     used = hits = hit_bytes = 0
     for position, key in enumerate(keys):
         if key in inside:
@@ -129,7 +129,7 @@ def replay_belady(trace: Trace, capacity_bytes: int) -> Replayed:
 
 
 class TraceRecorder:
-    """Collects uses; what it is called with costs a dictionary look-up and an append."""
+    """Records uses; each call costs a dictionary lookup and an append."""
 
     def __init__(self) -> None:
         self._index: dict[str, int] = {}
@@ -138,7 +138,7 @@ class TraceRecorder:
         self._kinds: list[str] = []
 
     def __call__(self, key: str, n_bytes: int, kind: str) -> None:
-        """Note a use."""
+        """Record a use."""
         index = self._index.get(key)
         if index is None:
             index = self._index[key] = len(self._n_bytes)
@@ -147,7 +147,7 @@ class TraceRecorder:
         self._keys.append(index)
 
     def trace(self) -> Trace:
-        """Return what was noted so far."""
+        """Return the trace recorded so far."""
         return Trace(np.array(self._keys, np.int32), np.array(self._n_bytes, np.int64), np.array(self._kinds, np.str_))
 
 

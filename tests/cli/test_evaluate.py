@@ -52,7 +52,7 @@ def test_within_a_budget_the_table_fits_80_columns(run, tiny, tmp_path):
     ("options", "message"),
     [
         (("--codec", "zip"), "'zip' is not one of auto, "),
-        (("--text", "no-such-file.txt"), "no-such-file.txt: the text cannot be read"),
+        (("--text", "no-such-file.txt"), "no-such-file.txt: cannot read this text"),
         (("--images", "1001"), "easy-VQA"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What is not expected to be used again gives its memory back (specification 2.6)."""
+"""Predictive garbage collection: frees the memory of tensors not expected to be used again (specification 2.6)."""
 
 from ..prediction import SimpleMLPredictor
 from .collector import CollectionStats, PredictiveGarbageCollector

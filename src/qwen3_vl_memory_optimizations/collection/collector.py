@@ -1,4 +1,4 @@
-"""`PredictiveGarbageCollector`: what is not expected to be used again gives its memory back, a stage at a time."""
+"""`PredictiveGarbageCollector`: frees tensors not expected to be used again, in stages."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from .store import CollectableStore
 logger = logging.getLogger(__name__)
 
 _CALM = {"compress": 0.9, "swap": 0.95, "free": 0.98}
-"""How sure it must be that something is not used within the horizon, with all memory free,"""
+"""Required probability of no use within the horizon when all memory is free,"""
 _PRESSED = {"compress": 0.5, "swap": 0.6, "free": 0.8}
-"""and with none."""
+"""and when none is."""
 _FULL = 0.95
 _ASKED_A_ROUND = 64
 _MOST_COMPRESSED_BYTES = 64 << 20
-"""A collection: packing takes time that a question may need."""
+"""Per collection: compression takes time that a request may need."""
 _REMEMBERED_HORIZONS = 8
 _MOST_REMEMBERED = 8192
 _JUDGED = 256
 _FORGET = 0.98
 _PRIOR_HALF_LIFE = 0.4
-"""Of the horizon: after so much of it idle, a use is half as likely. Decides until the regression proves better."""
+"""Share of the horizon after which an idle tensor is half as likely to be used; decides until the regression is better."""
 
 
 @dataclass(slots=True)
 class CollectionStats:
-    """What happened since the start.
+    """Counters since the start.
 
     Attributes:
         rounds, collections: see `TensorLifecycleTracker`, `collect`.
-        compressed, swapped, freed: things; the bytes of memory that each gave back.
-        decided: things swapped or freed of which it is known by now whether they were needed within the horizon.
-        needed_again: those of them that were, or that were needed later.
-        predictions: of which it is known by now whether they came true.
+        compressed, swapped, freed: items, and the bytes of memory each released.
+        decided: swapped or freed items with a known outcome: needed within the horizon or not.
+        needed_again: those of them that were needed, then or later.
+        predictions: predictions with a known outcome.
     """
 
     rounds: int = 0
@@ -62,7 +62,7 @@ class CollectionStats:
 
 @dataclass(slots=True)
 class _Question:
-    """Is it used within the horizon? Asked when nobody knew; answered by what happens."""
+    """A prediction of use within the horizon, labelled later by what happens."""
 
     features: list[float]
     situation: Situation
@@ -72,22 +72,22 @@ class _Question:
 
 
 class PredictiveGarbageCollector:
-    """Foretells for everything in memory whether it is used within a horizon, and lets go of what is not.
+    """Predicts which items in memory are used within a horizon, and releases the others.
 
-    Down the stages, one a collection: packed without a loss, on the SSD alone, forgotten. How sure it has to be falls
-    as memory fills. What somebody refers to is never forgotten; what comes back after all costs time and no data.
+    An item goes down one stage per collection: compressed losslessly, on the SSD only, freed. The required certainty
+    falls as memory fills. Referenced tensors are never freed; a wrong prediction costs time, never data.
 
-    Each round some things are asked about, and what became of them within the horizon teaches `ml_predictor`. Until it
-    has proved better than a simple rule (the longer unused, the less likely), the rule decides.
+    Each round samples some items; their use within the horizon trains `ml_predictor`. Until it proves better than a
+    simple rule (the longer idle, the less likely), the rule decides.
 
     Args:
-        prediction_horizon: in rounds (see `TensorLifecycleTracker`): with `generate`, about as many questions.
-        tracker: of lives; default: a new one.
+        prediction_horizon: rounds (see `TensorLifecycleTracker`); with `generate`, about one round per request.
+        tracker: lifecycle tracker; default: a new one.
 
     Attributes:
         tensor_lifecycle_tracker, ml_predictor: as in section 2.6 of the specification.
-        stores: what is collected.
-        counters: what happened.
+        stores: stores to collect from.
+        counters: counters since the start.
     """
 
     def __init__(self, prediction_horizon: int = 10, tracker: TensorLifecycleTracker | None = None) -> None:
@@ -99,7 +99,7 @@ class PredictiveGarbageCollector:
         self._events: deque[tuple[Hashable, int, str] | None] = deque()  # uses, and ends of rounds
         self._questions: dict[Hashable, deque[_Question]] = {}
         self._collected: OrderedDict[Hashable, tuple[int, bool]] = OrderedDict()  # -> round, decided
-        self._outcomes: deque[tuple[bool, bool]] = deque(maxlen=_JUDGED)  # came true, was used
+        self._outcomes: deque[tuple[bool, bool]] = deque(maxlen=_JUDGED)  # prediction was right, was used
         self._errors = {"rule": 0.25, "regression": 0.25}
         self._random = random.Random(0)
         self._active = False
@@ -109,11 +109,11 @@ class PredictiveGarbageCollector:
     # --- events -------------------------------------------------------------------------------------------------------
 
     def note(self, key: Hashable, n_bytes: int, kind: str) -> None:
-        """Note a use of something that nobody owns, such as a cached result; never waits. A new one begins its life."""
+        """Record a use of an unowned item, such as a cached result, and track new ones. Never blocks."""
         self._events.append((key, n_bytes, kind))
 
     def end_round(self) -> None:
-        """End a round: what follows from it is done by the thread, or at once where there is none."""
+        """End a round; the thread processes it, or this call if there is no thread."""
         self._events.append(None)
         if self._periodic is None:
             self.look()
@@ -121,9 +121,9 @@ class PredictiveGarbageCollector:
             self._periodic.wake()
 
     def look(self) -> None:
-        """Do what is due: learn from rounds that ended, and collect.
+        """Learn from finished rounds, and collect if due.
 
-        Outside of sessions a round ends if something was used; inside, memory that is nearly full is collected from.
+        Outside sessions, a round ends if anything was used; inside, nearly full memory triggers a collection.
         """
         with self._lock:
             ended = self._drain()
@@ -136,7 +136,7 @@ class PredictiveGarbageCollector:
                 self.collect()
 
     def _drain(self) -> bool:
-        """Take note of what happened, in order; return whether a round ended."""
+        """Process events in order; return whether a round ended."""
         ended = False
         while self._events:
             event = self._events.popleft()
@@ -161,7 +161,7 @@ class PredictiveGarbageCollector:
                 self._used(key)
 
     def _end_round(self) -> None:
-        """Note uses, learn from what became of things, ask anew."""
+        """Record uses, learn from outcomes and sample new predictions."""
         self._poll()
         self._active = False
         self.tensor_lifecycle_tracker.next_round()
@@ -184,12 +184,12 @@ class PredictiveGarbageCollector:
 
     @property
     def decides(self) -> str:
-        """What predicts now: `regression`, or the `rule` while that is no worse."""
+        """What predicts now: `regression`, or `rule` while that is at least as good."""
         better = self._errors["regression"] < self._errors["rule"]
         return "regression" if self.ml_predictor.ready and better else "rule"
 
     def reuse_probability(self, key: Hashable) -> float | None:
-        """Return how likely something is to be used within the horizon; `None`: it is not known."""
+        """Return the probability that an item is used within the horizon; `None`: unknown item."""
         with self._lock:
             life = self.tensor_lifecycle_tracker.lives.get(key)
             return None if life is None else self._answers(self.tensor_lifecycle_tracker.situation(life))[self.decides]
@@ -237,7 +237,7 @@ class PredictiveGarbageCollector:
         self.ml_predictor.observe(question.features, question.situation, used)
 
     def _forget_old(self) -> None:
-        """Forget things that are in no memory, and were not asked for in a long time."""
+        """Forget items that are in no store and have long been unused."""
         tracker = self.tensor_lifecycle_tracker
         oldest = tracker.now - _REMEMBERED_HORIZONS * self.prediction_horizon
         here = {key for store in self.stores for key in store.held()}
@@ -249,7 +249,7 @@ class PredictiveGarbageCollector:
     # --- collection ---------------------------------------------------------------------------------------------------
 
     def collect(self) -> int:
-        """Let what is not expected to be used again go down a stage; return the bytes of memory that this frees."""
+        """Move items not expected to be used again down one stage; return the bytes of memory freed."""
         with self._lock:
             self._drain()
             self._poll()
@@ -260,7 +260,7 @@ class PredictiveGarbageCollector:
         tracker = self.tensor_lifecycle_tracker
         pressure = min(max(store.pressure(), 0.0), 1.0)
         sure = {stage: calm + pressure * (_PRESSED[stage] - calm) for stage, calm in _CALM.items()}
-        # Packing would take the processor from who computes.
+        # Compression would compete with computing threads for the processor.
         freed, left = 0, _MOST_COMPRESSED_BYTES if tracker.phase == IDLE else 0
         for key, held in store.held().items():
             life = tracker.lives.get(key)
@@ -281,7 +281,7 @@ class PredictiveGarbageCollector:
         return n_bytes
 
     def _let_go(self, store: CollectableStore, key: Hashable, *, may_free: bool) -> int:
-        """Have something on the SSD alone; or nowhere, where it is nobody's and would first have to be written."""
+        """Swap an item out, or free it if it is unowned and would first have to be written."""
         frees = may_free and not store.is_stored(key)
         n_bytes = store.free(key) if frees else store.swap(key)
         if n_bytes:
@@ -295,28 +295,28 @@ class PredictiveGarbageCollector:
         return n_bytes
 
     def has_collected(self, key: Hashable) -> bool:
-        """Return whether something was let go because no use of it is expected."""
+        """Return whether an item was released because no use of it is expected."""
         return key in self._collected
 
     # --- figures ------------------------------------------------------------------------------------------------------
 
     def success_rate(self) -> float | None:
-        """Return the share of what was swapped or freed that was not needed again; `None` before any is decided.
+        """Return the share of swapped or freed items not needed again; `None` before the first outcome.
 
-        Decided is what was needed again, or not within the horizon; what is needed even later counts as needed.
+        An outcome is known once an item is needed or its horizon ends; items needed even later count as needed.
         """
         decided = self.counters.decided
         return 1 - self.counters.needed_again / decided if decided else None
 
     def lifetime_accuracy(self) -> float | None:
-        """Return the share of the last 256 predictions (used within the horizon, or not) that came true, if any."""
+        """Return the share of correct predictions of use within the horizon among the last 256, or `None`."""
         with self._lock:
             return sum(right for right, _ in self._outcomes) / len(self._outcomes) if self._outcomes else None
 
     def stats(self) -> dict[str, Any]:
-        """Return counters, ratios, what predicts and why, and the lives of things.
+        """Return counters, ratios, what predicts and why, and lifetimes.
 
-        `base_rate` is the accuracy that always saying the commoner outcome would have had in the same predictions.
+        `base_rate` is the accuracy of always predicting the more common outcome.
         """
         with self._lock:
             n = len(self._outcomes)
@@ -334,7 +334,7 @@ class PredictiveGarbageCollector:
     # --- thread -------------------------------------------------------------------------------------------------------
 
     def start(self, interval_s: float) -> None:
-        """Look each interval and at each end of a round, in a thread that ends with the collector or `close`."""
+        """Call `look` at each interval and end of a round, in a thread that ends with the collector or `close`."""
         reference = weakref.ref(self)
 
         def work() -> bool:
@@ -343,15 +343,15 @@ class PredictiveGarbageCollector:
                 return False
             try:
                 collector.look()
-            except MemoryOptimizationError as error:  # closed meanwhile, or no room on the SSD
-                logger.debug("nothing was collected: %s", str(error))
+            except MemoryOptimizationError as error:  # closed meanwhile, or the SSD is full
+                logger.debug("collection failed: %s", str(error))
             return True
 
         self._periodic = Periodic(work, interval_s, "memory-collection")
         self._periodic.start()
 
     def close(self) -> None:
-        """End the thread; rounds that end later are looked at by those who end them."""
+        """Stop the thread; later `end_round` calls process their rounds themselves."""
         if self._periodic is not None:
             self._periodic.close()
             self._periodic = None

@@ -1,4 +1,4 @@
-"""`TensorLifecycleTracker`: who made what, in which session and phase, and what outlives its session."""
+"""`TensorLifecycleTracker`: creator, session and phase of each tensor, and tensors that outlive their session."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _MOST_LEAKS = 256
 
 @dataclass(slots=True)
 class TensorLife:
-    """A thing that takes memory, and its past. Times are rounds.
+    """An item in memory and its history. Times are in rounds.
 
     Attributes:
-        kind: of the tensor, or of the cached result.
-        creator: what made it: a place in the caller's code, or the part of this library.
-        session, phase: in which it was made; `session` is `None` outside of all.
-        owned: it belongs to somebody: it goes when its last reference does, and nobody else may let it go.
-        references: weak ones, to the objects through which it is used; a thing that is kept by nobody has none.
-        gap: mean between uses; 0: used once.
+        kind: kind of the tensor or cached result.
+        creator: a location in the caller's code, or a part of this library.
+        session, phase: where it was created; `session` is `None` outside sessions.
+        owned: callers hold it: it lives until its last reference is gone, and the collector must not free it.
+        references: weak references to the objects that use it; none for unowned items.
+        gap: mean rounds between uses; 0: used once.
     """
 
     key: Hashable
@@ -51,13 +51,13 @@ class TensorLife:
 
     @property
     def reference_count(self) -> int:
-        """How many of the objects through which it is used are alive."""
+        """Number of live objects that use it."""
         return sum(reference() is not None for reference in self.references)
 
 
 @dataclass(frozen=True, slots=True)
 class Leak:
-    """A tensor that was alive when the session it was made in ended."""
+    """A tensor that was still alive at the end of the session that created it."""
 
     tensor_id: str
     kind: str
@@ -68,13 +68,13 @@ class Leak:
 
 
 class TensorLifecycleTracker:
-    """Follows lives, in rounds: a round ends with a session, or with a while in which something was used outside one.
+    """Tracks lifetimes in rounds: a round ends with a session, or after an interval with uses outside one.
 
-    Its lock is a leaf: nothing is called while it is held. What died is noted without it, as finalizers have to, and
-    counted by whoever takes it next.
+    Its lock is a leaf: no calls happen while it is held. Finalizers record deaths without the lock; the next holder
+    counts them.
 
     Attributes:
-        now: rounds so far.
+        now: current round.
     """
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ class TensorLifecycleTracker:
         self.lives: dict[Hashable, TensorLife] = {}
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
-        self._open: dict[int, int] = {}  # session -> thread, the latest last
+        self._open: dict[int, int] = {}  # session -> thread, latest last
         self._phase = IDLE
         self._dead: deque[Hashable] = deque()
         self._births: Counter[str] = Counter()
@@ -96,27 +96,27 @@ class TensorLifecycleTracker:
 
     @property
     def sessions_open(self) -> int:
-        """How many sessions are open, nested ones counted."""
+        """Number of open sessions, including nested ones."""
         return len(self._open)
 
     def begin_session(self) -> int:
-        """Open a session of this thread and return its number."""
+        """Open a session on this thread and return its number."""
         with self._locked():
             number = next(self._numbers)
             self._open[number] = threading.get_ident()
             return number
 
     def end_session(self) -> int:
-        """Close the latest session of this thread, or of any where it has none, and return its number.
+        """Close the latest session of this thread, else of any thread, and return its number.
 
-        What was made in it and is still referenced is noted as a leak (`leaks`).
+        Tensors created in it and still referenced are recorded as leaks (`leaks`).
 
         Raises:
-            ConfigurationError: none is open.
+            ConfigurationError: no session is open.
         """
         with self._locked():
             if not self._open:
-                raise ConfigurationError("end_inference_session: no session is open")
+                raise ConfigurationError("end_inference_session: no session is open; call start_inference_session first")
             number = self._session()
             assert number is not None
             del self._open[number]
@@ -130,22 +130,22 @@ class TensorLifecycleTracker:
         self._change_phase(IDLE)
         if found:
             n_bytes = sum(leak.n_bytes for leak in found)
-            logger.info("session %d ended; %d tensors outlive it, %s", number, len(found), format_bytes(n_bytes))
+            logger.info("session %d ended; %d of its tensors are still alive, %s", number, len(found), format_bytes(n_bytes))
         return number
 
     def _session(self) -> int | None:
-        """Return the latest session of this thread, or of any where it has none."""
+        """Return the latest session of this thread, else of any thread."""
         thread = threading.get_ident()
         mine = (number for number in reversed(self._open) if self._open[number] == thread)
         return next(mine, next(reversed(self._open), None))
 
     @property
     def phase(self) -> str:
-        """What is being computed: `vision`, `prefill`, `decode`; `idle` once a session ended."""
+        """Current phase: `vision`, `prefill` or `decode`; `idle` after a session."""
         return self._phase
 
     def enter_phase(self, phase: str) -> None:
-        """Note what is being computed from now on, in the session that is open."""
+        """Set the phase, if a session is open."""
         if self._open:
             self._change_phase(phase)
 
@@ -156,7 +156,7 @@ class TensorLifecycleTracker:
                 listener(phase)
 
     def listen(self, listener: Callable[[str], None]) -> Callable[[], None]:
-        """Call `listener` with each phase that begins, in the thread that computes it; return what ends that."""
+        """Call `listener` at the start of each phase, in the computing thread; return a function that stops this."""
         with self._locked():
             self._listeners = (*self._listeners, listener)
 
@@ -167,7 +167,7 @@ class TensorLifecycleTracker:
         return end
 
     def leaks(self) -> list[Leak]:
-        """Return the latest tensors that outlived their session, and still do, the oldest first."""
+        """Return live tensors that outlived their session, among the latest 256, oldest first."""
         with self._locked():
             return [leak for leak in self._leaks if leak.tensor_id in self.lives]
 
@@ -176,12 +176,12 @@ class TensorLifecycleTracker:
     def born(
         self, key: Hashable, kind: str, n_bytes: int, creator: str, *, owned: bool, reference: object | None = None
     ) -> TensorLife:
-        """Note that something came, and was used.
+        """Record a new item and its first use.
 
         Args:
-            key: of the thing, not known so far.
+            key: key of the item, not yet known.
             kind, n_bytes, creator, owned: see `TensorLife`.
-            reference: the object through which it is used.
+            reference: the object that uses it.
         """
         with self._locked():
             session = self._session() if self._open else None
@@ -193,7 +193,7 @@ class TensorLifecycleTracker:
             return life
 
     def refer(self, key: Hashable, reference: object, creator: str) -> None:
-        """Note an object through which something is used, and who made it. The thing may be unknown."""
+        """Record an object that uses an item, and its creator. Unknown keys are ignored."""
         with self._locked():
             life = self.lives.get(key)
             if life is not None:
@@ -201,7 +201,7 @@ class TensorLifecycleTracker:
                 life.creator = creator
 
     def used(self, key: Hashable) -> None:
-        """Note a use. The thing may be unknown."""
+        """Record a use. Unknown keys are ignored."""
         with self._locked():
             life = self.lives.get(key)
             if life is None:
@@ -213,7 +213,7 @@ class TensorLifecycleTracker:
             life.uses += 1
 
     def own(self, keys: Iterable[Hashable], owned: bool) -> None:
-        """Record whether callers hold these tensors from now on; the collector may free the others."""
+        """Record whether callers hold these tensors; the collector may free unowned ones."""
         with self._locked():
             for key in keys:
                 life = self.lives.get(key)
@@ -221,7 +221,7 @@ class TensorLifecycleTracker:
                     life.owned = owned
 
     def died(self, key: Hashable) -> None:
-        """Note that something is gone for good; never waits. The thing may be unknown."""
+        """Record that an item is gone. Never blocks; unknown keys are ignored."""
         self._dead.append(key)
 
     @contextmanager
@@ -235,13 +235,13 @@ class TensorLifecycleTracker:
             yield
 
     def next_round(self) -> int:
-        """End a round; return how many there were."""
+        """End a round; return the number of rounds so far."""
         with self._locked():
             self.now += 1
             return self.now
 
     def situation(self, life: TensorLife) -> Situation:
-        """Return what is known of something now."""
+        """Return the current situation of an item."""
         return Situation(
             idle=self.now - life.last_use,
             uses=life.uses,
@@ -253,12 +253,12 @@ class TensorLifecycleTracker:
         )
 
     def select(self, wanted: Callable[[TensorLife], bool]) -> list[TensorLife]:
-        """Return the lives for which `wanted` says so; it must call nothing of the tracker."""
+        """Return the items that `wanted` accepts; it must not call the tracker."""
         with self._locked():
             return [life for life in self.lives.values() if wanted(life)]
 
     def stats(self) -> dict[str, Any]:
-        """Return births, deaths, mean length of finished lives in rounds and those alive, a kind; and leaks."""
+        """Return births, deaths, mean lifetime in rounds and live items per kind; and leaks."""
         leaks = [asdict(leak) for leak in self.leaks()]
         with self._locked():
             alive: Counter[str] = Counter(life.kind for life in self.lives.values())

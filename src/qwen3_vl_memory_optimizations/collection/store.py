@@ -1,4 +1,4 @@
-"""`CollectableStore`: what a collector asks of those who hold memory, and the store of the Pager's runtime tensors."""
+"""`CollectableStore`: the collector's interface to owners of memory, and the store of the Pager's runtime tensors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..paging import Pager
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Something in memory that may go down a stage now.
+    """An item in memory that may go down a stage now.
 
     Attributes:
-        n_bytes: that it takes.
-        compressed: it can take no less where it is.
+        n_bytes: its size in memory.
+        compressed: whether it cannot be compressed further.
     """
 
     n_bytes: int
@@ -23,42 +23,42 @@ class Held:
 
 
 class CollectableStore(Protocol):
-    """Holds things in memory. Stages return the bytes that it frees; 0: not possible, nothing changed."""
+    """Holds items in memory. Each stage returns the bytes freed; 0: not possible, nothing changed."""
 
     def held(self) -> dict[Hashable, Held]:
-        """Return what may go down a stage."""
+        """Return the items that may go down a stage."""
 
     def used(self) -> Iterable[Hashable]:
-        """Return what was used since the last call, where uses are not told when they happen."""
+        """Return the items used since the last call, for stores that do not report uses as they happen."""
 
     def pressure(self) -> float:
-        """Return how full the memory is, 0 to 1."""
+        """Return the memory fill level, 0 to 1."""
 
     def is_stored(self, key: Hashable) -> bool:
-        """Return whether all of something is on the SSD: letting it go from memory loses nothing."""
+        """Return whether an item is fully on the SSD, so that evicting it loses nothing."""
 
     def compress(self, key: Hashable) -> int:
-        """Keep something in memory in a smaller form, without a loss."""
+        """Compress an item losslessly in memory."""
 
     def swap(self, key: Hashable) -> int:
-        """Have something on the SSD alone."""
+        """Move an item to the SSD only."""
 
     def free(self, key: Hashable) -> int:
-        """Forget something; never what somebody still refers to."""
+        """Free an item; never one that is still referenced."""
 
 
 class RuntimeStore:
     """The runtime tensors of a Pager.
 
-    Those that callers refer to go to the swap file and no further; keys and values of sequences that rest may be
-    forgotten. None are compressed: each has one address for life, and views of it may be alive.
+    Referenced tensors go to the swap file but are never freed; the KV cache of resting sequences may be freed. None are
+    compressed: each keeps one address for life, and views of it may exist.
 
     Args:
-        pager: has them.
+        pager: owner of the tensors.
 
     Attributes:
-        forget: given the id of a tensor that no caller refers to, forgets it and returns the bytes that frees; `None`:
-            there are none.
+        forget: frees a tensor that no caller references, by id, and returns the bytes freed; `None`: there are no such
+            tensors.
     """
 
     def __init__(self, pager: Pager) -> None:
@@ -67,7 +67,7 @@ class RuntimeStore:
         self._last_access: dict[str, int] = {}
 
     def held(self) -> dict[Hashable, Held]:
-        """Return the tensors of which something is in memory, not pinned; none without a budget: nobody needs it."""
+        """Return the unpinned tensors with bytes in memory; none without a budget, where memory is not scarce."""
         if not self._pager.ledger.limited:
             return {}
         idle = self._pager.runtime.idle_bytes().items()
@@ -81,21 +81,21 @@ class RuntimeStore:
         return found
 
     def pressure(self) -> float:
-        """Return the share of the page frames that is in use: all, where weights do not fit."""
+        """Return the share of page frames in use: 1 if the weights do not fit."""
         return self._pager.runtime.fill()
 
     def is_stored(self, key: Hashable) -> bool:
-        """Return whether a file holds a tensor: what is written to is in none."""
+        """Return whether a file holds the whole tensor; modified tensors are in none."""
         return self._pager.runtime.is_stored(str(key))
 
     def compress(self, key: Hashable) -> int:
-        """Not possible."""
+        """Return 0: runtime tensors cannot be compressed."""
         return 0
 
     def swap(self, key: Hashable) -> int:
-        """Let a tensor leave for the swap file."""
+        """Swap a tensor out."""
         return self._pager.runtime.send_out(str(key))
 
     def free(self, key: Hashable) -> int:
-        """Forget keys and values that rest; not possible for what a caller refers to."""
+        """Free the KV cache of a resting sequence; not possible for referenced tensors."""
         return 0 if self.forget is None else self.forget(str(key))

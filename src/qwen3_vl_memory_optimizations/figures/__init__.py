@@ -1,4 +1,4 @@
-"""The figures of section 7.1: counted, or measured on this machine."""
+"""The metrics of section 7.1, counted or measured on this machine."""
 
 from .figures import METRICS, CollectorFigures, MemoryFigures, Occupancy
 from .measured import allocation_speedup, best_seconds, memory_bandwidth

@@ -1,4 +1,4 @@
-"""`MemoryFigures`: what the parts of an optimizer counted, as the figures of section 7.1."""
+"""`MemoryFigures`: the metrics of section 7.1 from the counters of an optimizer."""
 
 from __future__ import annotations
 
@@ -45,29 +45,29 @@ _MEASURING = "measuring"
 
 
 class CollectorFigures(Protocol):
-    """What a predictive collector tells of itself."""
+    """Figures reported by a predictive collector."""
 
     def success_rate(self) -> float | None:
-        """Return the share of what was collected that was not needed again."""
+        """Return the share of collected items not needed again."""
 
     def lifetime_accuracy(self) -> float | None:
-        """Return the share of predicted lifetimes that came true."""
+        """Return the share of correct lifetime predictions."""
 
 
 class TieringFigures(Protocol):
-    """What a tiering system reports of itself."""
+    """Figures reported by a tiering system."""
 
     def effectiveness(self) -> float | None:
-        """Return the share of its migrations whose tensor was used before it left again; `None` before the first."""
+        """Return the share of prefetched tensors used before they left again; `None` before the first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Occupancy:
-    """Memory that cannot be given up at once, and what there is.
+    """Non-evictable memory and the capacity.
 
     Attributes:
-        undroppable_bytes: of the process or, with `tensor_budget` alone, of the managed tensors.
-        capacity_bytes: the budget, or without one the memory of the machine.
+        undroppable_bytes: non-evictable bytes of the process or, with `tensor_budget` alone, of the managed tensors.
+        capacity_bytes: the budget, or without one the machine's memory.
     """
 
     undroppable_bytes: int
@@ -75,29 +75,29 @@ class Occupancy:
 
     @property
     def share(self) -> float:
-        """Of the capacity."""
+        """Non-evictable share of the capacity."""
         return self.undroppable_bytes / self.capacity_bytes
 
 
 @dataclass(slots=True)
 class MemoryFigures:
-    """Reads the counters of the parts of an optimizer; changes nothing but for what `measure` says.
+    """Reads the counters of an optimizer; has no side effects except those of `measure`.
 
-    `None` stands for a figure that cannot be measured, or not yet.
+    `None` means not measurable, or not measured yet.
 
     Args:
-        pager: moves the bytes.
-        pool: address ranges of runtime tensors; `None`: memory is not pooled.
-        cache: results that are used again, if any.
-        collector: a predictive collector, if any.
-        tiering: brings runtime tensors back before they are used, if anything does.
+        pager: source of the paging counters.
+        pool: pools of runtime tensors; `None`: no pooling.
+        cache: result cache, if any.
+        collector: predictive collector, if any.
+        tiering: tiering system that prefetches runtime tensors, if any.
         timer: a monotonic clock in seconds.
 
     Attributes:
-        encodings: what was encoded in this process.
-        responses: how long the model took.
-        shadow: LRU on the accesses that happen.
-        packed_dirs: what the names of a model's weights begin with -> the packed checkpoint they come from.
+        encodings: log of encodings in this process.
+        responses: response times of the model.
+        shadow: LRU run on the actual accesses, for comparison.
+        packed_dirs: weight name prefix -> packed checkpoint of that model.
     """
 
     pager: Pager
@@ -132,11 +132,11 @@ class MemoryFigures:
     def metrics(
         self, *, measure: bool = True, uses: Iterable[TensorUse] | None = None
     ) -> dict[str, float | int | None]:
-        """Return all figures by the keys of section 7.1.
+        """Return all metrics by the keys of section 7.1.
 
         Args:
-            measure: also what has to be measured (once, in about 0.3 s); otherwise only where it was.
-            uses: what the Pager said of its tensors, where that is known already.
+            measure: take missing measurements (once, about 0.3 s); otherwise use only existing ones.
+            uses: the Pager's tensor usage, if already known.
         """
         uses = self.pager.usage() if uses is None else uses
         values = (
@@ -158,24 +158,24 @@ class MemoryFigures:
         return dict(zip(METRICS, values, strict=True))
 
     def pool_utilization(self) -> float | None:
-        """Return the bytes granted by the typed pools over their address space, now; `None` without pooling."""
+        """Return granted bytes / address space of the typed pools, now; `None` without pooling."""
         rows = self.pools().values()
         if not rows:
             return None
         return sum(row["used_bytes"] or 0 for row in rows) / sum(row["size_bytes"] or 0 for row in rows)
 
     def allocation_speedup(self, *, measure: bool = True) -> float | None:
-        """Return the time of `torch.empty` over that of a pool, 32 MiB and first touch each (`measured`), once."""
+        """Return the time of `torch.empty` / that of a pool for 32 MiB with first touch; measured once."""
         if self.pool is None:
             return None
         return self._once("allocation_speedup", DISK_BLOCK_BYTES, lambda: allocation_speedup(DISK_BLOCK_BYTES), measure)
 
     def cache_hit_rate(self) -> float | None:
-        """Return hits over look-ups of the cache of results, since the start."""
+        """Return the hit rate of the result cache since the start."""
         return None if self.cache is None else self.cache.stats()["hit_rate"]
 
     def cache_efficiency(self) -> float | None:
-        """Return the seconds that hits saved over those and the seconds spent on computing, since the start."""
+        """Return seconds saved by hits / (seconds saved + seconds computing), since the start."""
         if self.cache is None:
             return None
         stats = self.cache.stats()
@@ -195,10 +195,10 @@ class MemoryFigures:
         return 1 - sum(row.error_bytes for row in rows) / sampled if sampled else None
 
     def compression(self, uses: Iterable[TensorUse] | None = None) -> dict[str, EncodingCounters]:
-        """Return what was encoded, by kind: weights as they are managed now, all else since the start.
+        """Return encoding counters by kind: weights as managed now, all others since the start.
 
-        The error of a weight is that of the plan it was packed by, or was sampled when it was encoded. Where that of
-        one is not known, nothing is said of weights. Their speeds are those of the process that encoded them.
+        The error of a weight comes from its compression plan, or was sampled during encoding. If any is unknown, the
+        error of weights is unknown. Encoding speeds are those of the process that encoded them.
         """
         all_known, errors = True, self._weight_errors()
         rows = self.encodings.rows()
@@ -220,16 +220,16 @@ class MemoryFigures:
         return rows
 
     def _weight_errors(self) -> Mapping[str, float]:
-        """Return the errors by tensor; what was kept of packing is read when it is asked for the first time."""
+        """Return errors by tensor; those recorded by packing are loaded on first use."""
         for prefix, directory in list(self.packed_dirs.items()):
             if self.packed_dirs.pop(prefix, None) is None:
-                continue  # another thread asked
+                continue  # loaded by another thread
             kept = PackedEncodings.load(directory)
             self.encodings.add("weights", kept.counted)
             self.encodings.weight_errors |= {prefix + name: error for name, error in kept.errors.items()}
             try:
                 plan = CompressionPlan.load(plan_path_of(directory))
-            except ConfigurationError:  # packed without one, or it was removed since
+            except ConfigurationError:  # packed without a plan, or the plan was removed
                 continue
             for name, weight in plan.weights.items():
                 if weight.relative_error is not None:
@@ -237,41 +237,41 @@ class MemoryFigures:
         return self.encodings.weight_errors
 
     def swap_count(self) -> int:
-        """Return the pages written to and read from the swap file, since the start."""
+        """Return the pages written to and read from the swap file since the start."""
         stats = self.pager.stats
         return stats.swap_writes + stats.swap_reads
 
     def swap_efficiency(self) -> float | None:
-        """Return the share of accesses to pages that had been read from the SSD that nobody waited for."""
+        """Return the share of page reads from the SSD that were prefetched in time."""
         stats = self.pager.stats
-        # Not below 0: single rows that are looked up may wait for a page, and are no access to it.
+        # Clamped at 0: lookups of single rows may fault on a page without counting as an access.
         return max(0.0, 1 - stats.faults / stats.misses) if stats.misses else None
 
     def tier_migration_rate(self) -> float | None:
-        """Return how many pages a second came from the SSD into memory or left it, since the start."""
+        """Return pages per second moved between SSD and memory since the start."""
         return self.moves() / self.uptime_s if self.uptime_s > 0 else None
 
     def moves(self) -> int:
-        """Return the pages that came into memory from the SSD or left it, since the start."""
+        """Return pages moved between SSD and memory since the start."""
         stats = self.pager.stats
         return stats.page_reads + stats.evictions + stats.swap_writes
 
     def tier_effectiveness(self) -> float | None:
-        """Return the share of the tensors that tiering brought back that were used before they left again."""
+        """Return the share of tensors prefetched by tiering and used before they left again."""
         return None if self.tiering is None else self.tiering.effectiveness()
 
     def gc_success_rate(self) -> float | None:
-        """Return the share of what was collected that was not needed again; `None` without a collector."""
+        """Return the share of collected items not needed again; `None` without a collector."""
         return None if self.collector is None else self.collector.success_rate()
 
     def lifetime_accuracy(self) -> float | None:
-        """Return the share of predicted lifetimes that came true; `None` without a collector."""
+        """Return the share of correct lifetime predictions; `None` without a collector."""
         return None if self.collector is None else self.collector.lifetime_accuracy()
 
     def bandwidth_utilization(self, *, measure: bool = True) -> float | None:
-        """Return the encoded bytes used a second of decoding over the memory bandwidth of this machine.
+        """Return encoded bytes used per second of decoding / memory bandwidth of this machine.
 
-        Decoding is what comes after the first token, in the last 64 responses. The bandwidth is measured once.
+        Covers the time after the first token in the last 64 responses. The bandwidth is measured once.
         """
         responses = self.responses.recent()
         seconds = sum(each.decode_s for each in responses)
@@ -281,7 +281,7 @@ class MemoryFigures:
         return sum(each.decode_bytes for each in responses) / seconds / bandwidth
 
     def measure(self) -> None:
-        """Measure what `metrics` need a measurement for, if it was not: 0.3 s, and up to 64 MiB meanwhile."""
+        """Take the measurements that `metrics` needs, once: 0.3 s, using up to 64 MiB."""
         self.allocation_speedup()
         self._bandwidth(measure=True)
 
@@ -289,7 +289,7 @@ class MemoryFigures:
         return self._once("memory_bandwidth", BANDWIDTH_BYTES, lambda: memory_bandwidth(BANDWIDTH_BYTES), measure)
 
     def _once(self, name: str, n_bytes: int, run: Callable[[], float], measure: bool) -> float | None:
-        """Return what was measured, or measure it where the budget has room for what that takes."""
+        """Return a measurement, taking it first if the budget has room for it."""
         with self._measuring:
             if name not in self._measured and measure:
                 try:
@@ -305,26 +305,26 @@ class MemoryFigures:
     # --- ours ---------------------------------------------------------------------------------------------------------
 
     def fragmentation(self) -> float | None:
-        """Return the largest external fragmentation of a typed pool: 1 - largest hole / free bytes.
+        """Return the highest external fragmentation of any typed pool: 1 - largest hole / free bytes.
 
-        Page frames are moved between addresses, so that free ones always serve, and have none.
+        Page frames have none: they can be moved between addresses, so any free frame is usable.
         """
         shares = (row["external_fragmentation"] for row in self.pools().values())
         return max((share for share in shares if share is not None), default=None)
 
     def pools(self) -> dict[str, dict[str, float | int | None]]:
-        """Return the figures of each typed pool; none without pooling."""
+        """Return the statistics of each typed pool; empty without pooling."""
         if self.pool is None:
             return {}
-        with self.pager.exclusive():  # which is what pools change under
+        with self.pager.exclusive():  # pools change under this lock
             return self.pool.stats()
 
     def occupancy(self, uses: Iterable[TensorUse] | None = None) -> Occupancy:
-        """Return the memory that cannot be given up at once.
+        """Return the non-evictable memory.
 
-        A budget is meant to be full: clean weights stay while nobody else needs the room, and results that were kept
-        leave for anything. Neither counts. What counts is the rest of the process (what forwards have reserved and what
-        others forced the optimizer to give up included), and managed pages in use or to be written before they leave.
+        A budget is meant to be full: clean weights stay until the room is needed, and cached results are evicted for
+        anything else, so neither counts. What counts is the rest of the process (including reservations of forward
+        passes and budget withheld under outside pressure), and managed pages in use or dirty.
         """
         ledger = self.pager.ledger
         uses = list(self.pager.usage() if uses is None else uses)

@@ -1,4 +1,4 @@
-"""What this machine can do, measured: memory bandwidth, and what taking memory from a pool saves."""
+"""Measurements of this machine: memory bandwidth, and the allocation speedup of pools."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from ..pools import FRAME_BYTES, FramePool, TensorPool
 from ..process import trim_heap
 
 BANDWIDTH_BYTES = 64 << 20
-"""More than the caches of the processors this runs on hold."""
-DISK_BLOCK_BYTES = 32 << 20
-"""From this size on, glibc takes memory from the system, unless its heap has a hole as large."""
+"""Larger than the caches of supported processors."""
+ALLOCATION_BYTES = 32 << 20
+"""From this size on, glibc allocates from the system unless its heap has a hole that large."""
 _RUNS = 5
 _LONGEST_S = 0.5
 
 
 def memory_bandwidth(n_bytes: int) -> float:
-    """Return how fast all threads together read memory, in bytes/s: the sum of a tensor of `n_bytes`."""
+    """Measure the read bandwidth of all threads in bytes/s by summing a tensor of `n_bytes`."""
     block = torch.ones(n_bytes // 4, dtype=torch.float32)
     return n_bytes / best_seconds(block.sum, runs=7)
 
 
-def allocation_speedup(n_bytes: int = DISK_BLOCK_BYTES, timer: Callable[[], float] = time.perf_counter) -> float:
-    """Return how many times faster a block of a pool is there than `torch.empty`, first touch included.
+def allocation_speedup(n_bytes: int = ALLOCATION_BYTES, timer: Callable[[], float] = time.perf_counter) -> float:
+    """Measure how many times faster a pool allocates a block than `torch.empty`, first touch included.
 
-    Both allocate `n_bytes` and write one byte a page. What `torch.empty` gives comes from the system. The pool has the
-    frames of a block that was freed, at another address: they are moved, as for a tensor of another size. The best of
-    five runs counts, of each. It takes `n_bytes` of memory meanwhile.
+    Both allocate `n_bytes` and write one byte per page. `torch.empty` gets memory from the system. The pool moves the
+    frames of a freed block to a new address, as for a tensor of another size. The best of five runs counts for each.
+    Uses `n_bytes` of memory meanwhile.
 
     Args:
         n_bytes: a multiple of the page size.
@@ -39,7 +39,7 @@ def allocation_speedup(n_bytes: int = DISK_BLOCK_BYTES, timer: Callable[[], floa
     """
     fresh_s = pooled_s = float("inf")
     for _ in range(_RUNS):
-        trim_heap()  # a hole that holds memory would be a pool too
+        trim_heap()  # a heap hole with memory would act as a pool
         start_s = timer()
         block = torch.empty(n_bytes, dtype=torch.uint8)
         block[::FRAME_BYTES] = 1
@@ -53,7 +53,7 @@ def allocation_speedup(n_bytes: int = DISK_BLOCK_BYTES, timer: Callable[[], floa
             frames.back(address, n_bytes, owner=pool.kind)
             alias_memory(address, n_bytes)[::FRAME_BYTES] = 1
             took_s = timer() - start_s
-            pooled_s = min(pooled_s, took_s if run else pooled_s)  # the first one has no frames to reuse
+            pooled_s = min(pooled_s, took_s if run else pooled_s)  # the first run has no frames to reuse
             frames.release(address, n_bytes)
     finally:
         pool.close()
@@ -61,7 +61,7 @@ def allocation_speedup(n_bytes: int = DISK_BLOCK_BYTES, timer: Callable[[], floa
 
 
 def best_seconds(run: Callable[[], Any], runs: int) -> float:
-    """Return the shortest of several runs, after one that warms up; a slow run is not repeated for long."""
+    """Return the time of the fastest of several runs after a warm-up; slow runs are repeated less."""
     begin = time.perf_counter()
     run()
     best = time.perf_counter() - begin
@@ -70,7 +70,7 @@ def best_seconds(run: Callable[[], Any], runs: int) -> float:
         run()
         end = time.perf_counter()
         best = min(best, end - start)
-        # Where bf16 falls back to slow code, one run takes long enough.
+        # Slow bf16 fallbacks take long enough in one run.
         if end - begin > _LONGEST_S:
             break
     return best

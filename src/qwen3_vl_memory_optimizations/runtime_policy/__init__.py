@@ -1,4 +1,4 @@
-"""Which runtime tensors leave memory first, and which come back before they are used."""
+"""Eviction and prefetching of runtime tensors."""
 
 from ..prediction import LightweightMLPredictor
 from .algorithm import SwappingAlgorithm

@@ -1,4 +1,4 @@
-"""`SwappingAlgorithm`: which of the tensors in memory should leave first (specification 2.4)."""
+"""`SwappingAlgorithm`: eviction order of the tensors in memory (specification 2.4)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import ClassVar
 
 
 class SwappingAlgorithm(ABC):
-    """Orders what is in memory. It moves nothing, does no I/O, locks nothing, reads no clock: time is counted in uses.
+    """Orders the tensors in memory for eviction, without I/O, locks or a clock: time is counted in uses.
 
-    What left memory may come back: `left` keeps what is known of it, `remove` forgets it. Not thread-safe.
+    Evicted tensors may come back: `left` keeps their history, `remove` forgets it. Not thread-safe.
 
     Attributes:
         name: the value of the setting `swap_algorithm`.
@@ -20,15 +20,15 @@ class SwappingAlgorithm(ABC):
 
     def __init__(self) -> None:
         self.n_bytes: dict[Hashable, int] = {}
-        """Key -> bytes, of what is in memory."""
+        """Key -> bytes of each tensor in memory."""
         self.resident_bytes = 0
 
     def insert(self, key: Hashable, n_bytes: int) -> None:
-        """Note that something came into memory because it is used.
+        """Record that a tensor entered memory because it is used.
 
         Args:
-            key: not in memory so far.
-            n_bytes: what it takes.
+            key: a tensor not yet in memory.
+            n_bytes: its size.
         """
         assert key not in self.n_bytes, key
         self.n_bytes[key] = n_bytes
@@ -36,31 +36,31 @@ class SwappingAlgorithm(ABC):
         self._inserted(key)
 
     def touch(self, key: Hashable) -> None:
-        """Note a use of something in memory."""
+        """Record a use of a tensor in memory."""
         assert key in self.n_bytes, key
         self._touched(key)
 
     def left(self, key: Hashable) -> None:
-        """Note that something left memory to make room; it may come back."""
+        """Record that a tensor was evicted; it may come back."""
         self.resident_bytes -= self.n_bytes.pop(key)
         self._left(key, evicted=True)
 
     def remove(self, key: Hashable) -> None:
-        """Forget something for good, wherever it is."""
+        """Forget a tensor, wherever it is."""
         if key in self.n_bytes:
             self.resident_bytes -= self.n_bytes.pop(key)
             self._left(key, evicted=False)
         self._removed(key)
 
     def evict(self, n_bytes: int, protected: Container[Hashable] = ()) -> list[Hashable] | None:
-        """Choose what leaves so that `n_bytes` become free, and note that it left.
+        """Choose eviction victims that free `n_bytes`, and record their eviction.
 
         Args:
-            n_bytes: how much must become free.
-            protected: stays.
+            n_bytes: number of bytes to free.
+            protected: keys that must stay.
 
         Returns:
-            The keys, first to leave first; `None` where even all would not do: then nothing changed.
+            The victims in eviction order; `None` if even all are too few, and then nothing changed.
         """
         chosen: list[Hashable] = []
         if n_bytes <= 0:
@@ -77,7 +77,7 @@ class SwappingAlgorithm(ABC):
 
     @abstractmethod
     def order(self) -> Iterator[Hashable]:
-        """Yield all keys in memory, first to leave first. Changes nothing."""
+        """Yield all keys in memory in eviction order, without side effects."""
 
     @abstractmethod
     def _inserted(self, key: Hashable) -> None: ...
@@ -88,5 +88,5 @@ class SwappingAlgorithm(ABC):
     @abstractmethod
     def _left(self, key: Hashable, *, evicted: bool) -> None: ...
 
-    def _removed(self, key: Hashable) -> None:  # noqa: B027 - what keeps no history has nothing to forget
+    def _removed(self, key: Hashable) -> None:  # noqa: B027 - optional: only algorithms with a history need it
         pass

@@ -1,4 +1,4 @@
-"""`PredictiveSwappingAlgorithm`: what is expected to be used last leaves first, unless a simple rule proves better."""
+"""`PredictiveSwappingAlgorithm`: evicts the farthest predicted use first, unless a simple rule proves better."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _MARGIN = 0.01
 
 
 def farthest_first(keys: list[Hashable], next_use: NextUse, draw: random.Random) -> Iterator[Hashable]:
-    """Yield keys, those first that are expected last.
+    """Yield keys by predicted next use, farthest first.
 
-    Of very many keys some are drawn, and the first of those are yielded: to rank all would take longer than it gives.
+    Large sets are ranked by sampling: a full ranking would cost more than it gains.
     """
     while len(keys) > _ALL_RANKED:
         for number in range(_DRAWN):
@@ -30,10 +30,10 @@ def farthest_first(keys: list[Hashable], next_use: NextUse, draw: random.Random)
 
 
 class PredictiveSwappingAlgorithm(SwappingAlgorithm):
-    """What is expected to be used last leaves first.
+    """Evicts the tensor with the farthest predicted use first.
 
-    Beside it, LRU, the clock and the prediction itself each keep a pretended memory of the same size (keys alone).
-    Where the prediction finds clearly less there than a simple rule, the simple rule decides until that changes.
+    LRU, clock and the prediction each run a shadow memory of the same size (keys only). While the prediction has a
+    clearly lower hit rate there than a simple rule, the simple rule decides.
     """
 
     name = "predictive"
@@ -52,13 +52,13 @@ class PredictiveSwappingAlgorithm(SwappingAlgorithm):
 
     @property
     def decides(self) -> str:
-        """Which rule decides now: `predictive`, or the simple one that finds more."""
+        """The rule that decides now: `predictive`, or the simple rule with the higher hit rate."""
         best = max(self._rules, key=lambda name: self._found[name])
         total = (1 - _FORGET) * (self._found[best] - self._found["predictive"])
         return best if total > _MARGIN else "predictive"
 
     def order(self) -> Iterator[Hashable]:
-        """Yield all keys in memory, first to leave first."""
+        """Yield all keys in memory in eviction order."""
         rule = self.decides
         if rule != "predictive":
             yield from self._rules[rule].order()
@@ -102,7 +102,7 @@ class PredictiveSwappingAlgorithm(SwappingAlgorithm):
 
 
 class _Waits(SwappingAlgorithm):
-    """The order of the prediction, over a pretended memory."""
+    """The predicted order over a shadow memory."""
 
     def __init__(self, of: PredictiveSwappingAlgorithm) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class _Waits(SwappingAlgorithm):
         self._random = random.Random(0)
 
     def order(self) -> Iterator[Hashable]:
-        """Yield all keys in memory, first to leave first."""
+        """Yield all keys in memory in eviction order."""
         yield from farthest_first(list(self.n_bytes), self._of.next_use, self._random)
 
     def _inserted(self, key: Hashable) -> None:

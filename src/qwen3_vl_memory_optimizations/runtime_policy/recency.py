@@ -1,4 +1,4 @@
-"""The two algorithms of operating systems: least recently used, and the clock, which comes near it for less."""
+"""The classic operating-system algorithms: least recently used, and clock, its cheaper approximation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .algorithm import SwappingAlgorithm
 
 
 class LRUSwappingAlgorithm(SwappingAlgorithm):
-    """What was used longest ago leaves first."""
+    """Evicts the least recently used tensor first."""
 
     name = "lru"
 
@@ -18,7 +18,7 @@ class LRUSwappingAlgorithm(SwappingAlgorithm):
         self._last_used_first: OrderedDict[Hashable, None] = OrderedDict()
 
     def order(self) -> Iterator[Hashable]:
-        """Yield all keys in memory, first to leave first."""
+        """Yield all keys in memory in eviction order."""
         yield from list(self._last_used_first)
 
     def _inserted(self, key: Hashable) -> None:
@@ -32,16 +32,16 @@ class LRUSwappingAlgorithm(SwappingAlgorithm):
 
 
 class ClockSwappingAlgorithm(SwappingAlgorithm):
-    """A hand goes round: what was used since it passed last gets a second chance, the next one without leaves."""
+    """Second-chance clock: evicts the next tensor not used since the hand last passed it."""
 
     name = "clock"
 
     def __init__(self) -> None:
         super().__init__()
-        self._used: OrderedDict[Hashable, bool] = OrderedDict()  # from the hand on, round
+        self._used: OrderedDict[Hashable, bool] = OrderedDict()  # in ring order, starting at the hand
 
     def order(self) -> Iterator[Hashable]:
-        """Yield all keys in memory, first to leave first."""
+        """Yield all keys in memory in eviction order."""
         ring = list(self._used.items())
         yield from [key for key, used in ring if not used]
         yield from [key for key, used in ring if used]
@@ -53,7 +53,7 @@ class ClockSwappingAlgorithm(SwappingAlgorithm):
         self._used[key] = True
 
     def _left(self, key: Hashable, *, evicted: bool) -> None:
-        if evicted and self._used[key]:  # the hand went round once and took every chance back
+        if evicted and self._used[key]:  # the hand went round once and cleared every use bit
             self._used = OrderedDict.fromkeys(self._used, False)
         while evicted and next(iter(self._used)) != key:
             passed, _ = self._used.popitem(last=False)

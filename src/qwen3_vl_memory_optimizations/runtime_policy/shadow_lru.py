@@ -1,4 +1,4 @@
-"""`ShadowLRU`: what a memory of the same size that evicts by recency would have found, on the accesses that happen."""
+"""`ShadowLRU`: the hit rate that LRU would have in a memory of the same size, on the actual accesses."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ _FORGET_EVERY = 4096
 
 
 class ShadowLRU:
-    """Keys and sizes alone: it is called at each access, under the Pager's lock, and takes about a microsecond.
+    """LRU on keys and sizes only. Called at each access under the Pager's lock; adds about 1 us.
 
-    First accesses are left out on both sides: no policy could have found what was never there.
+    First accesses are excluded on both sides, since no policy can hit them.
 
     Args:
-        stats: of the Pager; what it counted since the call before is what the access found.
-        capacity_bytes: returns the memory there is.
-        entries: the tensors that are there, by id: those that were freed are forgotten.
+        stats: counters of the Pager; their growth since the previous call is the bytes that hit.
+        capacity_bytes: returns the available memory.
+        entries: ids of the existing tensors; freed ones are forgotten.
 
     Attributes:
-        found_bytes: of the accesses, what was in memory; `shadow_bytes`: what LRU would have had there.
-        used_bytes: of the accesses.
+        found_bytes: accessed bytes that were in memory; `shadow_bytes`: those that LRU would have had in memory.
+        used_bytes: accessed bytes.
     """
 
     def __init__(self, stats: PagingStats, capacity_bytes: Callable[[], int], entries: Container[str]) -> None:
@@ -30,7 +30,7 @@ class ShadowLRU:
         self._capacity_bytes = capacity_bytes
         self._entries = entries
         self._known: set[str] = set()
-        self._inside: OrderedDict[str, int] = OrderedDict()  # the longest unused first
+        self._inside: OrderedDict[str, int] = OrderedDict()  # least recently used first
         self._inside_bytes = 0
         self._hit_bytes_before = 0
         self._until_forget = _FORGET_EVERY
@@ -40,16 +40,16 @@ class ShadowLRU:
 
     @property
     def improvement(self) -> float | None:
-        """The byte hit rate less that of LRU, -1.0 to 1.0; `None` before the first access that could have hit."""
+        """Byte hit rate minus that of LRU, -1.0 to 1.0; `None` before the first access that could hit."""
         return (self.found_bytes - self.shadow_bytes) / self.used_bytes if self.used_bytes else None
 
     def __call__(self, tensor_id: str, n_bytes: int, kind: str) -> None:
-        """Note an access, after the Pager counted it."""
+        """Record an access after the Pager has counted it."""
         hit_bytes, self._hit_bytes_before = self._stats.hit_bytes - self._hit_bytes_before, self._stats.hit_bytes
         found = tensor_id in self._inside
         if tensor_id in self._known:
             self.used_bytes += n_bytes
-            self.found_bytes += min(hit_bytes, n_bytes)  # of pages, which are whole frames
+            self.found_bytes += min(hit_bytes, n_bytes)  # pages are rounded up to whole frames
             if found:
                 self.shadow_bytes += n_bytes
         else:

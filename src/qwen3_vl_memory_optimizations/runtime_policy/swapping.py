@@ -1,4 +1,4 @@
-"""`MemorySwappingSystem`: the algorithms by name, and the one that a Pager asks which runtime tensors leave first."""
+"""`MemorySwappingSystem`: the swapping algorithms by name, and the one that chooses a Pager's eviction victims."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ ALGORITHMS: dict[str, type[SwappingAlgorithm]] = {
 
 
 def create_swapping_algorithm(name: str) -> SwappingAlgorithm:
-    """Return a new algorithm.
+    """Return a new algorithm by name.
 
     Raises:
-        ConfigurationError: none has this name.
+        ConfigurationError: unknown name.
     """
     if name not in ALGORITHMS:
         near = difflib.get_close_matches(name, ALGORITHMS, n=1, cutoff=0.0)[0]
-        raise ConfigurationError(f"swap_algorithm: {name!r} is not one of {', '.join(ALGORITHMS)}; meant {near!r}?")
+        raise ConfigurationError(f"swap_algorithm: {name!r} is not one of {', '.join(ALGORITHMS)}; did you mean {near!r}?")
     return ALGORITHMS[name]()
 
 
 class MemorySwappingSystem:
-    """What leaves memory, and from when on (specification 2.4).
+    """Decides which runtime tensors leave memory, and when (specification 2.4).
 
-    Weights follow their schedule and leave by that. Runtime tensors leave in the order of `algorithm`. Where they alone
-    fill more than `memory_pressure_threshold` of the memory for managed tensors, `look` swaps some out before anybody
-    waits for the room; `PressureMonitor` calls it.
+    Weights are evicted by their schedule, runtime tensors in the order of `algorithm`. When runtime tensors alone fill
+    more than `memory_pressure_threshold` of the memory for managed tensors, `look` swaps some out ahead of demand;
+    `PressureMonitor` calls it.
 
     Args:
         memory_pressure_threshold: share of the memory, above 0 and at most 1.
-        algorithm: name of the one that decides.
+        algorithm: name of the algorithm that decides.
 
     Attributes:
         swapping_algorithms: name -> algorithm.
-        swapped_ahead_bytes: what left before it had to.
+        swapped_ahead_bytes: bytes swapped out ahead of demand.
 
     Raises:
         ConfigurationError: a threshold outside its range, or an unknown algorithm.
@@ -55,7 +55,7 @@ class MemorySwappingSystem:
 
     @property
     def memory_pressure_threshold(self) -> float:
-        """Share of the memory above which runtime tensors leave ahead of need."""
+        """Share of memory above which runtime tensors are swapped out ahead of demand."""
         return self._memory_pressure_threshold
 
     @memory_pressure_threshold.setter
@@ -65,5 +65,5 @@ class MemorySwappingSystem:
         self._memory_pressure_threshold = share
 
     def look(self, pager: Pager) -> None:
-        """Let runtime tensors leave as far as they fill more than the threshold."""
+        """Swap out runtime tensors until they fill no more than the threshold."""
         self.swapped_ahead_bytes += pager.runtime.swap_ahead(self.memory_pressure_threshold)

@@ -1,4 +1,4 @@
-"""`MemoryTieringSystem`: tensors on the SSD come back before they are used, where there is room (specification 2.5)."""
+"""`MemoryTieringSystem`: prefetches runtime tensors from the SSD into free memory (specification 2.5)."""
 
 from __future__ import annotations
 
@@ -25,15 +25,14 @@ logger = logging.getLogger(__name__)
 
 _SHARES = {"gpu": (0.7, 1), "cpu": (0.5, 2), "ssd": (0.8, 3)}
 _MOST_BROUGHT = 8
-"""A round: what is predicted for later may have changed by then."""
+"""Per round: predictions farther ahead may change before the next."""
 
 
 def tier_memory(path: Path | None = None) -> dict[str, int | None]:
-    """Return what each tier has on this machine, in bytes; `None`: there is no such tier.
+    """Return the size of each tier of this machine in bytes; `None`: no such tier.
 
     Args:
-        path: a file or directory, which may be still to come, on the disk of the `ssd` tier; default: where cached
-            results lie.
+        path: a file or directory, existing or not, on the disk of the `ssd` tier; default: the cache directory.
     """
     gpu = detect_gpu()
     path = (MemoryConfig().base_dir if path is None else path).absolute()
@@ -46,22 +45,21 @@ def tier_memory(path: Path | None = None) -> dict[str, int | None]:
 
 
 class MemoryTieringSystem:
-    """Follows the uses of runtime tensors and, each interval, brings those back that are expected soonest.
+    """Follows the uses of runtime tensors and, at each interval, prefetches those expected soonest.
 
-    Only memory that nobody uses is filled, up to the capacity of the tier, one read at a time and behind all others, so
-    nothing leaves and nobody waits for it. (What leaves, and when, is `MemorySwappingSystem`'s; weights follow their
-    schedule.) Until the network has seen enough, and where it proves worse, the expectation from each tensor's own
-    history ranks them (`NextUse`).
+    It fills only free memory, up to the capacity of the tier, one read at a time at the lowest priority, so it evicts
+    nothing and delays nothing. (`MemorySwappingSystem` decides evictions; weights follow their schedule.) Until the
+    network has enough examples, or while it is worse, each tensor's own history ranks the tensors (`NextUse`).
 
     Args:
-        memory: what the tiers have in bytes, by name; `None` or missing: there is none. Default: what this machine has
+        memory: size of each tier in bytes by name; `None` or missing: no such tier. Default: this machine's
             (`tier_memory`).
 
     Attributes:
-        tiers: name -> `capacity` (a share of what is there, in bytes, or `None`) and `priority`.
-        predictor: of waits.
-        unwanted: says of a tensor on the SSD that no use of it is expected, and it is to stay there.
-        migrations: tensors that were brought back; `useful_migrations`: those of them that were used before they left.
+        tiers: name -> `capacity` (a share of the tier's size, in bytes, or `None`) and `priority`.
+        predictor: predicts waits until the next use.
+        unwanted: returns whether a tensor on the SSD is not expected to be used, and should stay there.
+        migrations: tensors prefetched; `useful_migrations`: those of them used before they left again.
     """
 
     def __init__(self, memory: Mapping[str, int | None] | None = None) -> None:
@@ -76,15 +74,15 @@ class MemoryTieringSystem:
         self.useful_migrations = 0
         self._next_use = NextUse()
         self._known: dict[str, tuple[int, str]] = {}  # id -> bytes, kind
-        self._brought: set[str] = set()  # and neither used nor gone since
-        self._coming: dict[str, bool] = {}  # being asked for just now -> used meanwhile
+        self._brought: set[str] = set()  # prefetched, and neither used nor evicted since
+        self._coming: dict[str, bool] = {}  # being prefetched -> used meanwhile
         self._pager: weakref.ref[Pager] | None = None
         self._lock = threading.Lock()
         self._path: Path | None = None
         self._periodic: Periodic | None = None
 
     def note(self, tensor_id: str, n_bytes: int, kind: str) -> None:
-        """Note a use; those of weights are none of this system's business."""
+        """Record a use; uses of weights are ignored."""
         if kind == "weights":
             return
         with self._lock:
@@ -103,7 +101,7 @@ class MemoryTieringSystem:
                     self._coming[tensor_id] = used
 
     def _has_left(self, tensor_id: str) -> bool:
-        """Whether a part of a tensor is on the SSD alone, or about to be. The Pager's lock is held."""
+        """Return whether part of a tensor is, or will be, on the SSD only. The Pager's lock is held."""
         pager = None if self._pager is None else self._pager()
         entry = None if pager is None else pager.entries.get(tensor_id)
         leaving = (PageState.SWAPPED, PageState.WRITING)
@@ -117,11 +115,11 @@ class MemoryTieringSystem:
             self._next_use.forget(tensor_id)
 
     def effectiveness(self) -> float | None:
-        """Return the share of migrations whose tensor was used before it left again; `None` before the first."""
+        """Return the share of prefetched tensors used before they left again; `None` before the first."""
         return self.useful_migrations / self.migrations if self.migrations else None
 
     def waits(self, tensor_ids: list[str]) -> dict[str, float]:
-        """Return when tensors are expected, in uses of all runtime tensors from now; unknown ones are left out."""
+        """Return the predicted wait of each known tensor, counted in uses of any runtime tensor."""
         with self._lock:
             known = [(each, self._next_use.history(each)) for each in tensor_ids if each in self._known]
             there = [(each, history) for each, history in known if history is not None]
@@ -132,7 +130,7 @@ class MemoryTieringSystem:
             return dict(zip((each for each, _ in there), self.predictor.predict(rows).tolist(), strict=True))
 
     def migrate(self, pager: Pager) -> int:
-        """Learn a little, and bring back what is expected soonest; return how many tensors are on their way."""
+        """Train briefly and prefetch the tensors expected soonest; return how many are being read."""
         with self._lock:
             self.predictor.train()
             gone = [each for each in self._known if each not in pager.entries]
@@ -141,16 +139,16 @@ class MemoryTieringSystem:
         self._pager = weakref.ref(pager)
         out = pager.runtime.swapped_out()
         with self._lock:
-            self._brought.difference_update(out)  # gone again, and never used
+            self._brought.difference_update(out)  # evicted again without a use
         away = [each for each in out if self.unwanted is None or not self.unwanted(each)]
         waits = self.waits(away)
         wanted = sorted(waits, key=lambda each: waits[each])[:_MOST_BROUGHT]
         fitting = self._within_capacity(pager, wanted)
         with self._lock:
             self._coming = dict.fromkeys(fitting, False)
-        brought = pager.runtime.bring(fitting)  # the Pager's lock comes before this one: see docs/locking.md
+        brought = pager.runtime.bring(fitting)  # lock order: the Pager's before this one (docs/locking.md)
         with self._lock:
-            used = {each for each in brought if self._coming.get(each)}  # another round may have begun
+            used = {each for each in brought if self._coming.get(each)}  # another round may have started
             self._coming = {}
             self._brought.update(set(brought) - used)
             self.migrations += len(brought)
@@ -159,7 +157,7 @@ class MemoryTieringSystem:
         return len(brought)
 
     def _within_capacity(self, pager: Pager, tensor_ids: list[str]) -> list[str]:
-        """Return the first of some tensors, as many as runtime tensors may have of the memory."""
+        """Return the leading tensors that fit the memory allowed for runtime tensors."""
         capacity = self.tiers["cpu"]["capacity"]
         if capacity is None:
             return tensor_ids
@@ -173,7 +171,7 @@ class MemoryTieringSystem:
         return fitting
 
     def explain(self) -> dict[str, Any]:
-        """Return what ranks tensors now, the errors of both, and how much each feature moves the network."""
+        """Return what ranks tensors now, both prediction errors, and the influence of each feature on the network."""
         with self._lock:
             return {
                 "decides": "network" if self.predictor.better else "history",
@@ -183,16 +181,16 @@ class MemoryTieringSystem:
             }
 
     def remember(self, path: Path) -> None:
-        """Go on from what an earlier run learnt, if it left anything, and leave what this one does when it closes.
+        """Load the predictor saved by an earlier run, if any, and save this one on close.
 
-        A file that is no predictor is logged, and replaced.
+        An invalid file is logged and replaced.
         """
         self._path = path
         if path.exists():
             try:
                 self.predictor = LightweightMLPredictor.load(path)
             except ConfigurationError as error:
-                logger.warning("what was learnt before is not used: %s", str(error))
+                logger.warning("tiering: the saved predictor is not used: %s", str(error))
 
     def _leave(self) -> None:
         if self._path is None or not self.predictor.n_examples or not self.predictor.ready:
@@ -203,11 +201,11 @@ class MemoryTieringSystem:
             self.predictor.save(partial)
             os.replace(partial, self._path)
         except OSError as error:
-            logger.warning("what was learnt is not kept: %s", str(error))
+            logger.warning("tiering: the predictor was not saved: %s", str(error))
             partial.unlink(missing_ok=True)
 
     def start(self, pager: Pager, interval_s: float) -> None:
-        """Migrate each interval, in a thread that ends with the Pager or `close`."""
+        """Migrate at each interval in a thread that ends with the Pager or `close`."""
         reference = weakref.ref(pager)
 
         def work() -> bool:
@@ -225,21 +223,21 @@ class MemoryTieringSystem:
 
     @property
     def interval_s(self) -> float | None:
-        """The pause between two migrations in seconds; `None`: not started."""
+        """Seconds between migrations; `None`: not started."""
         return None if self._periodic is None else self._periodic.interval_s
 
     def set_interval(self, interval_s: float) -> None:
-        """Change the pause between two migrations.
+        """Set the interval between migrations.
 
         Raises:
-            ConfigurationError: it is not above zero, or `start` was not called.
+            ConfigurationError: not above zero, or `start` was not called.
         """
         if self._periodic is None:
-            raise ConfigurationError(f"tiering: an interval of {interval_s!r} s needs start() first")
+            raise ConfigurationError(f"tiering: call start() before setting the interval to {interval_s!r} s")
         self._periodic.interval_s = interval_s
 
     def close(self) -> None:
-        """End the thread, and leave what was learnt (`remember`)."""
+        """Stop the thread and save the predictor (`remember`)."""
         if self._periodic is not None:
             self._periodic.close()
         with self._lock:

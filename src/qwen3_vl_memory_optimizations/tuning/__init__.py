@@ -1,4 +1,4 @@
-"""Settings that may change while a model runs: by the rules of section 8.2, or by trying what is better."""
+"""Tuning of settings while a model runs: by the rules of section 8.2, or by trials."""
 
 from .auto import AutoTuner
 from .climb import Change, Climber, Decision, Knob

@@ -1,4 +1,4 @@
-"""`AutoTuner`: cuts the run into windows, judges each by real events, and applies what `Climber` answers."""
+"""`AutoTuner`: splits the run into windows, measures each, and applies the changes that `Climber` chooses."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ KNOBS = (
     Knob("pool_compaction_interval"),
     Knob("tier_migration_interval"),
 )
-"""In the order in which they are tried. A smaller cache has no more hits: it is never tried. One that is far too
-small has none until it is several times as large."""
+"""Knobs in the order of trials. A smaller cache cannot have more hits, so it is never tried. A cache that is far too
+small has no hits until it is several times as large, hence the stride of 4."""
 
 WINDOW_S = 1.0
 WINDOW_PASSES = 8
 _PAUSE = 5
 _LOOKS = 4
-"""So many looks a window."""
+"""Checks per window."""
 _REMEMBERED_PASSES = 4096
 _REMEMBERED_DECISIONS = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """What had happened by the end of a window; the figures of a window are differences of two.
+    """Counters at the end of a window; differences of two give the figures of a window.
 
     Attributes:
-        hits, lookups: of the L2 cache.
-        misses, faults: page accesses whose bytes had to be read, and those of them that waited.
-        swap_reads: pages that came from the swap file.
-        reused_bytes, backed_bytes: of page frames.
-        fragmentation: of page frames, at that moment.
+        hits, lookups: L2 cache hits and lookups.
+        misses, faults: page accesses that needed a read, and those of them that stalled.
+        swap_reads: pages read from the swap file.
+        reused_bytes, backed_bytes: page frame bytes reused, and backed in total.
+        fragmentation: current fragmentation of page frames.
     """
 
     hits: int
@@ -63,7 +63,7 @@ class Counters:
 
     @classmethod
     def of(cls, pager: Pager, cache: HierarchicalCacheSystem | None) -> Counters:
-        """Return what has happened so far."""
+        """Return the current counters."""
         level = None if cache is None else cache.l2_cache
         stats, frames = pager.stats, pager.frames
         return cls(
@@ -79,19 +79,19 @@ class Counters:
 
 
 def figures_of(before: Counters, after: Counters, pass_starts_s: Sequence[float]) -> dict[str, float | None]:
-    """Return the figures of a window, by name of the parameter that each judges; more is better.
+    """Return the figures of a window by the parameter that each judges; higher is better.
 
-    - `passes_per_s`: 1 / mean time from the start of a pass to that of the next. What takes more than 5 times the
-      median (a pause between requests, a long prompt) is left out; waits for the SSD are not.
-    - `read_ahead_bytes`: the same, where pages had to be read.
-    - `l2_cache_size`: share of the look-ups that the L2 cache answered.
-    - `pool_compaction_interval`: part of the frames taken that were free ones, times the part of the memory held that
-      is used: a long wait reuses more, a short one holds less.
-    - `tier_migration_interval`: part of the pages read that nobody waited for, where some came from the swap file.
+    - `passes_per_s`: 1 / mean time between the starts of consecutive passes. Times above 5 times the median (a pause
+      between requests, a long prompt) are excluded; SSD stalls are included.
+    - `read_ahead_bytes`: the same, if pages had to be read.
+    - `l2_cache_size`: hit rate of the L2 cache.
+    - `pool_compaction_interval`: share of reused frames times share of held memory in use: a long interval reuses
+      more, a short one holds less.
+    - `tier_migration_interval`: share of page reads prefetched in time, if some came from the swap file.
 
     Args:
-        before, after: at the start and the end of the window.
-        pass_starts_s: when its passes began, in seconds.
+        before, after: counters at the start and end of the window.
+        pass_starts_s: start times of its passes in seconds.
     """
 
     def share(part: int, whole: int) -> float | None:
@@ -114,19 +114,19 @@ def figures_of(before: Counters, after: Counters, pass_starts_s: Sequence[float]
 
 
 class AutoTuner:
-    """A thread that tries other settings while the model runs, one at a time, and keeps those that are better.
+    """Thread that tries one setting at a time while the model runs, and keeps the better ones.
 
     Args:
-        pager: its hook `on_pass` is taken; what was there is called first.
-        parameters: what may be changed.
-        cache: whose hits are counted.
-        climber: decides. Default: one with `KNOBS`.
-        window_s, window_passes: a window lasts at least so long, and for so many passes.
+        pager: its `on_pass` hook is replaced; the previous hook is called first.
+        parameters: parameters that may change.
+        cache: cache whose hits are counted.
+        knobs: knobs to try, in order.
+        window_s, window_passes: minimum length of a window, in seconds and passes.
         timer: a monotonic clock in seconds.
-        on_decision: called with each decision.
+        climbing: further arguments of `Climber`.
 
     Attributes:
-        decisions: the last ones, oldest first.
+        decisions: the latest decisions, oldest first.
     """
 
     def __init__(
@@ -171,24 +171,24 @@ class AutoTuner:
         self._periodic = Periodic(work, window_s / _LOOKS, "auto-tuning")
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._periodic.start()
 
     def close(self) -> None:
-        """End the thread; what is set stays."""
+        """Stop the thread; current settings stay."""
         self._periodic.close()
 
     @property
     def resting(self) -> bool:
-        """Whether no step was better, and none is tried for a while."""
+        """Whether trials pause because no step was better."""
         return self._climber.resting
 
     def look(self) -> bool:
-        """End the window if it is full, and change what is to be changed; return whether it ended."""
+        """End the window if it is full and apply changes; return whether it ended."""
         count = len(self._starts_s)
         if count <= self._window_passes or self._starts_s[count - 1] - self._starts_s[0] < self._window_s:
             return False
-        starts_s = [self._starts_s.popleft() for _ in range(count - 1)]  # the last one begins the next window
+        starts_s = [self._starts_s.popleft() for _ in range(count - 1)]  # the last one starts the next window
         starts_s.append(self._starts_s[0])
         after = Counters.of(self._pager, self._cache)
         figures = figures_of(self._before, after, starts_s)
@@ -207,7 +207,7 @@ class AutoTuner:
         return [describe(each, self._parameters[each.parameter].unit) for each in self.decisions]
 
     def stats(self) -> dict[str, Any]:
-        """Return the windows seen, what is set now, and the decisions."""
+        """Return the number of windows, the current values and the decisions."""
         return {
             "windows": self._windows,
             "resting": self.resting,
@@ -221,7 +221,7 @@ def describe(decision: Decision, unit: str) -> str:
     before, after = (
         f"{each:.4g}" if each is not None else "-" for each in (decision.figure_before, decision.figure_after)
     )
-    verdict = "kept" if decision.kept else "taken back"
+    verdict = "kept" if decision.kept else "reverted"
     return (
         f"window {decision.window}: {decision.parameter} {decision.before:g} -> {decision.after:g} {unit} {verdict}: "
         f"figure {before} -> {after}, {decision.why}"

@@ -1,8 +1,8 @@
-"""`Climber`: which setting to try next, and whether to keep it. Pure: it is fed figures, and answers with changes.
+"""`Climber`: hill climbing over settings. Pure: takes figures, returns changes.
 
-A trial compares windows with the old setting (A) and the new one (B) in the order A B B A, so that a slow change of
-the load meets both. Where those pairs differ too much to tell, B B A follows, twice at the most. Where going back costs
-what was gained (a cache that shrinks forgets), the order is A B B.
+A trial compares windows with the old setting (A) and the new one (B) in the order A B B A, so that drifting load
+affects both. If the pairs are inconclusive, B B A follows, at most twice. If reverting loses the gain (a shrunk cache
+forgets entries), the order is A B B.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from ..errors import ConfigurationError
 from .parameters import Parameter
 
 PASS_RATE = "passes_per_s"
-"""The figure that no change may make much worse."""
+"""Guard figure: no change may make it much worse."""
 
 _HOPELESS = -0.3
-"""What is so much worse at first is looked at no longer."""
+"""A trial this much worse after its first windows is aborted."""
 _MOST_PAIRS = 6
 _SURE = 1.5
-"""So many standard errors a gain has to be above zero; with twice as many nothing more is measured."""
+"""Standard errors above zero that a gain needs; at twice that, measuring stops."""
 _MOST_EMPTY = 8
-"""So many times as many windows as a trial needs may be without its figure; then it is given up."""
+"""A trial is abandoned after this many times its window count without its figure."""
 
 
 @dataclass(frozen=True, slots=True)
 class Knob:
-    """A parameter to turn.
+    """A parameter to tune.
 
     Attributes:
-        parameter: name of the parameter, and of the figure that says whether a change of it was good (more is better).
-        factor: a step multiplies or divides by it.
-        directions: 1 and -1, in the order in which they are tried.
-        strides: how many steps a trial goes; longer ones are tried where shorter ones change nothing.
-        reversible: whether going back restores what was.
+        parameter: name of the parameter and of the figure that judges it (higher is better).
+        factor: multiplier or divisor per step.
+        directions: 1 and -1, in the order of trials.
+        strides: steps per trial; longer strides are tried if shorter ones change nothing.
+        reversible: whether reverting restores the previous state.
     """
 
     parameter: str
@@ -55,15 +55,15 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """How a trial ended.
+    """The outcome of a trial.
 
     Attributes:
-        window: how many windows were seen by then.
-        parameter: what was tried.
-        before, after: the values compared.
+        window: number of windows seen so far.
+        parameter: parameter tried.
+        before, after: values compared.
         kept: whether `after` stays.
-        figure_before, figure_after: medians over windows; `None` where there was nothing to measure.
-        why: in words.
+        figure_before, figure_after: medians over windows; `None` if not measured.
+        why: reason in words.
     """
 
     window: int
@@ -87,28 +87,28 @@ class _Trial:
     empty: int = 0
     figures: dict[str, list[float]] = field(default_factory=lambda: {"A": [], "B": [], "C": []})
     guards: dict[str, list[float]] = field(default_factory=lambda: {"A": [], "B": [], "C": []})
-    gains: list[float] = field(default_factory=list)  # of each pair so far
+    gains: list[float] = field(default_factory=list)  # one per pair so far
     guard_gains: list[float] = field(default_factory=list)
-    old: list[float] = field(default_factory=list)  # figures of rounds that are over
+    old: list[float] = field(default_factory=list)  # figures of finished rounds
     new: list[float] = field(default_factory=list)
 
 
 class Climber:
-    """Turns one knob at a time and keeps what is better.
+    """Tries one knob at a time and keeps improvements.
 
     Args:
-        parameters: by name; only their values and bounds are read.
-        knobs: in the order in which they are tried; those without a parameter are left out.
-        windows: windows in each part of a trial, at least two.
-        settle: windows that are not counted after each change.
-        least_gain: the part by which a figure has to be better.
-        most_loss: the part by which passes a second may become fewer for the sake of another figure, in both
-            halves of a trial that can be undone.
-        rest: windows without a trial, once no step of any knob was better.
+        parameters: parameters by name; only their values and bounds are read.
+        knobs: knobs in the order of trials; those without a parameter are ignored.
+        windows: windows per part of a trial, at least two.
+        settle: windows ignored after each change.
+        least_gain: minimum relative gain of a figure.
+        most_loss: maximum relative loss of passes per second in favour of another figure, in both halves of a
+            reversible trial.
+        rest: windows without trials after no step of any knob was better.
         on_decision: called with each decision.
 
     Raises:
-        ConfigurationError: fewer than two windows, which say nothing of how much windows differ.
+        ConfigurationError: fewer than two windows, too few to estimate their variance.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Climber:
         on_decision: Callable[[Decision], None] = lambda decision: None,
     ) -> None:
         if windows < 2:
-            raise ConfigurationError(f"windows: {windows} in each part of a trial; at least two are needed")
+            raise ConfigurationError(f"windows: {windows} per part of a trial is too few; use at least two")
         self._parameters = parameters
         self._knobs = [knob for knob in knobs if knob.parameter in parameters]
         self._windows, self._settle, self._rest = windows, settle, rest
@@ -139,15 +139,15 @@ class Climber:
 
     @property
     def resting(self) -> bool:
-        """Whether no step was better, and none is tried for a while."""
+        """Whether trials pause because no step was better."""
         return self._resting > 0
 
     def step(self, figures: Mapping[str, float | None]) -> list[Change]:
-        """Take the figures of the window that ended; return what to set before the next, if anything.
+        """Process the figures of the window that ended; return the changes to apply before the next.
 
         Args:
-            figures: by name of the parameter that they judge, and `PASS_RATE`; `None` or missing: not measurable in
-                this window.
+            figures: figures by the parameter they judge, and `PASS_RATE`; `None` or missing: not measurable in this
+                window.
         """
         self._seen += 1
         if self._resting:
@@ -160,11 +160,11 @@ class Climber:
     # --- trials -----------------------------------------------------------------------------------------------------
 
     def _round(self) -> list[tuple[Knob, int]]:
-        """Return the steps to try: a knob, and the power of its factor."""
+        """Return the steps to try: knobs with powers of their factors."""
         return [(knob, each * stride) for knob in self._knobs for each in knob.directions for stride in knob.strides]
 
     def _next_trial(self, figures: Mapping[str, float | None]) -> _Trial | None:
-        """Return a trial of the first step from here on that has a figure and room; after a vain round, rest."""
+        """Return a trial of the next step with a figure and room within bounds; rest after a round without gains."""
         while self._step < len(self._steps):
             knob, power = self._steps[self._step]
             parameter = self._parameters[knob.parameter]
@@ -186,7 +186,7 @@ class Climber:
         if figure is None:
             trial.empty += 1
             if trial.empty > _MOST_EMPTY * self._windows:
-                return self._end(trial, False, "there was nothing to measure any more")
+                return self._end(trial, False, "nothing to measure any more")
             return []
         trial.figures[trial.phase].append(figure)
         guard = figures.get(PASS_RATE)
@@ -208,9 +208,9 @@ class Climber:
         return []
 
     def _judge(self, trial: _Trial) -> list[Change]:
-        """Decide, or, where the pairs differ too much for that and can be repeated, go on with B B A."""
+        """Decide, or continue with B B A if the pairs are inconclusive and repeatable."""
         trial.gains += self._gains(trial.figures, trial.knob)
-        if trial.knob.reversible:  # else a machine that others began to use would look like a slower setting
+        if trial.knob.reversible:  # else new load from other processes would look like a slower setting
             trial.guard_gains += self._gains(trial.guards, trial.knob)
         trial.old += trial.figures["A"]
         trial.new += trial.figures["B"]
@@ -218,7 +218,7 @@ class Climber:
         error = max(statistics.stdev(trial.gains) / len(trial.gains) ** 0.5, _error(trial.old, trial.new))
         shown = ", ".join(f"{100 * each:+.1f} %" for each in trial.gains)
         if slower > self._most_loss:
-            return self._end(trial, False, f"{shown}, but {100 * slower:.1f} % fewer passes a second")
+            return self._end(trial, False, f"{shown}, but {100 * slower:.1f} % fewer passes per second")
         better = gain >= self._least_gain and gain > _SURE * error
         unsure = gain < 2 * _SURE * error if better else gain + error >= self._least_gain
         if unsure and trial.knob.reversible and len(trial.gains) < _MOST_PAIRS:
@@ -226,11 +226,11 @@ class Climber:
                 table["A"], table["B"], table["C"] = table["C"], [], []
             trial.phase, trial.settle = "B", self._settle
             return [Change(trial.knob.parameter, trial.after)]
-        verdict = " better" if better else f": not surely {100 * self._least_gain:g} % better"
+        verdict = " better" if better else f": not reliably {100 * self._least_gain:g} % better"
         return self._end(trial, better, shown + verdict)
 
     def _gains(self, figures: Mapping[str, list[float]], knob: Knob) -> list[float]:
-        """Return the gain of each half of the new windows over the old ones beside it."""
+        """Return the gain of each half of the new windows over the adjacent old ones."""
         new, n = figures["B"], self._windows
         halves = [(figures["A"], new[:n]), (figures["C"] if knob.reversible else figures["A"], new[n:])]
         return [_gain(statistics.median(old), statistics.median(half)) for old, half in halves if old and half]
@@ -252,7 +252,7 @@ class Climber:
         set_now = trial.after if trial.phase == "B" else trial.before
         self._trial = None
         if kept:
-            self._kept_in_round = True  # the same step again, and not the way back
+            self._kept_in_round = True  # repeat this step, and drop the opposite ones
             back = [step for step in self._steps if step[0] is trial.knob and step[1] * trial.power < 0]
             self._steps = [step for step in self._steps if step not in back]
             self._step = self._steps.index((trial.knob, trial.power))
@@ -263,13 +263,13 @@ class Climber:
 
 
 def _gain(before: float, after: float) -> float:
-    """Return by which part a figure grew; from nothing to something is all of it."""
+    """Return the relative growth of a figure; growth from zero counts as 1."""
     if before == 0:
         return 0.0 if after == 0 else 1.0
     return (after - before) / abs(before)
 
 
 def _error(old: Sequence[float], new: Sequence[float]) -> float:
-    """Return the standard error of the gain of some windows over others, by how much those of each set differ."""
+    """Return the standard error of the gain between two sets of windows, from their variances."""
     middle = abs(statistics.median(old))
     return sum(statistics.variance(each) / len(each) for each in (old, new)) ** 0.5 / middle if middle else 0.0

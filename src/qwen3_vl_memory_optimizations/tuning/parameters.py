@@ -1,4 +1,4 @@
-"""The settings of live parts that may change while a model runs, each with its bounds."""
+"""Settings that may change while a model runs, with their bounds."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ PRESSURE_BOUNDS = (0.3, 0.95)
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A setting that may change.
+    """A setting that may change at run time.
 
     Attributes:
-        name: the configuration's key, where there is one.
+        name: configuration key, if it has one.
         unit: `bytes`, `s` or `share`.
-        least, most: its bounds.
-        read: returns what is set.
-        write: sets it.
+        least, most: bounds.
+        read: returns the current value.
+        write: sets the value.
     """
 
     name: str
@@ -37,15 +37,15 @@ class Parameter:
     write: Callable[[float], None]
 
     def clamped(self, value: float) -> float:
-        """Return the nearest value within the bounds; bytes are whole."""
+        """Return the nearest value within the bounds; bytes are rounded down."""
         value = min(max(value, self.least), self.most)
         return int(value) if self.unit == "bytes" else value
 
     def set(self, value: float) -> None:
-        """Change it.
+        """Set the value.
 
         Raises:
-            ConfigurationError: outside its bounds; nothing was changed.
+            ConfigurationError: outside the bounds; nothing was changed.
         """
         if not self.least <= value <= self.most:
             raise ConfigurationError(
@@ -63,15 +63,15 @@ def live_parameters(
     swapping: MemorySwappingSystem | None = None,
     compactor: Compactor | None = None,
 ) -> dict[str, Parameter]:
-    """Return the parameters of the parts that are there, by name.
+    """Return the parameters of the given parts by name.
 
     Args:
-        pager: `read_ahead_bytes`, if it has a budget.
-        cache: `l2_cache_size`.
-        most_l2_bytes: the bound of that; what is set already is allowed.
-        tiering: `tier_migration_interval`, once it is started.
-        swapping: `swap_pressure_threshold`.
-        compactor: `pool_compaction_interval`.
+        pager: provides `read_ahead_bytes`, if it has a budget.
+        cache: provides `l2_cache_size`.
+        most_l2_bytes: upper bound of `l2_cache_size`, raised to its current value.
+        tiering: provides `tier_migration_interval`, once started.
+        swapping: provides `swap_pressure_threshold`.
+        compactor: provides `pool_compaction_interval`.
     """
     found: list[Parameter] = []
     if pager.ledger.limited:
@@ -125,6 +125,6 @@ def _l2_cache_size(level: CPUCache, most_bytes: int) -> Parameter:
 def _interval(
     name: str, bounds_s: tuple[float, float], read: Callable[[], float], write: Callable[[float], None]
 ) -> Parameter:
-    """Return an interval in seconds; what is set already is within its bounds."""
+    """Return an interval parameter; its bounds include the current value."""
     start = read()
     return Parameter(name, "s", min(bounds_s[0], start), max(bounds_s[1], start), read, write)

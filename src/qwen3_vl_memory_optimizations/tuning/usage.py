@@ -19,14 +19,14 @@ COMPACTION_SPEEDUP = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Adaptation:
-    """A setting that was changed, or (`applied` is `False`) that should be.
+    """A setting that was changed or, if `applied` is `False`, should be.
 
     Attributes:
-        parameter: key of the configuration.
-        before, after: its values, in `unit`.
+        parameter: configuration key.
+        before, after: values in `unit`.
         unit: `bytes` or `s`.
-        why: the metric that asked for it, and the rule.
-        applied: whether a live optimizer works with `after` now.
+        why: the metric and the rule behind the change.
+        applied: whether a live optimizer now uses `after`.
     """
 
     parameter: str
@@ -38,23 +38,23 @@ class Adaptation:
 
 
 def adapt_parameters_based_on_usage(observed_metrics: Mapping[str, Any], target: Any = None) -> list[Adaptation]:
-    """Adapt the L2 cache and the compaction of pools to what was observed.
+    """Adapt the L2 cache size and the pool compaction interval to observed metrics.
 
-    - `cache_hit_rate` below 0.6: the L2 cache grows to 1.2 times its size, up to its maximum (`l2_cache_max`).
-    - `fragmentation` (part of the memory that the pools hold in which no tensor lies) above 0.35: the pools are
-      compacted twice as often, `pool_compaction_interval` is halved, down to half a second.
+    - `cache_hit_rate` below 0.6: the L2 cache grows by a factor of 1.2, up to `l2_cache_max`.
+    - `fragmentation` (share of pool memory without a tensor) above 0.35: `pool_compaction_interval` is halved, down to
+      half a second.
 
     Args:
-        observed_metrics: the two metrics, each a share from 0 to 1; others are ignored, and so is one that is missing
-            or `None` (not measurable yet).
-        target: the `MemoryOptimizer`, or a model that has one (`.memory_optimizer`), whose settings are changed.
-            Without one nothing is changed: the list says what the defaults of `MemoryConfig` should become.
+        observed_metrics: the two metrics, each a share from 0 to 1. Missing or `None` ones (not measurable yet) and
+            other keys are ignored.
+        target: the `MemoryOptimizer` to change, or a model with one (`.memory_optimizer`). Without a target, nothing
+            changes and the list contains recommendations relative to the defaults of `MemoryConfig`.
 
     Returns:
-        What was changed and why; empty where the rules ask for nothing, or all is at its bound.
+        The changes with reasons; empty if no rule applies or all settings are at their bounds.
 
     Raises:
-        ConfigurationError: a metric is no share, or the target has no memory optimizer.
+        ConfigurationError: a metric is not a share, or the target has no memory optimizer.
     """
     hit_rate, fragmentation = (_share(observed_metrics, name) for name in ("cache_hit_rate", "fragmentation"))
     applied, parameters = target is not None, _defaults() if target is None else _parameters_of(target)
@@ -62,7 +62,7 @@ def adapt_parameters_based_on_usage(observed_metrics: Mapping[str, Any], target:
     l2, interval = parameters.get("l2_cache_size"), parameters.get("pool_compaction_interval")
     if l2 is not None and hit_rate is not None and hit_rate < LOW_HIT_RATE:
         most = format_bytes(int(l2.most))
-        why = f"cache_hit_rate {hit_rate:.2f} is below {LOW_HIT_RATE}: {L2_GROWTH} times its size, at most {most}"
+        why = f"cache_hit_rate {hit_rate:.2f} is below {LOW_HIT_RATE}: grown by a factor of {L2_GROWTH}, at most {most}"
         found += _moved(l2, l2.read() * L2_GROWTH, why, applied)
     if interval is not None and fragmentation is not None and fragmentation > COMPACTION_FRAGMENTATION:
         why = f"fragmentation {fragmentation:.2f} is above {COMPACTION_FRAGMENTATION}: compacted twice as often"
@@ -82,8 +82,8 @@ def _moved(parameter: Parameter, wanted: float, why: str, applied: bool) -> list
 def _parameters_of(target: Any) -> Mapping[str, Parameter]:
     owner = getattr(target, "memory_optimizer", target)
     parameters = getattr(owner, "parameters", None)
-    if not isinstance(parameters, Mapping):  # of a model of torch it is a method
-        raise ConfigurationError(f"{type(target).__name__} has no memory optimizer; create_optimized_model makes one")
+    if not isinstance(parameters, Mapping):  # `parameters` of a torch model is a method
+        raise ConfigurationError(f"{type(target).__name__} has no memory optimizer; make the model with create_optimized_model")
     return parameters
 
 
