@@ -1,9 +1,9 @@
-"""`MemoryConfig`: every setting of the memory system, checked once, where it enters.
+"""`MemoryConfig`: all settings of the memory system, validated on construction.
 
 Keys and defaults follow sections 4.1 and 5.2 of the specification; `profile`, `ram_budget`, `tensor_budget`,
 `gpu_budget`, `cache_dir`, `private`, `reuse_codec`, `prefix_reuse`, `codec`, `kv_codec`, `swap_algorithm`,
 `swap_dir`, `swap_size`, `image_policy`, `fused_modules`, `l2_cache_max`, `pool_compaction_interval` and `auto_tune`
-are this library's own.
+are additions of this library.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def parse_size(value: object, *, key: str = "size") -> int:
     """Return a size in bytes.
 
     Args:
-        value: a number of bytes (`2.5 * 1024**3` is fine) or a text such as `"4GB"`, `"512 MiB"`, `"1.6G"`.
-            GB is 10**9 bytes, GiB is 2**30.
-        key: the name to use in the error.
+        value: a number of bytes, such as `2.5 * 1024**3`, or a string such as `"4GB"`, `"512 MiB"`, `"1.6G"`. GB is
+            10**9 bytes, GiB is 2**30.
+        key: name for error messages.
 
     Raises:
         ConfigurationError: not a size, not finite, or not above zero.
@@ -74,13 +74,15 @@ def parse_size(value: object, *, key: str = "size") -> int:
         match = _SIZE.fullmatch(value)
         if match is None:
             raise ConfigurationError(
-                f"{key}: {value!r} is not a size; write bytes, or a text such as '4GB' or '512MiB'"
+                f"{key}: {value!r} is not a size; use a number of bytes, or a string such as '4GB' or '512MiB'"
             )
         number = float(match[1]) * _UNITS[(match[2] or "").upper()]
     elif isinstance(value, int | float) and not isinstance(value, bool):
         number = float(value)
     else:
-        raise ConfigurationError(f"{key}: expected a size in bytes or a text such as '4GB', got {type(value).__name__}")
+        raise ConfigurationError(
+            f"{key}: expected a size in bytes or a string such as '4GB', got {type(value).__name__}"
+        )
     if not math.isfinite(number) or number < 1:
         raise ConfigurationError(f"{key}: {value!r} is not a usable size; it must be at least one byte")
     return int(number)
@@ -88,53 +90,53 @@ def parse_size(value: object, *, key: str = "size") -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryConfig:
-    """Settings of a `MemoryOptimizer`. All sizes are bytes; floats and texts such as `"4GB"` are accepted.
+    """Settings of a `MemoryOptimizer`. Sizes are in bytes; floats and strings such as `"4GB"` are accepted.
 
     Attributes:
-        profile: `auto`, or a hardware profile by name or file, whose settings stand where none are given: see
-            `profiles.configure`. `None`: no profile.
-        ram_budget: the most the whole process may use, interpreter and libraries included; `None`: no limit
-            but the machine's.
-        tensor_budget: the most the managed tensors and their workspace may use; for embedding in a larger application.
-        gpu_budget: the most device memory; without a GPU it has no effect.
-        cache_dir: where packed checkpoints and cached results lie; default `$QWEN3VL_MEM_CACHE`, else
+        profile: hardware profile: `auto`, a name or a file; explicit settings override it (`profiles.configure`).
+            `None`: no profile.
+        ram_budget: memory limit of the whole process, interpreter and libraries included; `None`: the machine's memory.
+        tensor_budget: memory limit of the managed tensors and their workspace; for embedding in a larger application.
+        gpu_budget: device memory limit; ignored without a GPU.
+        cache_dir: directory of packed checkpoints and cached results; default `$QWEN3VL_MEM_CACHE`, else
             `~/.cache/qwen3vl-mem`.
-        codec: how large weights are stored: `auto` chooses for each by measurement (`planning.make_plan`), `none` keeps
-            them as they are; else the name of a codec that is registered when the weights are loaded or packed.
-        kv_codec: how keys and values are stored, all but the newest: `none` as they are, `int8` in half of 16 bits,
-            `int4` in a quarter; `auto` is `int8` where there is a budget and weights are encoded with loss.
-        fused_modules: decoder layers with fewer and larger operations (`model.fused`): `auto` is `on` where weights are
-            encoded with loss; with `off`, results of codec `none` are those of transformers bit by bit.
-        private: nothing that follows from prompts or images is written to the disk: no `l3` cache. (The swap file has
-            no name, and is gone with the process.)
-        reuse_codec: the form of cached results: `lossless`, or `int8` for half the bytes.
-        prefix_reuse: `generate` begins behind the longest beginning of the prompt that it computed before: `auto` is
-            `on` where weights are encoded with loss; a prompt in two pieces is rounded differently from one in one.
-        enable_cache_hierarchy: image features and prefixes of prompts are kept and used again.
-        l1_cache_size, l2_cache_size, l3_cache_size: the most that cached results take on the GPU, in RAM (out of the
-            budget, where nothing else needs it) and on the SSD.
-        enable_memory_pooling: page frames and blocks are reused instead of returned to the system at once.
+        codec: format of large weights: `auto` chooses per weight by measurement (`planning.make_plan`), `none` leaves
+            them unchanged; else the name of a codec registered when the weights are loaded or packed.
+        kv_codec: format of the KV cache except its newest tokens: `none` unchanged, `int8` half the size of 16 bits,
+            `int4` a quarter; `auto` is `int8` with a budget and lossy weights.
+        fused_modules: decoder layers with fewer, larger operations (`model.fused`): `auto` is `on` with lossy weights;
+            with `off`, results of codec `none` are bit-identical to those of transformers.
+        private: nothing derived from prompts or images is written to disk: no `l3` cache. (The swap file has no name
+            and vanishes with the process.)
+        reuse_codec: format of cached results: `lossless`, or `int8` for half the bytes.
+        prefix_reuse: `generate` skips the longest prompt prefix that it has computed before: `auto` is `on` with lossy
+            weights, since prefill in two parts rounds differently.
+        enable_cache_hierarchy: cache and reuse image features and prompt prefixes.
+        l1_cache_size, l2_cache_size, l3_cache_size: maximum size of cached results on the GPU, in RAM (part of the
+            budget, while nothing else needs it) and on the SSD.
+        enable_memory_pooling: reuse page frames and blocks instead of returning them to the system at once.
         enable_compression: with `False`, `codec="auto"` means `"none"`.
         enable_int8_quantization, enable_sparse_compression: with `False`, `codec="auto"` does not choose these.
-        swap_dir: where the swap file lies; the directory is made when something is first swapped out. `None`: `swap` in
-            `cache_dir`; if that is not on a disk (`tmpfs` is memory) or cannot be written, the first that is of
-            `~/.cache/qwen3vl-mem/swap`, `/var/tmp` and the current directory.
-        swap_size: the most that the swap file may take on the disk; `None`: 80 % of what is free there.
-        swap_algorithm: which runtime tensors leave memory first: `lru`, `clock` or `predictive`.
-        swap_pressure_threshold: with `ram_budget`, the share of the memory for tensors above which runtime tensors are
-            swapped out before the room is needed.
-        enable_swapping, enable_memory_swapping: with either `False`, the longest unused leave, and none ahead of need.
-        enable_tiering, enable_memory_tiering: runtime tensors come back before they are used, where there is room;
-            looked at each `tier_migration_interval` seconds.
-        l2_cache_max: the most that `l2_cache_size` may grow to while a model runs; `None`: half of `ram_budget`, or of
-            the memory there is.
-        pool_compaction_interval: free page frames that no tensor took for so many seconds go back to the system.
-        auto_tune: settings are changed while a model runs, one at a time, and kept where that is better (`tuning`).
-        image_policy: pictures that the budget has no room for are scaled down (`downsize`) or refused (`refuse`).
-        memory_pool_size: address space reserved for each pool of runtime tensors.
+        swap_dir: directory of the swap file, created at the first swap-out. `None`: `swap` in `cache_dir`; if that is
+            not on a disk (`tmpfs` is memory) or not writable, the first suitable one of `~/.cache/qwen3vl-mem/swap`,
+            `/var/tmp` and the current directory.
+        swap_size: maximum size of the swap file; `None`: 80 % of the free disk space.
+        swap_algorithm: eviction algorithm of runtime tensors: `lru`, `clock` or `predictive`.
+        swap_pressure_threshold: with `ram_budget`, the share of tensor memory above which runtime tensors are swapped
+            out ahead of demand.
+        enable_swapping, enable_memory_swapping: with either `False`, the least recently used tensor is evicted, and
+            only on demand.
+        enable_tiering, enable_memory_tiering: prefetch runtime tensors into free memory, every
+            `tier_migration_interval` seconds.
+        l2_cache_max: maximum that `l2_cache_size` may grow to at run time; `None`: half of `ram_budget`, or of the
+            machine's memory.
+        pool_compaction_interval: free page frames unused for this many seconds are returned to the system.
+        auto_tune: try other settings at run time, one at a time, and keep improvements (`tuning`).
+        image_policy: images too large for the budget are scaled down (`downsize`) or refused (`refuse`).
+        memory_pool_size: address space reserved per pool of runtime tensors.
 
     Raises:
-        ConfigurationError: a value of the wrong type or out of its range, named with its key.
+        ConfigurationError: a value of the wrong type or out of range; the error names its key.
     """
 
     enable_memory_pooling: bool = True
@@ -185,7 +187,7 @@ class MemoryConfig:
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any] | MemoryConfig | None) -> MemoryConfig:
-        """Return a `MemoryConfig` from a dict of keys (4.1, 5.2), another `MemoryConfig`, or nothing (the defaults).
+        """Return a `MemoryConfig` from a dict of keys (4.1, 5.2), a `MemoryConfig`, or `None` for the defaults.
 
         Raises:
             ConfigurationError: an unknown key (with the nearest valid one) or a bad value.
@@ -205,54 +207,54 @@ class MemoryConfig:
 
     @property
     def base_dir(self) -> Path:
-        """Where all that is kept on the disk lies.
+        """Base directory of all persistent files.
 
         Raises:
-            ConfigurationError: none is named, and the user has no home directory.
+            ConfigurationError: no directory is set and the user has no home directory.
         """
         given = os.environ.get("QWEN3VL_MEM_CACHE")
         return self.cache_dir or _expanded("QWEN3VL_MEM_CACHE", given or Path("~", ".cache", "qwen3vl-mem"))
 
     @property
     def packed_dir(self) -> Path:
-        """Where packed checkpoints are kept."""
+        """Directory of packed checkpoints."""
         return self.base_dir / "packed"
 
     @property
     def reuse_dir(self) -> Path:
-        """Where cached results are kept."""
+        """Directory of cached results."""
         return self.base_dir / "reuse"
 
     def most_l2_bytes(self) -> int:
-        """Return what `l2_cache_size` may grow to, with `l2_cache_max` resolved; never less than it is."""
+        """Return the maximum of `l2_cache_size`, with `l2_cache_max` resolved; at least its current value."""
         most = self.l2_cache_max or (self.ram_budget or usable_memory()[0]) // 2
         return max(self.l2_cache_size, most)
 
     def weight_codec(self) -> str:
-        """Return the codec for the large weights of a checkpoint: `auto` where each gets its own, by measurement."""
+        """Return the codec of a checkpoint's large weights; `auto` means one codec per weight, by measurement."""
         return "none" if self.codec == "auto" and not self.enable_compression else self.codec
 
     def unmeasured_codec(self) -> str:
-        """Return the codec for large weights where nothing is measured: what is drawn, or was in memory already."""
+        """Return the codec for unmeasured large weights: randomly initialized ones, or those already in memory."""
         codec = self.weight_codec()
         if codec != "auto":
             return codec
         return "int8_rotated" if self.enable_int8_quantization else "none"
 
     def cache_codec(self) -> str:
-        """Return the codec of keys and values, with `auto` resolved."""
+        """Return the codec of the KV cache, with `auto` resolved."""
         if self.kv_codec != "auto":
             return self.kv_codec
         limited = self.ram_budget is not None or self.tensor_budget is not None
         return "int8" if limited and self.weight_codec() != "none" else "none"
 
     def reuses_prefixes(self) -> bool:
-        """Return whether beginnings of prompts are reused, with `auto` and the switches resolved."""
+        """Return whether prompt prefixes are reused, with `auto` and the switches resolved."""
         wanted = self.prefix_reuse == "on" or (self.prefix_reuse == "auto" and self.weight_codec() != "none")
         return wanted and self.enable_cache_hierarchy
 
     def most_resting_bytes(self) -> int:
-        """Return the most that keys and values of sequences that rest take, in memory and in the swap file."""
+        """Return the maximum bytes of the KV cache of resting sequences, in memory and in the swap file."""
         limited = self.ram_budget is not None or self.tensor_budget is not None
         in_memory = self.l2_cache_size if self.enable_l2_cpu_cache else 0
         on_ssd = self.l3_cache_size if limited and self.enable_l3_ssd_cache and self.enable_swapping else 0
@@ -264,7 +266,7 @@ class MemoryConfig:
 
 
 def jsonable(settings: Mapping[str, Any] | MemoryConfig) -> dict[str, Any]:
-    """Return settings as a dict that can be written as JSON; of a `MemoryConfig`, those that are not defaults."""
+    """Return settings as a dict ready for JSON; for a `MemoryConfig`, only those that differ from the defaults."""
     if isinstance(settings, MemoryConfig):
         values = {field.name: (getattr(settings, field.name), field.default) for field in dataclasses.fields(settings)}
         settings = {key: value for key, (value, default) in values.items() if value != default}
@@ -287,12 +289,12 @@ def _checked(key: str, value: Any) -> Any:
         if key in _FRACTIONS and not 0 < value <= 1:
             raise ConfigurationError(f"{key}: {value!r} is outside (0, 1]")
         if key in _INTERVALS and value <= 0:
-            raise ConfigurationError(f"{key}: {value!r} s is not above zero")
+            raise ConfigurationError(f"{key}: {value!r} s must be above zero")
         return float(value)
     if hint is str and not isinstance(value, str):
         raise ConfigurationError(f"{key}: expected a name, got {value!r}")
     if key == "codec":
-        return value  # which names there are, the registry of codecs knows
+        return value  # the codec registry validates names
     if key in _CHOICES:
         if value not in _CHOICES[key]:
             raise ConfigurationError(f"{key}: {value!r} is not one of {', '.join(_CHOICES[key])}")
@@ -305,7 +307,7 @@ def _checked(key: str, value: Any) -> Any:
         if not isinstance(value, str | os.PathLike):
             raise ConfigurationError(f"{key}: expected a path, got {type(value).__name__}")
         if not os.fspath(value):
-            raise ConfigurationError(f"{key}: is empty; name a directory, or leave it out")
+            raise ConfigurationError(f"{key}: empty path; name a directory, or omit the key")
         return _expanded(key, value)
     raise AssertionError(f"no rule for the setting {key}")
 
@@ -316,6 +318,6 @@ def _expanded(key: str, path: str | os.PathLike[str]) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise ConfigurationError(
-            f"{key}: {os.fspath(path)!r} cannot be resolved, since this user has no home directory; set "
-            "QWEN3VL_MEM_CACHE, or cache_dir, to a directory on a disk"
+            f"{key}: cannot resolve {os.fspath(path)!r}, since this user has no home directory; set "
+            "QWEN3VL_MEM_CACHE or cache_dir to a directory on a disk"
         ) from None

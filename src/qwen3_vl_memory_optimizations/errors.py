@@ -1,17 +1,17 @@
-"""Every error this library raises on purpose.
+"""All errors raised by this library.
 
 MemoryOptimizationError
-├── ConfigurationError            a key, type or size that cannot be (also a ValueError)
-├── MemoryBudgetExceeded          what was asked for does not fit the budget (also a MemoryError)
+├── ConfigurationError            an invalid key, type or size (also a ValueError)
+├── MemoryBudgetExceeded          a request does not fit the budget (also a MemoryError)
 ├── UnknownTensorError            no managed tensor has this id (also a KeyError)
 ├── TensorFreedError              the managed tensor was freed, or its optimizer closed
-├── CodecError                    a tensor that this codec cannot encode or decode
-├── InputError                    an image, video or prompt that cannot be used
-└── StorageError                  anything about files; carries `path`
-    ├── CheckpointError           not a checkpoint, an unknown architecture, a missing or truncated file
-    ├── CorruptDataError          bytes whose checksum is not the recorded one
-    ├── ShortIOError              the file ended, or accepted less, than was asked for
-    └── InsufficientDiskSpaceError   the disk cannot hold what must be written
+├── CodecError                    a tensor that the codec cannot encode or decode
+├── InputError                    an unusable image, video or prompt
+└── StorageError                  a file problem; carries `path`
+    ├── CheckpointError           not a checkpoint, an unsupported architecture, a missing or truncated file
+    ├── CorruptDataError          stored bytes that fail their checksum
+    ├── ShortIOError              a read or write moved fewer bytes than requested
+    └── InsufficientDiskSpaceError   not enough free disk space for a write
 
 Errors are raised before state changes and carry their numbers as attributes.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 
 
 def format_bytes(n_bytes: float) -> str:
-    """Return a size for people: `1.25 GB`, `310 MB`, `4.0 kB` (decimal units)."""
+    """Format a size: `1.25 GB`, `310 MB`, `4.0 kB` (decimal units)."""
     value = float(n_bytes)
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if abs(value) >= scale:
@@ -31,21 +31,21 @@ def format_bytes(n_bytes: float) -> str:
 
 
 class MemoryOptimizationError(Exception):
-    """Base of every error of this library."""
+    """Base class of all errors of this library."""
 
 
 class ConfigurationError(MemoryOptimizationError, ValueError):
-    """A configuration key, type or size that cannot be."""
+    """An invalid configuration key, type or size."""
 
 
 class MemoryBudgetExceeded(MemoryOptimizationError, MemoryError):
-    """Something does not fit the budget; nothing was allocated.
+    """A request does not fit the budget; nothing was allocated.
 
     Attributes:
-        requested_bytes: what was asked for.
-        available_bytes: what the budget still had.
-        budget_bytes: the budget itself.
-        owner: who asked (`weights`, `general`, `activations`, ...).
+        requested_bytes: bytes requested.
+        available_bytes: bytes still available in the budget.
+        budget_bytes: size of the budget.
+        owner: account of the request (`weights`, `general`, `activations`, ...).
     """
 
     def __init__(
@@ -66,7 +66,9 @@ class UnknownTensorError(MemoryOptimizationError, KeyError):
         self.tensor_id = tensor_id
 
     def __str__(self) -> str:
-        return f"no managed tensor has the id {self.tensor_id!r}: it was never allocated here, or it was freed"
+        return (
+            f"no managed tensor has the id {self.tensor_id!r}: it was never allocated by this optimizer, or was freed"
+        )
 
 
 class TensorFreedError(MemoryOptimizationError):
@@ -74,15 +76,15 @@ class TensorFreedError(MemoryOptimizationError):
 
 
 class CodecError(MemoryOptimizationError):
-    """A tensor that this codec cannot encode or decode."""
+    """A tensor that the codec cannot encode or decode."""
 
 
 class InputError(MemoryOptimizationError, ValueError):
-    """An image, a video or a prompt that cannot be used."""
+    """An unusable image, video or prompt."""
 
 
 class StorageError(MemoryOptimizationError):
-    """Anything that goes wrong with a file.
+    """A problem with a file.
 
     Attributes:
         path: the file or directory concerned.
@@ -94,23 +96,23 @@ class StorageError(MemoryOptimizationError):
 
 
 class CheckpointError(StorageError):
-    """Not a checkpoint, an architecture that is not supported, or a missing or truncated file."""
+    """Not a checkpoint, an unsupported architecture, or a missing or truncated file."""
 
 
 class CorruptDataError(StorageError):
-    """Bytes on the disk whose checksum is not the one recorded when they were written."""
+    """Bytes on disk that fail the checksum recorded when they were written."""
 
 
 class ShortIOError(StorageError):
-    """A read or write moved fewer bytes than asked for."""
+    """A read or write moved fewer bytes than requested."""
 
 
 class InsufficientDiskSpaceError(StorageError):
-    """The disk cannot hold what must be written.
+    """The disk lacks space for a write.
 
     Attributes:
-        required_bytes: what must be written.
-        available_bytes: what the file system has free.
+        required_bytes: bytes to write.
+        available_bytes: free bytes of the file system.
     """
 
     def __init__(self, message: str, *, path: str | Path, required_bytes: int, available_bytes: int) -> None:

@@ -19,7 +19,7 @@ PROFILE = {
             {"wanted": "processor i5-10210U", "found": "Intel(R) Core(TM) i5-10210U CPU @ 1.60GHz", "met": True}
         ],
         "settings": {"ram_budget": 4_800_000_000, "enable_tiering": True, "tier_migration_interval": 0.5},
-        "left_out": {"l1_cache_size": "25% of the memory of a GPU, and there is none"},
+        "left_out": {"l1_cache_size": "25% of GPU memory, but there is no GPU"},
         "considered": [
             {"name": "server", "conditions": [{"wanted": "memory from 24 GB", "found": "8 GB", "met": False}]},
             {"name": "ram-8gb-gpu", "conditions": [{"wanted": "a GPU", "found": "GTX", "met": True}]},

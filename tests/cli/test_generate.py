@@ -44,7 +44,15 @@ def test_the_answer_is_all_there_is_on_stdout(run, digits, expected_digits):
 def test_stats_go_to_stderr(run, digits, expected_digits):
     result = run(*digits, "--stats")
     assert result.stdout.strip() == expected_digits
-    for words in ("17 tokens", "tokens/s", "first token after", "peak memory", "SSD reads per token", "hit rate", "CPU s per token"):
+    for words in (
+        "17 tokens",
+        "tokens/s",
+        "first token after",
+        "peak memory",
+        "SSD reads per token",
+        "hit rate",
+        "CPU s per token",
+    ):
         assert words in result.stderr
 
 

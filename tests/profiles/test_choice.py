@@ -80,7 +80,7 @@ def test_the_users_profile_goes_before_all_that_fit(tmp_path, monkeypatch, user_
 def test_a_users_profile_replaces_the_one_of_its_name(tmp_path, monkeypatch, user_directory):
     hardware = describe(tmp_path, monkeypatch, ram_bytes=8 * GIB)
     path = write_profile(user_directory, "ram-8gb", match='storage = "hdd"', settings='ram_budget = "1GB"')
-    with pytest.raises(ConfigurationError, match="none of .*ram-8gb.* fits this machine; name one, or add one in"):
+    with pytest.raises(ConfigurationError, match="none of .*ram-8gb.* matches this machine; name one, or add one in"):
         choose("auto", hardware)
     choice = choose("ram-8gb", hardware)
     assert choice.chosen.profile.path == path
@@ -105,7 +105,9 @@ def test_a_profile_is_found_by_its_path(tmp_path, monkeypatch):
 
 def test_an_unknown_name_is_told_before_the_machine_is_looked_at(monkeypatch):
     monkeypatch.setattr(choice_module, "detect_hardware", lambda path: pytest.fail("looked"))
-    with pytest.raises(ConfigurationError, match=r"no 'servr'; did you mean 'server'\? There are auto, ram-16gb"):
+    with pytest.raises(
+        ConfigurationError, match=r"unknown profile 'servr'; did you mean 'server'\? Use auto, ram-16gb"
+    ):
         configure({"profile": "servr"})
 
 

@@ -82,20 +82,20 @@ def test_shares_are_of_the_memory_and_of_the_gpu(tmp_path, monkeypatch):
         ('why = "x"\n[match]\n[memory_config]\n"ram_budget" = "3 gold"\n', 4, "'3 gold' is not a size"),
         ('why = "x"\n[match]\n[memory_config]\nram_budget = "101%"\n', 4, "outside"),
         ('why = "x"\n[match]\n[memory_config]\nram_budget = "0%"\n', 4, "outside"),
-        ('why = "x"\n[match]\n[memory_config]\nl3_cache_size = "10%"\n', 4, "shares are for ram_budget"),
+        ('why = "x"\n[match]\n[memory_config]\nl3_cache_size = "10%"\n', 4, "percentages are only for ram_budget"),
         ('why = "x"\n[match]\n[memory_config]\nprofile = "auto"\n', 4, "cannot name another"),
         ('why = "x"\n[match]\n[memory_config]\nenable_tiering = 1\n', 4, "expected True or False"),
         ('why = "x"\npriority = "high"\n[match]\n[memory_config]\n', 2, "whole number"),
         ('why = "x"\npriority = true\n[match]\n[memory_config]\n', 2, "whole number"),
         ('why = ""\n[match]\n[memory_config]\n', 1, "a line of text"),
         ('why = """a\nb"""\n[match]\n[memory_config]\n', 1, "a line of text"),
-        ('why = "x"\nmatch = 3\n[memory_config]\n', 2, "has a table"),
+        ('why = "x"\nmatch = 3\n[memory_config]\n', 2, "needs a table"),
         ('why = "x"\n[match]\nram_from = -1\n[memory_config]\n', 3, "ram_from: -1 is not"),
         ('why = "x"\n[match]\ngpu = true\n[memory_config]\n', 3, "not one of any, none"),
         ('why = "x"\n[match]\nstorage = ["nvme", "tape"]\n[memory_config]\n', 3, "'tape' is not one of nvme"),
-        ('why = "x"\n[match]\nstorage = []\n[memory_config]\n', 3, "list of texts"),
-        ('why = "x"\n[match]\ngpu_compute_capability = "sm_61"\n[memory_config]\n', 3, "texts such as '6.1'"),
-        ('why = "x"\n[match]\ngpu_compute_capability = [6.1]\n[memory_config]\n', 3, "list of texts"),
+        ('why = "x"\n[match]\nstorage = []\n[memory_config]\n', 3, "list of strings"),
+        ('why = "x"\n[match]\ngpu_compute_capability = "sm_61"\n[memory_config]\n', 3, "strings such as '6.1'"),
+        ('why = "x"\n[match]\ngpu_compute_capability = [6.1]\n[memory_config]\n', 3, "list of strings"),
         ('why = "x"\n[match]\ncpu_model = "(i5"\n[memory_config]\n', 3, "not a regular expression"),
     ],
 )
@@ -111,8 +111,8 @@ def test_a_wrong_file_is_named_with_its_line(tmp_path, text, line, words):
     ("text", "words"),
     [
         ("[match]\n[memory_config]\n", "why"),
-        ('why = "x"\n[match]\n', r"has a table \[memory_config\]"),
-        ('why = "x"\n[memory_config]\n', r"has a table \[match\]"),
+        ('why = "x"\n[match]\n', r"needs a table \[memory_config\]"),
+        ('why = "x"\n[memory_config]\n', r"needs a table \[match\]"),
     ],
 )
 def test_what_is_missing_has_no_line(tmp_path, text, words):
@@ -124,10 +124,10 @@ def test_what_is_missing_has_no_line(tmp_path, text, words):
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(ConfigurationError, match=r"none\.toml: this profile cannot be read"):
+    with pytest.raises(ConfigurationError, match=r"none\.toml: cannot read this profile"):
         load_profile(tmp_path / "none.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigurationError, match=r"binary\.toml: this profile cannot be read"):
+    with pytest.raises(ConfigurationError, match=r"binary\.toml: cannot read this profile"):
         load_profile(tmp_path / "binary.toml")
 
 

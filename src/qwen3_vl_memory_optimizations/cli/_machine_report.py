@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def profile_report(profile: str, hardware: HardwareProfile, directory: Path) -> dict[str, Any]:
-    """Return the profile chosen for this machine and why, or the problem, so that the rest of the report still shows."""
+    """Return the profile chosen for this machine and why, or the problem: it must not hide the rest of the report."""
     from ..errors import ConfigurationError
     from ..profiles import choose, user_directory
 
@@ -64,7 +64,10 @@ def show_energy(report: dict[str, Any], screen: Console) -> None:
     screen.print("\n[bold]Energy[/bold]")
     counted = {part: ", ".join(found["counters"]) for part, found in report.items()}
     _rows(
-        [(part, f"measured by {counted[part]}" if counted[part] else found["absent"]) for part, found in report.items()],
+        [
+            (part, f"measured by {counted[part]}" if counted[part] else found["absent"])
+            for part, found in report.items()
+        ],
         screen,
     )
 

@@ -200,7 +200,7 @@ def _show_least(report: dict[str, Any], screen: Console) -> None:
     if not report.get("models"):
         return
     screen.print(
-        f"\n[bold]Minimum --ram-budget[/bold] by prompt, computing in {report['compute_dtype']}; smaller budgets are refused"
+        f"\n[bold]Minimum --ram-budget[/bold] by prompt, in {report['compute_dtype']}; smaller budgets are refused"
     )
     table = Table(box=None, padding=(0, 2))
     table.add_column("  model")

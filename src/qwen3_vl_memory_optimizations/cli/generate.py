@@ -56,7 +56,10 @@ def generate(
     max_pixels: Annotated[
         int | None,
         typer.Option(
-            "--max-pixels", min=1, rich_help_panel=INPUT, help="Scale larger images and frames down to this many pixels."
+            "--max-pixels",
+            min=1,
+            rich_help_panel=INPUT,
+            help="Scale larger images and frames down to this many pixels.",
         ),
     ] = None,
     ram_budget: RamBudgetOption = None,
@@ -75,9 +78,7 @@ def generate(
     ] = "downsize",
     private: Annotated[
         bool,
-        typer.Option(
-            "--private", rich_help_panel=MEMORY, help="Write nothing derived from images or prompts to the disk."
-        ),
+        typer.Option("--private", rich_help_panel=MEMORY, help="Keep no data derived from images or prompts on disk."),
     ] = False,
     max_new_tokens: Annotated[
         int,

@@ -81,7 +81,9 @@ def pack(
 
     source = open_checkpoint(model)
     if config.weight_codec() == "none" and not needs_packing(source):
-        raise ConfigurationError("codec 'none' needs no packing: this checkpoint is read directly; use it with generate")
+        raise ConfigurationError(
+            "codec 'none' needs no packing: this checkpoint is read directly; use it with generate"
+        )
     given = None if plan is None else CompressionPlan.load(plan)
     packed = packed_directory(source, config.weight_codec(), config)
     before = packed.stat().st_ino if packed.is_dir() else None

@@ -15,7 +15,9 @@ def report(
     run: RunArgument = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="HTML file to write. (default: RUN.html in the current directory)"),
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="HTML file to write. (default: RUN.html in the current directory)"
+        ),
     ] = None,
     cache_dir: CacheDirOption = None,
     as_json: JsonOption = False,

@@ -121,14 +121,24 @@ def _figures(t: float, snapshot: Mapping[str, Any], before: Sample | None) -> Re
 
     table = Table.grid(padding=(0, 2))
     rows = [
-        ("tokens/s", now("responses.tokens_per_s", "plain"), "time to first token", now("responses.first_token_s", "s")),
+        (
+            "tokens/s",
+            now("responses.tokens_per_s", "plain"),
+            "time to first token",
+            now("responses.first_token_s", "s"),
+        ),
         ("process memory", now("process.rss_bytes", "bytes"), "peak", now("process.peak_rss_bytes", "bytes")),
         ("budget", _budget(snapshot), "non-evictable memory", now("budget.undroppable_share")),
         ("weight hit rate", now("paging.hit_rate"), "prefetch accuracy", now("prediction.prefetch_accuracy")),
         ("SSD reads", rate("paging.bytes_read", "bytes/s"), "SSD writes", rate("paging.bytes_written", "bytes/s")),
         ("SSD stall time", rate("paging.stall_s", "share"), "CPU cores in use", rate("process.cpu_s", "cores")),
         ("cache hit rate", now("cache.hit_rate"), "cache size in memory", now("cache.levels.cpu.used_bytes", "bytes")),
-        ("compression ratio", now("metrics.compression_ratio", "times"), "compression quality", now("metrics.compression_quality")),
+        (
+            "compression ratio",
+            now("metrics.compression_ratio", "times"),
+            "compression quality",
+            now("metrics.compression_quality"),
+        ),
         ("fragmentation", now("fragmentation"), "responses", now("responses.count", "count")),
     ]
     for left, value, right, other in rows:

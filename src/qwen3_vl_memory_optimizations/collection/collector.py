@@ -32,7 +32,7 @@ _MOST_REMEMBERED = 8192
 _JUDGED = 256
 _FORGET = 0.98
 _PRIOR_HALF_LIFE = 0.4
-"""Share of the horizon after which an idle tensor is half as likely to be used; decides until the regression is better."""
+"""Share of the horizon after which an idle tensor is half as likely to be used: the rule."""
 
 
 @dataclass(slots=True)

@@ -116,7 +116,9 @@ class TensorLifecycleTracker:
         """
         with self._locked():
             if not self._open:
-                raise ConfigurationError("end_inference_session: no session is open; call start_inference_session first")
+                raise ConfigurationError(
+                    "end_inference_session: no session is open; call start_inference_session first"
+                )
             number = self._session()
             assert number is not None
             del self._open[number]
@@ -130,7 +132,9 @@ class TensorLifecycleTracker:
         self._change_phase(IDLE)
         if found:
             n_bytes = sum(leak.n_bytes for leak in found)
-            logger.info("session %d ended; %d of its tensors are still alive, %s", number, len(found), format_bytes(n_bytes))
+            logger.info(
+                "session %d ended; %d of its tensors are still alive, %s", number, len(found), format_bytes(n_bytes)
+            )
         return number
 
     def _session(self) -> int | None:

@@ -38,7 +38,7 @@ class FigureMethods:
         return self.figures.compression_ratio()
 
     def get_compression_quality(self) -> float | None:
-        """Return 1 - mean relative error, weighted by bytes, over tensors with a known error (sampled or from the plan)."""
+        """Return 1 - mean relative error by bytes, over tensors with a known error (sampled or from the plan)."""
         return self.figures.compression_quality()
 
     def get_swap_count(self) -> int:

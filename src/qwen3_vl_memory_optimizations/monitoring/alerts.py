@@ -55,14 +55,18 @@ class AlertLimits:
 
     def __post_init__(self) -> None:
         if self.hit_rate_clear < self.hit_rate:
-            raise ConfigurationError(f"hit_rate_clear: {self.hit_rate_clear} must not be below hit_rate, {self.hit_rate}")
+            raise ConfigurationError(
+                f"hit_rate_clear: {self.hit_rate_clear} must not be below hit_rate, {self.hit_rate}"
+            )
         for name in ("fragmentation", "response", "memory"):
             unit = "_s" if name == "response" else ""
             limit, clear = getattr(self, name + unit), getattr(self, f"{name}_clear{unit}")
             if limit is not None and clear is not None and clear > limit:
                 raise ConfigurationError(f"{name}_clear{unit}: {clear} must not be above {name}{unit}, {limit}")
         if self.hold_s < 0 or self.window_s <= 0:
-            raise ConfigurationError(f"hold_s: {self.hold_s} s must not be negative, and window_s: {self.window_s} s must be positive")
+            raise ConfigurationError(
+                f"hold_s: {self.hold_s} s must not be negative, and window_s: {self.window_s} s must be positive"
+            )
 
 
 @dataclass(frozen=True, slots=True)

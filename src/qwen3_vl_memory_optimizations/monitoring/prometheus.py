@@ -111,7 +111,13 @@ FAMILIES: tuple[tuple[str, str, str, tuple[str, ...], _Read], ...] = (
     ("tensors", GAUGE, "Managed tensors.", ("kind",), _each("tensors", "kinds")),
     ("births", COUNTER, "Runtime tensors created.", ("kind",), _each("births", "life_cycles")),
     ("deaths", COUNTER, "Runtime tensors freed.", ("kind",), _each("deaths", "life_cycles")),
-    ("life_rounds", GAUGE, "Mean lifetime of freed tensors, in rounds.", ("kind",), _each("mean_rounds", "life_cycles")),
+    (
+        "life_rounds",
+        GAUGE,
+        "Mean lifetime of freed tensors, in rounds.",
+        ("kind",),
+        _each("mean_rounds", "life_cycles"),
+    ),
     ("sessions_open", GAUGE, "Open inference sessions.", (), _one("sessions_open")),
     # --- paging
     ("page_hits", COUNTER, "Page accesses served from memory.", (), _one("paging", "hits")),
@@ -149,7 +155,13 @@ FAMILIES: tuple[tuple[str, str, str, tuple[str, ...], _Read], ...] = (
     ("tokens", COUNTER, "Generated tokens.", (), _one("responses", "tokens")),
     ("response_seconds", COUNTER, "Wall time of responses.", (), _one("responses", "seconds")),
     ("current_response_seconds", GAUGE, "Time of the last or current response.", (), _one("responses", "current_s")),
-    ("tokens_per_second", GAUGE, "Decode speed per sequence, after the first token.", (), _one("responses", "tokens_per_s")),
+    (
+        "tokens_per_second",
+        GAUGE,
+        "Decode speed per sequence, after the first token.",
+        (),
+        _one("responses", "tokens_per_s"),
+    ),
     ("first_token_seconds", GAUGE, "Mean time to first token.", (), _one("responses", "first_token_s")),
     # --- the rest
     ("gc_stat", GAUGE, "Collector statistics by name.", ("stat",), _collector),
@@ -228,7 +240,9 @@ class MetricsExporter:
         try:
             server, thread = start_http_server(port, addr=address, registry=self.registry)
         except OSError as error:
-            raise ConfigurationError(f"metrics: cannot use port {port}: {error.strerror}; choose another, or 0 for any free port") from error
+            raise ConfigurationError(
+                f"metrics: cannot use port {port}: {error.strerror}; choose another, or 0 for any free port"
+            ) from error
         self.url = f"http://{address}:{server.server_port}/metrics"
 
         def stop() -> None:

@@ -43,7 +43,7 @@ def take_snapshot(optimizer: MemoryOptimizer, *, measure: bool = False) -> dict[
         cache: `hits`, `misses`, `hit_rate`, `saved_s`, `computed_s`, `levels` (`gpu`, `cpu`, `ssd`: each `None` or its
             counters, `hit_rate`, `prediction_efficiency`, `migrations`). `None`: disabled.
         swapping: `algorithm`, `decides`, `swapped_ahead_bytes`; `None`: disabled.
-        migrations: `pages` moved between tiers; `tensors` prefetched by the tiering system, `tensors_used` of them used.
+        migrations: `pages` moved between tiers; `tensors` prefetched by the tiering system, and `tensors_used`.
         prediction: `prefetch_accuracy`, `tier_effectiveness`, `improvement_over_lru`.
         gc: counters of the collector; `None`: no collector.
         life_cycles: by kind of runtime tensor: `births`, `deaths`, `alive`, `alive_bytes`, `mean_rounds`.

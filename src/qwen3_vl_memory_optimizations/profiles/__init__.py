@@ -1,7 +1,7 @@
-"""Hardware profiles: settings that suit a sort of machine, chosen by what this one is.
+"""Hardware profiles: settings for a class of machines, chosen by the hardware.
 
-Those of this package lie beside this file; a user adds others in `user_directory()`. A profile is used only where it is
-asked for (`profile="auto"`, or its name): nobody gets a budget that was not wanted.
+Shipped profiles are next to this file; users add their own in `user_directory()`. A profile applies only on request
+(`profile="auto"`, or its name), so no budget is ever set implicitly.
 """
 
 from .choice import AUTO, Choice, Considered, choose, configure, user_directory

@@ -1,4 +1,4 @@
-"""Which profile a machine gets, and the settings that follow."""
+"""Choice of a hardware profile and the resulting settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..process import limiting_groups
 from .profile import Condition, Profile, load_profile
 
 AUTO = "auto"
-"""The profile that fits this machine, where others name one."""
+"""Selects the best matching profile for this machine."""
 
 logger = logging.getLogger(__name__)
 
@@ -27,18 +27,18 @@ _SUFFIX = ".toml"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Considered:
-    """A profile beside a machine."""
+    """A profile with its conditions evaluated on a machine."""
 
     profile: Profile
     conditions: tuple[Condition, ...]
 
     @property
     def fits(self) -> bool:
-        """Whether all conditions are met."""
+        """Whether the machine meets all conditions."""
         return all(condition.met for condition in self.conditions)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain values, ready for JSON."""
+        """Return the profile and its conditions, ready for JSON."""
         return {
             "name": self.profile.name,
             "file": str(self.profile.path),
@@ -52,13 +52,13 @@ class Considered:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The profile that was chosen.
+    """The chosen profile.
 
     Attributes:
-        chosen: may be one that does not fit, where it was asked for by name.
+        chosen: the profile; one requested by name may not match the machine.
         settings: keys of `MemoryConfig`, sizes in bytes.
-        left_out: settings for what this machine does not have, with the reason.
-        others: what else was considered, in the order in which it would have been chosen.
+        left_out: settings ignored for lack of hardware, with the reason.
+        others: the other candidates, in order of preference.
     """
 
     chosen: Considered
@@ -67,7 +67,7 @@ class Choice:
     others: tuple[Considered, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the choice as plain values, ready for JSON."""
+        """Return the choice, ready for JSON."""
         return {
             **self.chosen.to_dict(),
             "settings": dict(self.settings),
@@ -77,31 +77,31 @@ class Choice:
 
 
 def user_directory() -> Path:
-    """Return where the user's profiles lie: `profiles` in `$XDG_CONFIG_HOME/qwen3vl-mem`, or `~/.config` of that."""
-    # By the XDG rules an empty or relative value counts as none.
+    """Return the directory of user profiles: `qwen3vl-mem/profiles` in `$XDG_CONFIG_HOME`, else in `~/.config`."""
+    # The XDG rules ignore empty and relative values.
     given = Path(os.environ.get("XDG_CONFIG_HOME", ""))
     if not given.is_absolute():
         try:
             given = Path.home() / ".config"
-        except RuntimeError:  # a user without a home directory has none there
+        except RuntimeError:  # a user without a home directory has no profiles
             given = Path(os.devnull)
     return given / "qwen3vl-mem" / "profiles"
 
 
 def choose(profile: str, hardware: HardwareProfile | None = None, *, path: str | os.PathLike[str] = ".") -> Choice:
-    """Return the profile for a machine.
+    """Choose the hardware profile for a machine.
 
     Args:
-        profile: `auto`, the name of a profile, or a path that ends in `.toml`. With `auto`, of those that fit, the
-            user's go first, then the greatest priority, then the name. A named one is taken as it is, whether it fits
-            or not.
+        profile: `auto`, the name of a profile, or a path that ends in `.toml`. With `auto`, matching profiles
+            are ordered by user profiles first, then highest priority, then name. A named profile is used whether or
+            not it matches.
         hardware: the machine; default: this one.
-        path: where the files will lie, for the storage of this one.
+        path: location of the files, to detect the storage type of this machine.
 
     Raises:
-        ConfigurationError: no profile has this name, none fits, or a file is wrong.
+        ConfigurationError: unknown name, no match, or an invalid file.
     """
-    # Before this machine is looked at, which imports torch: a mistake is told at once.
+    # Before hardware detection, which imports torch, so that mistakes are reported at once.
     found = _all() if profile == AUTO else [_named(profile)]
     if hardware is None:
         hardware = detect_hardware(path)
@@ -109,7 +109,7 @@ def choose(profile: str, hardware: HardwareProfile | None = None, *, path: str |
     chosen = next((each for each in considered if each.fits or profile != AUTO), None)
     if chosen is None:
         raise ConfigurationError(
-            f"profile: none of {', '.join(each.name for each in found)} fits this machine; name one, or add one "
+            f"profile: none of {', '.join(each.name for each in found)} matches this machine; name one, or add one "
             f"in {user_directory()}"
         )
     settings, left_out = chosen.profile.settings(hardware)
@@ -120,16 +120,16 @@ def choose(profile: str, hardware: HardwareProfile | None = None, *, path: str |
 def configure(
     memory_config: Mapping[str, Any] | MemoryConfig | None = None, hardware: HardwareProfile | None = None
 ) -> MemoryConfig:
-    """Return settings in which those of the profile stand where the caller gave none.
+    """Return the settings of the profile, overridden by explicit ones.
 
     Args:
-        memory_config: the keys of `MemoryConfig`. All keys of a dict count as given; of an instance, those that are not
-            at their default. Without `profile` nothing is chosen and nothing detected.
+        memory_config: keys of `MemoryConfig`; explicit keys win. All keys of a dict are explicit; of an instance, those
+            that differ from their defaults. Without `profile`, no profile is chosen and no hardware detected.
         hardware: the machine; default: this one, with the storage of `cache_dir`.
 
     Returns:
-        A `MemoryConfig` whose own `profile` is `None`: it holds the settings now. A `ram_budget` above the limit of
-        the control group of this process is lowered to it, with a warning.
+        A `MemoryConfig` with the resulting settings and `profile` `None`. A `ram_budget` above the control group limit
+        of this process is lowered to it, with a warning.
 
     Raises:
         ConfigurationError: a bad setting, or see `choose`.
@@ -150,13 +150,13 @@ def configure(
 
 
 def _within_group(config: MemoryConfig) -> MemoryConfig:
-    """Lower a budget for the process to what its control group allows: above that the kernel would end it."""
+    """Lower a process budget to its control group limit: above it, the kernel would kill the process."""
     limit = min((group.limit_bytes for group in limiting_groups()), default=None)
     if limit is None or config.ram_budget is None or config.ram_budget <= limit:
         return config
     logger.warning(
-        "ram_budget of %s is above the %s that the control group of this process allows (memory limit of a container "
-        "or service); %s are used: raise the limit of the group, or give no more",
+        "ram_budget of %s exceeds the control group limit of %s for this process (container or service memory limit); "
+        "using %s: raise that limit, or lower ram_budget",
         format_bytes(config.ram_budget),
         format_bytes(limit),
         format_bytes(limit),
@@ -165,13 +165,13 @@ def _within_group(config: MemoryConfig) -> MemoryConfig:
 
 
 def _files() -> dict[str, tuple[Path, bool]]:
-    """Return the files of all profiles by name, and whether they are the user's: a name of theirs replaces ours."""
+    """Return the files of all profiles by name, and whether they are user profiles; those replace shipped ones."""
     files = {path.stem: (path, False) for path in sorted(_SHIPPED.glob(f"*{_SUFFIX}"))}
     return files | {path.stem: (path, True) for path in sorted(user_directory().glob(f"*{_SUFFIX}"))}
 
 
 def _all() -> list[Profile]:
-    """Return all profiles, in the order in which one that fits is chosen."""
+    """Return all profiles in order of preference."""
     found = [load_profile(path, of_user=of_user) for path, of_user in _files().values()]
     return sorted(found, key=lambda each: (not each.of_user, -each.priority, each.name))
 
@@ -183,8 +183,8 @@ def _named(profile: str) -> Profile:
     if profile not in files:
         near = difflib.get_close_matches(profile, [*files, AUTO], n=1, cutoff=0.0)[0]
         raise ConfigurationError(
-            f"profile: there is no {profile!r}; did you mean {near!r}? There are {AUTO}, {', '.join(files)}, and files "
-            f"that end in {_SUFFIX}"
+            f"profile: unknown profile {profile!r}; did you mean {near!r}? Use {AUTO}, {', '.join(files)}, or a path "
+            f"that ends in {_SUFFIX}"
         )
     path, of_user = files[profile]
     return load_profile(path, of_user=of_user)

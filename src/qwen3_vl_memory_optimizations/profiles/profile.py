@@ -1,4 +1,4 @@
-"""One profile: a TOML file that says which machines it is for, which settings they get, and why."""
+"""A hardware profile: a TOML file with conditions, settings and a reason."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ..errors import ConfigurationError, format_bytes
 from ..hardware import STORAGE_TYPES, HardwareProfile
 
 RAM_SHARES = ("ram_budget", "tensor_budget", "l2_cache_size", "memory_pool_size")
-"""Settings that may be written as a share of the memory, such as `"60%"`."""
+"""Settings that may be a share of memory, such as `"60%"`."""
 GPU_SHARES = ("gpu_budget", "l1_cache_size")
-"""Settings that may be written as a share of the memory of the GPU."""
+"""Settings that may be a share of GPU memory."""
 
 _KEYS = ("why", "priority", "match", "memory_config")
 _MATCH_KEYS = (
@@ -30,7 +30,7 @@ _SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Condition:
-    """What a profile asks of a machine, and what the machine is.
+    """A condition of a profile, and what the machine has.
 
     Attributes:
         wanted: such as `memory from 6 GB to below 12 GB`.
@@ -44,14 +44,14 @@ class Condition:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """Settings for a sort of machine.
+    """Settings for a class of machines.
 
     Attributes:
-        name: of the file, without its suffix.
-        of_user: added by the user; it goes before those of this package.
-        why: for whom it is, in a line.
-        priority: among several that fit, the greatest is used.
-        match: the conditions; without any, every machine fits.
+        name: file name without its suffix.
+        of_user: added by the user; preferred over shipped profiles.
+        why: its purpose, in one line.
+        priority: the highest of several matching profiles wins.
+        match: conditions; without any, every machine matches.
         memory_config: keys of `MemoryConfig`; sizes may be shares.
     """
 
@@ -64,7 +64,7 @@ class Profile:
     memory_config: Mapping[str, Any]
 
     def conditions(self, hardware: HardwareProfile) -> tuple[Condition, ...]:
-        """Return each condition with what a machine has; it fits if all are met."""
+        """Return each condition with what the machine has; the profile matches if all are met."""
         match, gpu, found = self.match, hardware.gpu, []
         gpu_text = "none" if gpu is None else f"{gpu.name}, {format_bytes(gpu.total_bytes)}"
         if "ram_from" in match or "ram_below" in match:
@@ -92,7 +92,7 @@ class Profile:
         return tuple(found)
 
     def settings(self, hardware: HardwareProfile) -> tuple[dict[str, Any], dict[str, str]]:
-        """Return the settings on a machine, sizes in bytes, and what was left out of them with the reason."""
+        """Return the settings for a machine, sizes in bytes, and the ignored settings with the reason."""
         settings: dict[str, Any] = {}
         left_out = {}
         for key, value in self.memory_config.items():
@@ -104,22 +104,22 @@ class Profile:
             elif hardware.gpu is not None:
                 settings[key] = int(hardware.gpu.total_bytes * share)
             else:
-                left_out[key] = f"{value} of the memory of a GPU, and there is none"
+                left_out[key] = f"{value} of GPU memory, but there is no GPU"
         config = MemoryConfig.from_mapping(settings)
         return {key: getattr(config, key) for key in settings}, left_out
 
 
 def load_profile(path: Path, *, of_user: bool = True) -> Profile:
-    """Return the profile in a file.
+    """Load a profile from a file.
 
     Raises:
-        ConfigurationError: not TOML, an unknown key (with the nearest valid one) or a value that cannot be, with the
-            file and, where it has one, the line.
+        ConfigurationError: not TOML, an unknown key (with the nearest valid one) or an invalid value; the error names
+            the file and, if known, the line.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path}: this profile cannot be read ({error})") from error
+        raise ConfigurationError(f"{path}: cannot read this profile ({error})") from error
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -134,7 +134,7 @@ def load_profile(path: Path, *, of_user: bool = True) -> Profile:
     for key, value in settings.items():
         with checked.at("memory_config", key):
             if key == "profile":
-                raise ConfigurationError("memory_config: a profile cannot name another one")
+                raise ConfigurationError("memory_config: a profile cannot refer to another profile; remove this key")
             MemoryConfig.from_mapping({key: value if _share(key, value) is None else 2**30})
     return Profile(
         name=path.stem,
@@ -148,7 +148,7 @@ def load_profile(path: Path, *, of_user: bool = True) -> Profile:
 
 
 def _within(what: str, least: int | None, below: int | None, found: int | None) -> tuple[str, bool]:
-    """Return a range for people, and whether a figure lies in it; one that is not there does not."""
+    """Return a range as text, and whether a figure is within it; `None` is not."""
     parts = [] if least is None else [f"from {format_bytes(least)}"]
     parts += [] if below is None else [f"below {format_bytes(below)}"]
     met = found is not None and (least is None or found >= least) and (below is None or found < below)
@@ -156,31 +156,33 @@ def _within(what: str, least: int | None, below: int | None, found: int | None) 
 
 
 def _share(key: str, value: object) -> float | None:
-    """Return the share that a setting is written as; `None`: it is no share.
+    """Return the share that a setting is given as; `None`: not a share.
 
     Raises:
-        ConfigurationError: this setting has no share, or none of it, or more than all.
+        ConfigurationError: this setting cannot be a share, or the share is outside (0 %, 100 %].
     """
     match = _SHARE.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         return None
     if key not in RAM_SHARES + GPU_SHARES:
-        raise ConfigurationError(f"{key}: {value!r}: shares are for {', '.join(RAM_SHARES + GPU_SHARES)}")
+        raise ConfigurationError(
+            f"{key}: {value!r}: percentages are only for {', '.join(RAM_SHARES + GPU_SHARES)}; use a size"
+        )
     share = float(match[1]) / 100
     if not 0 < share <= 1:
-        raise ConfigurationError(f"{key}: {value!r} is outside of 0 % to 100 %")
+        raise ConfigurationError(f"{key}: {value!r} is outside 0 % to 100 %")
     return share
 
 
 class _Checked:
-    """Checks the parts of one file; what is wrong is named with the file and the line."""
+    """Validates the parts of one file; errors name the file and line."""
 
     def __init__(self, path: Path, text: str) -> None:
         self._path, self._lines = path, text.splitlines()
 
     @contextlib.contextmanager
     def at(self, section: str, key: str) -> Iterator[None]:
-        """Give each `ConfigurationError` of a block the place of a key."""
+        """Add the location of a key to each `ConfigurationError` of a block."""
         try:
             yield
         except ConfigurationError as error:
@@ -201,7 +203,7 @@ class _Checked:
         return None
 
     def known(self, section: str, table: Mapping[str, Any], keys: Iterable[str]) -> None:
-        """Refuse a key that is none of `keys`."""
+        """Reject keys that are not in `keys`."""
         for key in table:
             if key not in keys:
                 near = difflib.get_close_matches(key, list(keys), n=1, cutoff=0.0)[0]
@@ -209,14 +211,14 @@ class _Checked:
                     raise ConfigurationError(f"{section or 'profile'}: unknown key {key!r}; did you mean {near!r}?")
 
     def table(self, key: str, table: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a table that must be there."""
+        """Return a required table."""
         with self.at("", key):
             if not isinstance(table.get(key), dict):
-                raise ConfigurationError(f"a profile has a table [{key}]")
+                raise ConfigurationError(f"a profile needs a table [{key}]; add it, even if empty")
         return dict(table[key])
 
     def text(self, key: str, table: Mapping[str, Any]) -> str:
-        """Return a line of text that must be there."""
+        """Return a required line of text."""
         with self.at("", key):
             value = table.get(key)
             if not isinstance(value, str) or not value.strip() or "\n" in value:
@@ -224,7 +226,7 @@ class _Checked:
             return value.strip()
 
     def priority(self, table: Mapping[str, Any]) -> int:
-        """Return the priority; 0 where there is none."""
+        """Return the priority; default 0."""
         with self.at("", "priority"):
             value = table.get("priority", 0)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -232,7 +234,7 @@ class _Checked:
             return value
 
     def condition(self, key: str, value: object) -> Any:
-        """Return a condition in the form that `Profile.conditions` reads."""
+        """Return a condition as `Profile.conditions` expects it."""
         with self.at("match", key):
             if key in ("ram_from", "ram_below", "gpu_memory_from", "gpu_memory_below"):
                 return parse_size(value, key=key)
@@ -244,10 +246,10 @@ class _Checked:
                 return _pattern(value)
             texts = [value] if isinstance(value, str) else value
             if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-                raise ConfigurationError(f"{key}: expected a text or a list of texts, got {value!r}")
+                raise ConfigurationError(f"{key}: expected a string or a list of strings, got {value!r}")
             wrong = [text for text in texts if not _is_allowed(key, text)]
             if wrong:
-                allowed = ", ".join(STORAGE_TYPES) if key == "storage" else "texts such as '6.1'"
+                allowed = ", ".join(STORAGE_TYPES) if key == "storage" else "strings such as '6.1'"
                 raise ConfigurationError(f"{key}: {wrong[0]!r} is not one of {allowed}")
             return texts
 

@@ -23,7 +23,9 @@ def create_swapping_algorithm(name: str) -> SwappingAlgorithm:
     """
     if name not in ALGORITHMS:
         near = difflib.get_close_matches(name, ALGORITHMS, n=1, cutoff=0.0)[0]
-        raise ConfigurationError(f"swap_algorithm: {name!r} is not one of {', '.join(ALGORITHMS)}; did you mean {near!r}?")
+        raise ConfigurationError(
+            f"swap_algorithm: {name!r} is not one of {', '.join(ALGORITHMS)}; did you mean {near!r}?"
+        )
     return ALGORITHMS[name]()
 
 

@@ -83,7 +83,9 @@ def _parameters_of(target: Any) -> Mapping[str, Parameter]:
     owner = getattr(target, "memory_optimizer", target)
     parameters = getattr(owner, "parameters", None)
     if not isinstance(parameters, Mapping):  # `parameters` of a torch model is a method
-        raise ConfigurationError(f"{type(target).__name__} has no memory optimizer; make the model with create_optimized_model")
+        raise ConfigurationError(
+            f"{type(target).__name__} has no memory optimizer; make the model with create_optimized_model"
+        )
     return parameters
 
 

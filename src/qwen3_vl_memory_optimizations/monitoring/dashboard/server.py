@@ -162,5 +162,7 @@ def _listen(port: int) -> socket.socket:
         listener.listen()  # now, not in the thread: callers may connect as soon as they have the URL
     except OSError as error:
         listener.close()
-        raise ConfigurationError(f"dashboard: cannot use port {port}: {error.strerror}; choose another, or 0 for any free port") from error
+        raise ConfigurationError(
+            f"dashboard: cannot use port {port}: {error.strerror}; choose another, or 0 for any free port"
+        ) from error
     return listener
