@@ -36,10 +36,6 @@ _COMPARED = ("top1_agreement", "kl_divergence", "layer_relative_error")
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Checkpoint directory or Hugging Face model id.")],
-    codec: Annotated[
-        list[str] | None,
-        typer.Option("--codec", rich_help_panel=MEMORY, help="Codec to evaluate; repeatable. (default: all codecs)"),
-    ] = None,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -61,6 +57,10 @@ def evaluate(
             help=f"Number of images to ask about; above {_DEFAULT_IMAGES}, test images of easy-VQA, up to 1000. "
             f"(default for a vision model: {_DEFAULT_IMAGES})",
         ),
+    ] = None,
+    codec: Annotated[
+        list[str] | None,
+        typer.Option("--codec", rich_help_panel=MEMORY, help="Codec to evaluate; repeatable. (default: all codecs)"),
     ] = None,
     tensor_budget: TensorBudgetOption = None,
     cache_dir: CacheDirOption = None,

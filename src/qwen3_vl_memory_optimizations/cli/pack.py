@@ -32,6 +32,15 @@ _MOST_NAMED = 12
 def pack(
     ctx: typer.Context,
     model: Annotated[Path, typer.Argument(help="Checkpoint directory or .gguf file.")],
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibration",
+            metavar="DIR",
+            rich_help_panel=INPUT,
+            help="Make a new plan from the images and .txt files in DIR instead of the shipped ones.",
+        ),
+    ] = None,
     codec: CodecOption = "auto",
     plan: Annotated[
         Path | None,
@@ -40,15 +49,6 @@ def pack(
             metavar="FILE",
             rich_help_panel=MEMORY,
             help="Use this compression plan, such as an edited one; replaces a checkpoint packed with auto.",
-        ),
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(
-            "--calibration",
-            metavar="DIR",
-            rich_help_panel=INPUT,
-            help="Make a new plan from the images and .txt files in DIR instead of the shipped ones.",
         ),
     ] = None,
     profile: ProfileOption = None,

@@ -183,13 +183,13 @@ class MemoryFigures:
         return stats["saved_s"] / total_s if total_s > 0 else None
 
     def compression_ratio(self, uses: Iterable[TensorUse] | None = None) -> float | None:
-        """Return original over encoded bytes of the weights that are managed now and of what was encoded besides."""
+        """Return original / encoded bytes over all weights now and all other encodings since the start."""
         rows = self.compression(uses)
         encoded = sum(row.encoded_bytes for row in rows.values())
         return sum(row.original_bytes for row in rows.values()) / encoded if encoded else None
 
     def compression_quality(self, uses: Iterable[TensorUse] | None = None) -> float | None:
-        """Return 1 - the mean relative error by bytes, over all of which an error is known."""
+        """Return 1 - mean relative error by bytes, over tensors with a known error."""
         rows = self.compression(uses).values()
         sampled = sum(row.sampled_bytes for row in rows)
         return 1 - sum(row.error_bytes for row in rows) / sampled if sampled else None
