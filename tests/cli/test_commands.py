@@ -69,7 +69,7 @@ def test_help_and_mistakes_do_not_wait_for_torch(arguments):
         (["pack", "/no/such/model"], "/no/such/model"),
         (["pack", "{tiny}", "--codec", "none"], "needs no packing"),
         (["generate", "{tiny}", "-p", "?", "--profile", "servr"], "did you mean 'server'"),
-        (["pack", "{tiny}", "--profile", "/no/such.toml"], "/no/such.toml: this profile cannot be read"),
+        (["pack", "{tiny}", "--profile", "/no/such.toml"], "/no/such.toml: cannot read this profile"),
         (["doctor", "--ram-budget", "-1GB"], "is not a size"),
         (["doctor", "--path", "/no/such/directory"], "not a directory"),
         (["demo", "--tensor-budget", "none"], "is not a size"),

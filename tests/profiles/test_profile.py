@@ -66,7 +66,7 @@ def test_shares_are_of_the_memory_and_of_the_gpu(tmp_path, monkeypatch):
     settings, left_out = load_profile(path).settings(without)
     assert settings == of_ram
     assert left_out.keys() == {"l1_cache_size", "gpu_budget"}
-    assert "there is none" in left_out["gpu_budget"]
+    assert "there is no GPU" in left_out["gpu_budget"]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_shares_are_of_the_memory_and_of_the_gpu(tmp_path, monkeypatch):
         ('why = "x"\n[match]\n[memory_config]\nram_budget = "101%"\n', 4, "outside"),
         ('why = "x"\n[match]\n[memory_config]\nram_budget = "0%"\n', 4, "outside"),
         ('why = "x"\n[match]\n[memory_config]\nl3_cache_size = "10%"\n', 4, "percentages are only for ram_budget"),
-        ('why = "x"\n[match]\n[memory_config]\nprofile = "auto"\n', 4, "cannot name another"),
+        ('why = "x"\n[match]\n[memory_config]\nprofile = "auto"\n', 4, "cannot refer to another"),
         ('why = "x"\n[match]\n[memory_config]\nenable_tiering = 1\n', 4, "expected True or False"),
         ('why = "x"\npriority = "high"\n[match]\n[memory_config]\n', 2, "whole number"),
         ('why = "x"\npriority = true\n[match]\n[memory_config]\n', 2, "whole number"),
