@@ -212,7 +212,7 @@ def test_the_system_of_the_specification():
     for threshold in (0, 1.5):
         with pytest.raises(ConfigurationError, match="memory_pressure_threshold"):
             MemorySwappingSystem(threshold)
-    with pytest.raises(ConfigurationError, match="'clok'.*meant 'clock'"):
+    with pytest.raises(ConfigurationError, match="'clok'.*did you mean 'clock'"):
         MemorySwappingSystem(algorithm="clok")
 
 

@@ -264,7 +264,7 @@ def test_a_damaged_file_is_logged_and_replaced(make, tmp_path, caplog):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "learnt-waits.npz").write_bytes(b"PK\x03\x04 no more of it")
     optimizer = make(6 * MIB)
-    assert "what was learnt before is not used" in caplog.text and not optimizer.tiering.predictor.ready
+    assert "the saved predictor is not used" in caplog.text and not optimizer.tiering.predictor.ready
     teach(optimizer.tiering)
     optimizer.close()
     assert make(6 * MIB).tiering.predictor.ready

@@ -79,6 +79,6 @@ def test_a_budget_above_that_of_the_group_is_lowered_to_it(monkeypatch, caplog):
     group = GroupMemory(limit_bytes=2_000_000_000, used_bytes=0, cached_bytes=0, droppable_bytes=0)
     monkeypatch.setattr(profiles.choice, "limiting_groups", lambda: iter([group]))
     assert profiles.configure({"ram_budget": "4GB"}).ram_budget == 2_000_000_000
-    assert "above the 2 GB that the control group of this process allows" in caplog.text
+    assert "exceeds the control group limit of 2 GB for this process" in caplog.text
     assert profiles.configure({"ram_budget": "1GB"}).ram_budget == 1_000_000_000
     assert profiles.configure({}).ram_budget is None

@@ -36,7 +36,7 @@ def energy_report() -> dict[str, Any]:
 
 def show_profile(report: dict[str, Any], screen: Console) -> None:
     """Print the profile, the conditions it meets, its settings, and why the others were not chosen."""
-    screen.print("\n[bold]Profile[/bold]")
+    screen.print("\n[bold]Hardware profile[/bold]")
     chosen = report["chosen"]
     if chosen is None:
         _rows([("none", report["problem"])], screen)
