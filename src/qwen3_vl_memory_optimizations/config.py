@@ -307,7 +307,7 @@ def _checked(key: str, value: Any) -> Any:
         if not isinstance(value, str | os.PathLike):
             raise ConfigurationError(f"{key}: expected a path, got {type(value).__name__}")
         if not os.fspath(value):
-            raise ConfigurationError(f"{key}: empty path; name a directory, or omit the key")
+            raise ConfigurationError(f"{key}: is empty; name a directory, or omit the key")
         return _expanded(key, value)
     raise AssertionError(f"no rule for the setting {key}")
 
