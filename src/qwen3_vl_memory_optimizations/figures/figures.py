@@ -20,7 +20,7 @@ from ..paging import PROCESS, TENSORS, Pager, TensorUse
 from ..pools import AdvancedMemoryPool
 from ..process import process_memory, usable_memory
 from ..runtime_policy import ShadowLRU
-from .measured import BANDWIDTH_BYTES, DISK_BLOCK_BYTES, allocation_speedup, memory_bandwidth
+from .measured import ALLOCATION_BYTES, BANDWIDTH_BYTES, allocation_speedup, memory_bandwidth
 
 METRICS = (
     "pool_utilization_rate",
@@ -168,7 +168,7 @@ class MemoryFigures:
         """Return the time of `torch.empty` / that of a pool for 32 MiB with first touch; measured once."""
         if self.pool is None:
             return None
-        return self._once("allocation_speedup", DISK_BLOCK_BYTES, lambda: allocation_speedup(DISK_BLOCK_BYTES), measure)
+        return self._once("allocation_speedup", ALLOCATION_BYTES, lambda: allocation_speedup(ALLOCATION_BYTES), measure)
 
     def cache_hit_rate(self) -> float | None:
         """Return the hit rate of the result cache since the start."""
