@@ -172,7 +172,7 @@ def test_where_transformers_allows_no_draft_the_call_goes_on_without(model, pass
         assert torch.equal(generate(model, case, assistant_model=model.assistant, **options), expected)
     assert not passes
     (message,) = caplog.messages
-    assert message.startswith("generate: assistant_model is not used: ")
+    assert message.startswith("generate: assistant_model is ignored: ")
 
 
 def test_a_generation_config_is_heeded(model, passes):

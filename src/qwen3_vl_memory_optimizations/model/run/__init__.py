@@ -1,1 +1,1 @@
-"""A run of a model: its turn, its budget, its prompt in pieces, and how long it took."""
+"""Run a model: turns, budget, prompts in pieces, and response times."""

@@ -1,6 +1,6 @@
-"""A draft for assisted generation: `generate` uses it unasked, wherever transformers can.
+"""Attach a draft model for speculative decoding, so that `generate` uses it by default wherever transformers can.
 
-Drafts only propose tokens, the model decides: with greedy search the answer is the model's own.
+The draft only proposes tokens; the model decides. With greedy search the answer is the model's own.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ _OTHER_CACHES = ("cache_implementation", *CACHE_NAMES)
 
 
 def require_draft(model: Any, draft: Any) -> None:
-    """Refuse a draft whose tokens are not the model's; warn of one that cannot be faster.
+    """Reject a draft whose vocabulary differs from the model's, and warn about one that cannot be faster.
 
     Raises:
-        ConfigurationError: the vocabularies differ in size, or the draft is the model.
+        ConfigurationError: the vocabulary sizes differ, or the draft is the model itself.
     """
     if draft is model:
-        raise ConfigurationError("assistant: the model cannot be its own draft; give a smaller one")
+        raise ConfigurationError("assistant: the model cannot be its own draft; pass a smaller one")
     theirs, ours = (other.config.get_text_config().vocab_size for other in (draft, model))
     if theirs != ours:
         raise ConfigurationError(
-            f"assistant: its vocabulary has {theirs} tokens, that of the model {ours}; they must be the same"
+            f"assistant: its vocabulary has {theirs} tokens and the model's has {ours}; pass a draft with the same one"
         )
     size, model_size = (sum(parameter.numel() for parameter in other.parameters()) for other in (draft, model))
     if size >= model_size:
         logger.warning(
-            "the assistant has %d parameters, the model %d: a draft that is not smaller makes it slower",
+            "the assistant has %d parameters, the model %d: a draft that is not smaller slows generation down",
             size,
             model_size,
         )
 
 
 def attach_draft(model: Any, draft: Any) -> None:
-    """Make `generate` of the model use a draft where the caller names none; `assistant_model=None` turns it off."""
-    # Not as a submodule: parameters, state dict and `named_modules` of the model stay what they are.
+    """Make `generate` use a draft unless the call names one; `assistant_model=None` turns it off."""
+    # Not a submodule, so the model's parameters, state dict and `named_modules` stay unchanged.
     model.__dict__["assistant"] = draft
     _take_the_kwargs_of(model, draft)
     plain = model.generate
@@ -72,7 +72,7 @@ def attach_draft(model: Any, draft: Any) -> None:
         obstacle = None if chosen is None else _obstacle(model, arguments)
         if obstacle is not None:
             if "assistant_model" in arguments:
-                logger.warning("generate: assistant_model is not used: %s", obstacle)
+                logger.warning("generate: assistant_model is ignored: %s", obstacle)
             chosen = None
         call.arguments["assistant_model"] = chosen
         return plain(*call.args, **call.kwargs)
@@ -81,7 +81,7 @@ def attach_draft(model: Any, draft: Any) -> None:
 
 
 def _obstacle(model: Any, arguments: Mapping[str, Any]) -> str | None:
-    """Return why transformers cannot let a draft help with a call, or `None` if it can."""
+    """Return why transformers cannot use a draft for a call, or `None` if it can."""
 
     def setting(name: str) -> Any:
         sources = (arguments.get("generation_config"), model.generation_config)
@@ -90,26 +90,26 @@ def _obstacle(model: Any, arguments: Mapping[str, Any]) -> str | None:
 
     ids = arguments.get("input_ids", arguments.get("inputs"))
     if arguments.get("inputs_embeds") is not None:
-        return "inputs_embeds say nothing to another model"
+        return "a draft cannot read inputs_embeds"
     if isinstance(ids, torch.Tensor) and ids.shape[0] > 1:
-        return f"a batch of {ids.shape[0]} (only one prompt at a time)"
+        return f"a batch of {ids.shape[0]} (only one prompt at a time is supported)"
     for name in ("num_beams", "num_return_sequences"):
         if (setting(name) or 1) > 1:
-            return f"{name}={setting(name)} (only 1)"
+            return f"{name}={setting(name)} (only 1 is supported)"
     for name in _OTHER_KINDS:
         if setting(name):
-            return f"{name} is another kind of generation"
+            return f"{name} selects another kind of generation"
     if setting("use_cache") is False or any(setting(name) is not None for name in _OTHER_CACHES):
-        return "it needs the cache that generate makes by default"
+        return "it needs the default cache of generate"
     if setting("prefill_chunk_size"):
-        return "it cannot take the prompt in chunks"
-    return "the model cannot take tokens back" if getattr(model, "_is_stateful", False) else None
+        return "it cannot process the prompt in chunks"
+    return "the model cannot roll tokens back" if getattr(model, "_is_stateful", False) else None
 
 
 def _take_the_kwargs_of(model: Any, draft: Any) -> None:
-    """Let `generate` of a draft take what transformers hands on from the model, whose inputs may be others.
+    """Let `generate` of a draft accept the keyword arguments that transformers forwards from the model.
 
-    Encoded images have the width of the model. A draft of another width, or without vision, guesses from the text.
+    Encoded images have the model's width. A draft of another width, or without vision, predicts from the text alone.
     """
     _see_images(draft)
     plain = draft.generate
@@ -127,7 +127,7 @@ def _take_the_kwargs_of(model: Any, draft: Any) -> None:
             positions = kwargs.get("position_ids")
             if flat_positions and positions is not None and positions.dim() == 3:
                 kwargs["position_ids"] = positions[0]  # the row that counts tokens
-            if placeholders:  # the model would look for the pictures of the ones it is handed
+            if placeholders:  # the draft would look up images for placeholders in its input
                 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
                 given = kwargs.get("logits_processor") or []
@@ -138,7 +138,9 @@ def _take_the_kwargs_of(model: Any, draft: Any) -> None:
 
 
 def _see_images(draft: Any) -> None:
-    """Have a draft use the images that the model encoded: transformers takes no forward of a draft for its prefill."""
+    """Make a draft use the images that the model encoded; transformers bypasses the draft's `forward` during its
+    prefill.
+    """
     plain = draft.prepare_inputs_for_generation
 
     @functools.wraps(plain)

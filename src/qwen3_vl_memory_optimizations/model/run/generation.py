@@ -1,4 +1,4 @@
-"""What happens around each `generate` of a model: its turn, its session, its budget, what is known of its prompt."""
+"""Wrap each `generate` of a model: its turn, session, budget, and reuse of known prompts."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from .turns import Turns
 logger = logging.getLogger(__name__)
 
 _LEAST_MEASURED_TOKENS = 64
-"""Fewer tokens take longer each: a rate measured on them would promise too much."""
+"""Below this many prompt tokens the per-token time is too high to predict what a hit saves."""
 
 
 def attach_forward(
     model: Any, optimizer: Any, turn: Turns, make_cache: Callable[[], ManagedKVCache] | None, *, lowers: bool = True
 ) -> tuple[PieceRunner, RunBudget]:
-    """Have each forward of a model run within the budget, a long prompt in pieces.
+    """Run each forward of a model within the budget, and a long prompt in pieces.
 
     Args:
-        model: of transformers.
-        optimizer: whose budget it is.
-        turn: held by each forward.
-        make_cache: returns an empty cache; `None`: the model keeps keys and values in another way, and runs whole.
-        lowers: a pass that takes less than the one before gives the difference back.
+        model: a transformers model.
+        optimizer: owns the budget.
+        turn: held during each forward.
+        make_cache: returns an empty cache; `None`: the model manages keys and values itself, and prompts run whole.
+        lowers: a pass that needs less memory than the one before returns the difference.
     """
     budget = RunBudget(model, optimizer, make_cache, lowers=lowers)
     runner = PieceRunner(model, make_cache, budget.choose, turn)
@@ -48,16 +48,16 @@ def attach_forward(
 
 
 def cache_maker(model: Any, codec: str, pager: Pager | None, *, reuses: bool) -> Callable[[], ManagedKVCache] | None:
-    """Make a model attend over a `ManagedKVCache`, and return what makes one.
+    """Make a model attend over a `ManagedKVCache`, and return the cache's factory.
 
     Args:
-        model: attends with `sdpa`, with the same full attention in all layers; any other is left as it is.
-        codec: of the blocks.
-        pager: counts and moves them.
-        reuses: blocks are made though they would save no memory: other sequences may begin with them.
+        model: must use `sdpa` with the same full attention in all layers; any other model is left unchanged.
+        codec: encodes the blocks.
+        pager: counts and moves the blocks.
+        reuses: build blocks even where they save no memory, because other sequences may share them.
 
     Returns:
-        `None` for a model that cannot.
+        `None` for an unsupported model.
     """
     config = model.config.get_text_config(decoder=True)
     if not hasattr(model, MAKE_CACHE_METHOD) or not _has_full_attention(config):
@@ -68,7 +68,7 @@ def cache_maker(model: Any, codec: str, pager: Pager | None, *, reuses: bool) ->
 
 
 def _has_full_attention(config: Any) -> bool:
-    """Whether every layer attends to all tokens before, by the kernel that ours stands in for."""
+    """Whether every layer attends to all previous tokens, with the kernel that ours replaces."""
     types = getattr(config, "layer_types", None) or []
     windows = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     return (
@@ -81,16 +81,16 @@ def _has_full_attention(config: Any) -> bool:
 
 
 class Generation:
-    """One pipeline around `generate`.
+    """The pipeline around `generate`.
 
     Args:
-        model: of transformers.
-        turn: held from the begin to the end of a call: threads take turns.
+        model: a transformers model.
+        turn: held for the whole call: threads take turns.
         session: returns a context for one call.
-        budget: refuses a call that it cannot carry to its end; `None`: none is refused.
-        pieces: the forward of the model; `None`: it runs whole.
-        make_cache: returns an empty cache of keys and values; `None`: `generate` keeps those of transformers.
-        reuse: looks prompts up and keeps what they leave; `None`: nothing is kept.
+        budget: rejects a call that cannot finish within it; `None`: no call is rejected.
+        pieces: the model's forward; `None`: it runs whole.
+        make_cache: returns an empty KV cache; `None`: `generate` uses the cache of transformers.
+        reuse: looks prompts up and keeps their keys and values; `None`: nothing is kept.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Generation:
         self._seconds_per_token = 0.0
 
     def attach(self) -> None:
-        """Replace `generate`, and the making of its cache; a model without it is left as it is."""
+        """Replace `generate` and its cache construction; a model without `generate` is left unchanged."""
         if not hasattr(self._model, "generate"):
             return
         self._model.generate = self._around(self._model.generate)
@@ -121,7 +121,7 @@ class Generation:
             setattr(self._model, PREFILL_METHOD, self._timed(getattr(self._model, PREFILL_METHOD)))
 
     def is_running(self) -> bool:
-        """Whether the calling thread is in a `generate` of the model."""
+        """Whether the calling thread is inside a `generate` of the model."""
         return getattr(self._local, "active", False)
 
     def _around(self, plain: Any) -> Any:
@@ -134,7 +134,7 @@ class Generation:
             with deferrable():
                 depth, session, has_session = self._turn.depth, self._session(), False
                 try:
-                    self._turn.__enter__()  # given back below, once all that belongs to the call has ended
+                    self._turn.__enter__()  # released below, after everything that belongs to the call has ended
                     with shield:
                         session.__enter__()
                         has_session = True
@@ -144,7 +144,7 @@ class Generation:
                     self._local.active, self._local.run = True, None
                     return self._run(plain, args, kwargs, arguments)
                 except KeyboardInterrupt as error:
-                    with shield:  # the caches of what was under way go now, not when somebody lets go of the error
+                    with shield:  # free the interrupted call's caches now, not when the caller drops the error
                         _forget_frames(error)
                     raise
                 finally:
@@ -160,7 +160,7 @@ class Generation:
     def _run(self, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]) -> Any:
         with shield:
             if self._budget is not None:
-                self._budget.admit(arguments)  # before it continues in a tail that rests
+                self._budget.admit(arguments)  # before the call takes over a resting tail
             run = self._local.run = None if self._reuse is None else self._reuse.begin(arguments)
             behind = self._reuse if run is not None and run.past else None
             if run is not None and behind is not None:
@@ -174,12 +174,12 @@ class Generation:
         return result
 
     def _keep(self, run: Run, result: Any) -> None:
-        """Let the sequence rest. An answer that is finished is never lost to what is done for the next one."""
+        """Store the finished sequence. A failure here never loses the answer."""
         assert self._reuse is not None
         try:
             self._reuse.keep(run, result, self._seconds_per_token)
         except Exception as error:
-            logger.warning("keys and values are not kept: %s: %s", type(error).__name__, str(error))
+            logger.warning("keys and values were not kept: %s: %s", type(error).__name__, str(error))
 
     def _ended(self) -> None:
         self._local.active, self._local.run = False, None
@@ -211,7 +211,7 @@ class Generation:
         return prepare
 
     def _timed(self, plain: Any) -> Any:
-        """Note how long a token of a prompt takes: what a hit saves."""
+        """Measure the prefill time per prompt token, which a hit saves."""
 
         @functools.wraps(plain)
         def prefill(*args: Any, **kwargs: Any) -> Any:
@@ -227,7 +227,7 @@ class Generation:
 
 
 def _forget_frames(error: BaseException | None) -> None:
-    """Let go of what the frames of an error, and of those that it came after, hold."""
+    """Release what the frames of an error, and of the errors in its context chain, hold."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__

@@ -1,4 +1,4 @@
-"""What a run takes of a budget, computed from its sizes alone."""
+"""Compute the memory that a run needs from its sizes alone."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from ..kv.sizes import BLOCK_TOKENS, FEW_TOKENS, TAIL_TOKENS
 from ..layers.forward_memory import feature_bytes, text_bytes, vision_bytes, with_heap
 
 LEAST_PIECE_TOKENS = 64
-"""The smallest piece of a prompt."""
+"""The smallest prompt piece."""
 STREAMED_BYTES = 32 << 20
-"""Pages of weights, and of keys and values, that are in memory while they are used and the next ones are read."""
+"""Pages of weights, keys and values that are in memory while in use or being prefetched."""
 PROCESS_BYTES = 360 << 20
-"""Interpreter, torch, transformers and their code (330 MB measured), and vectors of weights."""
+"""Interpreter, torch, transformers and their code (330 MB measured), plus small weight vectors."""
 WORKSPACE_BYTES = 48 << 20
-"""What products and attention work in (16 to 40 MB measured)."""
+"""Workspace of matrix products and attention (16 to 40 MB measured)."""
 _KERNEL_SHARE = 64
 
 
 @dataclass(frozen=True, slots=True)
 class RunNeeds:
-    """What a run takes.
+    """The memory needs of a run.
 
     Attributes:
-        prompt_tokens, new_tokens, rows: of each sequence, and how many sequences.
-        transient_bytes: the most that its passes take at a time, in pieces of the smallest size.
-        pinned_bytes: of keys and values that cannot leave: the tails.
-        blocks_bytes: of keys and values that may lie on the SSD.
-        streamed_bytes: of weights and blocks, in memory while they are used and the next ones are read.
+        prompt_tokens, new_tokens, rows: tokens per sequence, and number of sequences.
+        transient_bytes: peak of its passes, with the smallest pieces.
+        pinned_bytes: non-evictable keys and values: the tails.
+        blocks_bytes: keys and values that may be on the SSD.
+        streamed_bytes: weights and blocks that are in memory while in use or being prefetched.
     """
 
     prompt_tokens: int
@@ -60,16 +60,16 @@ def run_needs(
     piece: int = LEAST_PIECE_TOKENS,
     masked: bool = False,
 ) -> RunNeeds:
-    """Compute what a run takes from its sizes.
+    """Compute the memory needs of a run from its sizes.
 
     Args:
         config: of the model.
         prompt_tokens, new_tokens, rows: see `RunNeeds`.
-        patches: rows of the vision tower.
-        itemsize: bytes of an activation; `tail_itemsize`: of a number in a tail.
-        block_tokens: of a block of keys and values.
-        token_bytes: of a token's encoded keys and values, all layers; default: INT8.
-        piece: tokens of a piece of the prompt.
+        patches: rows of the vision tower's input.
+        itemsize: bytes per activation; `tail_itemsize`: bytes per number in a tail.
+        block_tokens: tokens per KV block.
+        token_bytes: encoded keys and values of all layers, per token; default: INT8.
+        piece: tokens per prompt piece.
         masked: sequences are padded.
     """
     text = config.get_text_config()
@@ -96,13 +96,13 @@ def run_needs(
         new_tokens,
         rows,
         with_heap(peak),
-        # A tail grows by copying: for a moment both are there.
+        # A tail grows by copying, so one old and one new copy exist for a moment.
         math.ceil(rows * tail_tokens * numbers * tail_itemsize * (1 + 1 / text.num_hidden_layers)),
         math.ceil(max(0, total - TAIL_TOKENS) * rows * per_token),
     )
 
 
 def least_budget_bytes(config: Any, **sizes: Any) -> int:
-    """Return the least `ram_budget` with which a run is admitted, to a few per cent; see `run_needs` for `sizes`."""
+    """Return the smallest `ram_budget` that admits a run, within a few percent; see `run_needs` for `sizes`."""
     needed = PROCESS_BYTES + WORKSPACE_BYTES + run_needs(config, **sizes).memory_bytes
     return needed * _KERNEL_SHARE // (_KERNEL_SHARE - 1)

@@ -1,4 +1,4 @@
-"""Each forward of a model says what is being computed: the vision tower, a prompt, or tokens."""
+"""Report the phase of each forward: vision tower, prefill or decode."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from ..compat import cache_of, vision_tower
 
 _FEW_TOKENS = 16
-"""So many new tokens behind others are drafts of an answer, not a prompt."""
+"""Up to this many new tokens after cached ones are speculated tokens of an answer, not a prompt."""
 
 
 def attach_phases(model: Any, enter_phase: Callable[[str], None]) -> None:
-    """Tell the phases of all forwards of a model.
+    """Report the phases of all forwards of a model.
 
     Args:
-        model: of transformers.
-        enter_phase: called with `vision`, `prefill` or `decode`, ahead of what computes it.
+        model: a transformers model.
+        enter_phase: called with `vision`, `prefill` or `decode` before the phase is computed.
     """
 
     def before_model(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""A prompt runs in pieces: transient memory grows with the piece, not with the prompt.
+"""Run a prompt in pieces, so that transient memory grows with the piece, not with the prompt.
 
-The forward of a model is replaced by one that runs a long prompt some tokens at a time behind the same cache, and
-computes logits for the rows that are asked for. Pictures are encoded once; each piece gets the features of its own
-tokens. Weights that are not in memory are read once per piece.
+The replaced forward runs a long prompt piece by piece on the same cache and computes only the requested logits. Images
+and videos are encoded once; each piece gets the features of its own tokens. Weights outside memory are read once per
+piece.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from ...interrupts import deferrable
 from ..compat import base_of, cache_name, cache_of, picture_features
 
 PIECE_TOKENS = 1024
-"""The largest piece. Products of 1,024 rows are as fast as those of more, and take longer than reading all weights."""
+"""The largest piece. Products of 1,024 rows are as fast as larger ones and take longer than reading all weights."""
 _PICTURES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 _PIXELS = tuple(pixels for pixels, _ in _PICTURES.values())
 _WHOLE = ("labels", "output_attentions", "output_hidden_states", "token_type_ids")
-"""What asks for something of all tokens at once."""
+"""Arguments that need all tokens at once."""
 
 
 def forward_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Return sequences, new tokens of each, and tokens in the cache of each, of a forward; (1, 1, 0) if unknown."""
+    """Return the sequences, new tokens and cached tokens per sequence of a forward; (1, 1, 0) if unknown."""
     tokens = kwargs.get("input_ids", args[0] if args else None)
     tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
     batch, length = tokens.shape[:2] if isinstance(tokens, torch.Tensor) and tokens.dim() >= 2 else (1, 1)
@@ -36,19 +36,19 @@ def forward_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int,
 
 
 class PieceRunner:
-    """The forward of a model, in pieces where the prompt is longer than one.
+    """The forward of a model, which runs a prompt longer than one piece in pieces.
 
     Args:
-        model: of transformers.
-        make_cache: returns an empty cache, for a call without one; `None`: the prompt runs whole.
-        choose: given the arguments of a forward, its tokens per sequence, how many sequences, the tokens in the cache
-            of each, whether it has to run whole, and whether gradients are to be computed, sets memory aside and
-            returns how many tokens a piece has.
-        turn: held meanwhile.
+        model: a transformers model.
+        make_cache: returns an empty cache for a call without one; `None`: the prompt runs whole.
+        choose: reserves memory and returns the tokens per piece. Takes the arguments of a forward, its tokens per
+            sequence, the number of sequences, the cached tokens per sequence, whether the forward must run whole, and
+            whether gradients are needed.
+        turn: held during the forward.
 
     Attributes:
-        skipped: by modality, how many tokens of pictures the next forward begins behind: their features come first
-            among those that it is given.
+        skipped: image and video tokens before the start of the next forward, by modality; their features come first
+            among those passed to it.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class PieceRunner:
         return self._in_pieces(given, length, min(piece, length), past, skipped)
 
     def _trains(self, given: Mapping[str, Any]) -> bool:
-        """Whether gradients are to be computed: all that they need of all tokens stays."""
+        """Whether gradients are needed, which keep data of all tokens alive."""
         if not torch.is_grad_enabled():
             return False
         inputs = (value for value in given.values() if isinstance(value, torch.Tensor))
@@ -106,7 +106,7 @@ class PieceRunner:
         return (
             self._make_cache is not None
             and not any(asked)
-            and not (pictures and given.get("mm_token_type_ids") is None)  # transformers says what is missing
+            and not (pictures and given.get("mm_token_type_ids") is None)  # transformers reports what is missing
             and all(given.get(name) is None or given[name] is False for name in _WHOLE)
             and isinstance(given.get("logits_to_keep", 0), int)
             and (mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2))
@@ -152,7 +152,7 @@ class PieceRunner:
         if len(logits) > 1:
             result.logits = torch.cat(logits, dim=1)
         for modality, output in encoded.items():
-            if hasattr(result, f"{modality}_outputs"):  # else of the last piece alone
+            if hasattr(result, f"{modality}_outputs"):  # otherwise it covers only the last piece
                 result[f"{modality}_outputs"] = output
         if not keeps:
             result[self._cache_name] = None
@@ -161,7 +161,7 @@ class PieceRunner:
     # --- pictures -----------------------------------------------------------------------------------------------------
 
     def _encoded(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Take the pictures out of the arguments and return their features by modality."""
+        """Remove images and videos from the arguments and return their features by modality."""
         found = {name: value for name, value in (arguments.pop("mm_encoder_outputs", None) or {}).items() if value}
         for modality, (pixels_name, grid_name) in _PICTURES.items():
             pixels, grid = arguments.pop(pixels_name, None), arguments.get(grid_name)
@@ -171,7 +171,7 @@ class PieceRunner:
         return found
 
     def _positions(self, arguments: dict[str, Any], length: int, past: int) -> torch.Tensor | None:
-        """Return the positions of all tokens, `[.., batch, length]`; the grids go out of the arguments."""
+        """Return the positions of all tokens, `[.., batch, length]`, and remove the grids from the arguments."""
         grids = {name: arguments.pop(name, None) for _, name in _PICTURES.values()}
         positions = arguments.get("position_ids")
         if positions is not None:
@@ -181,7 +181,7 @@ class PieceRunner:
         if compute is not None:
             embeds = arguments.get("inputs_embeds")
             if embeds is None and tokens is not None:
-                embeds = tokens[..., None]  # only its shape counts
+                embeds = tokens[..., None]  # only its shape matters
             positions = compute(
                 input_ids=tokens,
                 inputs_embeds=embeds,
@@ -201,7 +201,7 @@ class PieceRunner:
         )
 
     def _rows(self, types: torch.Tensor, skipped: Mapping[str, int]) -> dict[str, torch.Tensor]:
-        """Return, by modality, which of its features stands at each token, counted over the batch; -1: none."""
+        """Return, by modality, the feature index of each token, counted over the batch; -1: none."""
         found = {}
         for modality, number in (("image", 1), ("video", 2)):
             seen = types == number
@@ -226,7 +226,7 @@ class PieceRunner:
 
 
 def _picked(parts: Any, rows: torch.Tensor) -> torch.Tensor:
-    """Return some rows, in rising order, of tensors that lie one after another, copying no others."""
+    """Return selected rows, in ascending order, of consecutive tensors, without copying the others."""
     parts = (parts,) if isinstance(parts, torch.Tensor) else parts
     found, start = [], 0
     for part in parts:

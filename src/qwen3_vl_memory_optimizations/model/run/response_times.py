@@ -1,4 +1,4 @@
-"""How long a model takes to answer: noted at the end of each forward and of each `generate`."""
+"""Measure response times at the end of each forward and each `generate`."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _REMEMBERED = 64
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One `generate`, or one forward that none made.
+    """One `generate`, or one forward outside `generate`.
 
     Attributes:
         generated: whether it was a `generate`.
-        ended_s: when it ended, by the clock of the `ResponseTimes`.
-        wall_s: from the call to its end; `cpu_s`: of all threads of the process meanwhile.
+        ended_s: end time on the clock of the `ResponseTimes`.
+        wall_s: from call to end; `cpu_s`: CPU time of all threads of the process in between.
         first_token_s: from the call to the end of the first forward.
-        new_tokens: in all sequences.
-        decode_s: from the end of the first forward to that of the last; `decode_steps`: tokens of a sequence in it.
-        decode_bytes: encoded bytes of managed tensors that were used in it.
+        new_tokens: summed over all sequences.
+        decode_s: from the end of the first forward to the end of the last; `decode_steps`: tokens per sequence in it.
+        decode_bytes: encoded bytes of managed tensors used in it.
     """
 
     generated: bool
@@ -44,7 +44,7 @@ class Response:
 
 @dataclass(slots=True)
 class _Run:
-    """A `generate` under way in a thread."""
+    """A `generate` in progress in a thread."""
 
     start_s: float
     start_cpu_s: float
@@ -55,15 +55,15 @@ class _Run:
 
 
 class ResponseTimes:
-    """The last responses, and totals.
+    """The latest responses, and totals.
 
     Args:
-        used_bytes: returns how many bytes of managed tensors were used so far.
+        used_bytes: returns the bytes of managed tensors used so far.
         timer: a monotonic clock in seconds.
         cpu_timer: CPU-seconds of the process.
 
     Attributes:
-        responses, tokens, seconds: how many there were, the new tokens, and the wall time, since the start.
+        responses, tokens, seconds: number of responses, new tokens and wall time since the start.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class ResponseTimes:
         self._running: dict[int, float] = {}  # thread -> start
 
     def recent(self) -> list[Response]:
-        """Return the last 64 responses, the newest last."""
+        """Return the last 64 responses, newest last."""
         with self._lock:
             return list(self._recent)
 
     def running_s(self) -> float | None:
-        """Return how long the oldest response under way has taken so far; `None`: there is none."""
+        """Return the elapsed time of the oldest response in progress, or `None` if there is none."""
         with self._lock:
             return self.timer() - min(self._running.values()) if self._running else None
 
@@ -98,21 +98,21 @@ class ResponseTimes:
 
     @property
     def in_generate(self) -> bool:
-        """Whether a `generate` runs in this thread."""
+        """Whether a `generate` is running in this thread."""
         return getattr(self._local, "run", None) is not None
 
     def begin(self) -> None:
-        """Note that a `generate` begins in this thread. Precondition: it is not part of another."""
+        """Record that a `generate` begins in this thread. Precondition: it is not nested in another."""
         self._local.run = _Run(self.timer(), self._cpu_timer())
         with self._lock:
             self._running[threading.get_ident()] = self._local.run.start_s
 
     def end(self, new_tokens: int = 0, length: int = 0) -> None:
-        """Note that the `generate` of this thread ended.
+        """Record that this thread's `generate` ended.
 
         Args:
-            new_tokens: of all sequences.
-            length: of the longest, in new tokens.
+            new_tokens: summed over all sequences.
+            length: new tokens of the longest sequence.
         """
         run, self._local.run = getattr(self._local, "run", None), None
         if run is None:  # interrupted before it began
@@ -134,16 +134,16 @@ class ResponseTimes:
         )
 
     def forward_begins(self) -> None:
-        """Note that a forward begins in this thread."""
+        """Record that a forward begins in this thread."""
         if getattr(self._local, "run", None) is None:
             self._local.forward = (self.timer(), self._cpu_timer())
             with self._lock:
                 self._running[threading.get_ident()] = self._local.forward[0]
 
     def forward_ended(self, *, failed: bool = False) -> None:
-        """Note that it ended; one that failed is no response."""
+        """Record that a forward ended; a failed one is not a response."""
         run = getattr(self._local, "run", None)
-        if failed:  # perhaps before it began: by a hook that comes before this one
+        if failed:  # possibly in an earlier hook, before it began
             if run is None:
                 with self._lock:
                     self._running.pop(threading.get_ident(), None)
@@ -167,7 +167,7 @@ class ResponseTimes:
 
 
 def attach_response_times(model: Any, times: ResponseTimes) -> None:
-    """Note each forward and each `generate` of a model. It adds a few microseconds to each."""
+    """Record each forward and each `generate` of a model. Adds a few microseconds to each."""
 
     def before(module: Any, args: Any) -> None:
         times.forward_begins()

@@ -1,4 +1,4 @@
-"""`RunBudget`: what a run of a model takes of the budget, computed before it begins."""
+"""Compute a run's share of the budget before it begins (`RunBudget`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _PIECES = (PIECE_TOKENS, 768, 512, 384, 256, 192, 128, LEAST_PIECE_TOKENS)
 _PIECE_SHARE = 0.5
-"""Of what is free: the rest holds weights, of which those that are missing are read once per piece."""
+"""Share of free memory for a piece. The rest caches weights, which otherwise are read once per piece."""
 _WORTH_A_TRIM_BYTES = 16 << 20
 _LAYERS_PER_TRIM = 4
 _MANY_TOKENS = 512
@@ -30,19 +30,19 @@ _PIXELS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_
 
 
 class RunBudget:
-    """Sets memory aside for the passes of a model, and refuses runs that the budget cannot carry to their end.
+    """Reserves memory for a model's passes, and rejects runs that cannot finish within the budget.
 
     Args:
-        model: of transformers.
-        optimizer: whose budget it is.
-        make_cache: returns an empty cache; `None`: keys and values are kept by transformers.
-        lowers: a pass that takes less than the one before gives the difference back.
+        model: a transformers model.
+        optimizer: owns the budget.
+        make_cache: returns an empty cache; `None`: transformers keeps keys and values.
+        lowers: a pass that needs less memory than the one before returns the difference.
     """
 
     def __init__(self, model: Any, optimizer: Any, make_cache: Any, *, lowers: bool = True) -> None:
         self._model, self._optimizer, self._make_cache, self._lowers = model, optimizer, make_cache, lowers
         self._admitted = False
-        self._features_bytes = 0  # of pictures; `generate` holds them to its end
+        self._features_bytes = 0  # of images and videos; `generate` holds them until it ends
         self._whole = not optimizer.pager.ledger.limited and optimizer.config.weight_codec() == "none"
 
     @property
@@ -56,13 +56,13 @@ class RunBudget:
     # --- before a run -------------------------------------------------------------------------------------------------
 
     def admit(self, arguments: Mapping[str, Any]) -> None:
-        """Refuse a call of `generate` that would not finish.
+        """Reject a `generate` call that cannot finish.
 
         Args:
             arguments: of the call.
 
         Raises:
-            MemoryBudgetExceeded: with what it takes, what there is, and the least budget that would do.
+            MemoryBudgetExceeded: reports the bytes needed, the bytes available, and the smallest sufficient budget.
         """
         self._admitted = False
         if not self._limited or self._make_cache is None:
@@ -80,10 +80,10 @@ class RunBudget:
         if needs.memory_bytes > free:
             least = budget + needs.memory_bytes - free
             raise MemoryBudgetExceeded(
-                f"{needs.prompt_tokens} tokens and {needs.new_tokens} more in {needs.rows} sequence(s) take "
+                f"{needs.prompt_tokens} prompt and {needs.new_tokens} new tokens in {needs.rows} sequence(s) need "
                 f"{format_bytes(needs.memory_bytes)} besides weights; {format_bytes(max(0, free))} of the budget of "
-                f"{format_bytes(budget)} are left; give at least {format_bytes(least)}, smaller pictures or fewer "
-                "sequences",
+                f"{format_bytes(budget)} are left; raise the budget to at least {format_bytes(least)}, or use smaller "
+                "images or videos, or fewer sequences",
                 requested_bytes=needs.memory_bytes,
                 available_bytes=max(0, free),
                 budget_bytes=budget,
@@ -93,18 +93,18 @@ class RunBudget:
         self._admitted = True
 
     def ended(self) -> None:
-        """Note that the call ended: what comes next was not admitted."""
+        """Record that the call ended; later passes are not admitted."""
         self._admitted, self._features_bytes = False, 0
 
     def _require_swap(self, needs: RunNeeds, in_memory: int) -> None:
-        """Refuse keys and values that fit neither memory nor the SSD."""
+        """Reject keys and values that fit neither memory nor the SSD."""
         free = self._optimizer.pager.swap_free_bytes
         missing = needs.blocks_bytes - max(0, in_memory)
         if missing > free:
             raise MemoryBudgetExceeded(
-                f"keys and values of {needs.prompt_tokens + needs.new_tokens} tokens take "
+                f"keys and values of {needs.prompt_tokens + needs.new_tokens} tokens need "
                 f"{format_bytes(needs.blocks_bytes)}; {format_bytes(max(0, in_memory))} fit into memory and "
-                f"{format_bytes(free)} onto the disk of the swap file; free some of it, allow a larger swap file, or "
+                f"{format_bytes(free)} onto the disk of the swap file; free disk space, allow a larger swap file, or "
                 "raise the budget",
                 requested_bytes=needs.blocks_bytes,
                 available_bytes=max(0, in_memory) + free,
@@ -113,7 +113,7 @@ class RunBudget:
             )
 
     def needs(self, arguments: Mapping[str, Any]) -> RunNeeds | None:
-        """Return what a call of `generate` takes, in pieces of the smallest size; `None` where that is not known."""
+        """Return the needs of a `generate` call with the smallest pieces, or `None` if unknown."""
         ids = arguments.get("input_ids", arguments.get("inputs"))
         ids = arguments.get("inputs_embeds") if ids is None else ids
         if not isinstance(ids, torch.Tensor) or ids.dim() < 2:
@@ -165,15 +165,15 @@ class RunBudget:
         whole: bool = False,
         trains: bool = False,
     ) -> int:
-        """Set memory aside for a pass, and return how many of its tokens to take at a time.
+        """Reserve memory for a pass, and return how many of its tokens to process at a time.
 
         Args:
             given: arguments of the forward.
-            length: tokens of each sequence.
-            batch: how many sequences.
-            past: tokens of each in the cache.
-            whole: it cannot be cut.
-            trains: gradients are to be computed, so that what each layer computed stays.
+            length: tokens per sequence.
+            batch: number of sequences.
+            past: cached tokens per sequence.
+            whole: the pass cannot be split.
+            trains: gradients are needed, so each layer's intermediate results stay in memory.
 
         Raises:
             MemoryBudgetExceeded: even the smallest piece does not fit.
@@ -201,7 +201,7 @@ class RunBudget:
             rows = batch * kept + (batch * length if all_logits and n < length else 0)
             sizes = {"tokens": batch * n, "itemsize": self._itemsize}
             found = text_bytes(config, logit_rows=rows, cached_tokens=past + length, masked=masked, **sizes)
-            if foreign or (not cached and n == length):  # transformers keeps its keys and values
+            if foreign or (not cached and n == length):  # transformers keeps the keys and values
                 found += whole_prompt_bytes(config, cached_tokens=batch * past, **sizes)
             if trains:
                 layer_bytes = text_bytes(config, logit_rows=0, tokens=batch * n, itemsize=self._itemsize)
@@ -223,7 +223,7 @@ class RunBudget:
         return chosen
 
     def _kept_bytes(self, layer_bytes: int, tokens: int) -> int:
-        """Return what stays of all layers for their gradients, of each about what it takes while it runs."""
+        """Return the bytes that all layers keep for gradients, each about its own peak."""
         text = self._model.config.get_text_config()
         if getattr(self._model, "is_gradient_checkpointing", False) and self._model.training:
             layer_bytes = tokens * int(text.hidden_size) * self._itemsize
@@ -238,7 +238,7 @@ class RunBudget:
         return cache_of(given)
 
     def _features_of(self, given: Mapping[str, Any]) -> int:
-        """Return the bytes of the features of pictures that are there, or will be."""
+        """Return the bytes of image and video features that exist already or will be computed."""
         encoded = given.get("mm_encoder_outputs") or {}
         found = 0
         for output in encoded.values():
@@ -251,7 +251,7 @@ class RunBudget:
         return found
 
     def _tail_growth(self, given: Mapping[str, Any], batch: int, total: int) -> int:
-        """Return what the tails of a prompt will take that they do not take yet."""
+        """Return how much the tails of a prompt will still grow, in bytes."""
         text = self._model.config.get_text_config()
         heads = getattr(text, "num_key_value_heads", text.num_attention_heads)
         head_dim = getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
@@ -262,7 +262,7 @@ class RunBudget:
         return int(batch * tokens * 2 * text.num_hidden_layers * heads * head_dim * itemsize)
 
     def before_vision(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Set memory aside for the vision tower: a pre-hook of it. `generate` runs it ahead of the forward."""
+        """Reserve memory for the vision tower, as its pre-hook. `generate` calls the tower before the forward."""
         config = self._model.config
         patches = int((args[0] if args else kwargs["hidden_states"]).shape[0])
         shown = patches // config.vision_config.spatial_merge_size**2
@@ -272,27 +272,28 @@ class RunBudget:
         self._optimizer.reserve_activations(max(held, with_heap(n_bytes)))
 
     def _reserve(self, n_bytes: int) -> None:
-        # A draft runs between passes of the model: what it lowered, weights would fill and have to leave again.
+        # A draft runs between passes of the model: weights would fill the memory it returned, only to be evicted again.
         held = self._optimizer.pager.ledger.held_bytes("activations")
         if self._lowers and n_bytes < held - _WORTH_A_TRIM_BYTES:
-            trim_heap()  # what the pass before left in the heap goes before weights take its place
+            trim_heap()  # return the previous pass's free heap before weights take its place
         n_bytes = n_bytes if self._lowers else max(n_bytes, held)
         try:
             self._optimizer.reserve_activations(n_bytes)
         except MemoryBudgetExceeded as error:
             if not self._admitted:
                 raise
-            # The estimate of a pass, or others in the group, grew since: an admitted run continues with what there is.
-            logger.warning("a pass takes more than is left, and is tried: %s", str(error))
+            # The estimate of a pass, or the use by others in the control group, grew since: an admitted run continues
+            # with what is left.
+            logger.warning("a pass needs more memory than is left; trying anyway: %s", str(error))
             self._optimizer.reserve_activations(max(held, min(n_bytes, self._optimizer.free_for_activations())))
 
     def attach(self) -> None:
-        """Register hooks that set memory aside for the vision tower, and that return free heap to the system."""
+        """Register hooks that reserve memory for the vision tower and return free heap to the system."""
         if self._whole:
             return
 
         def after_layer(module: Any, args: tuple[Any, ...], output: Any) -> None:
-            # What its blocks were made of lies between what it computed with: with each layer the heap would grow.
+            # Freed inputs of blocks fragment the heap between live tensors; without trimming, it grows with each layer.
             if args and args[0].shape[:-1].numel() >= _MANY_TOKENS:
                 trim_heap()
 

@@ -1,4 +1,4 @@
-"""`Turns`: threads that use one model take turns, in the order in which they came."""
+"""Serialize threads that share a model, in order of arrival (`Turns`)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ...interrupts import locks_of_this_process, shield, wait_for
 
 
 class Turns:
-    """A lock that is fair and may be taken again by the thread that has it.
+    """A fair, reentrant lock, used as a context manager.
 
-    A model has one order of accesses, one account of transient memory and one M-RoPE offset: two passes at a time would
-    take them from each other. Used as a context manager.
+    A model has one access order, one account of transient memory and one M-RoPE offset, which two simultaneous passes
+    would overwrite.
     """
 
     def __init__(self) -> None:
@@ -26,16 +26,16 @@ class Turns:
 
     @property
     def waiting(self) -> int:
-        """How many threads wait."""
+        """Number of waiting threads."""
         return len(self._waiting)
 
     @property
     def depth(self) -> int:
-        """How often the calling thread has it."""
+        """How many times the calling thread holds it."""
         return self._depth if self._owner == threading.get_ident() else 0
 
     def give_back(self, depth: int) -> None:
-        """Have it only so often as before: blocks that an interrupt tore apart have not ended."""
+        """Release the lock down to an earlier depth: blocks torn apart by an interrupt never exited."""
         with shield, self._lock:
             if self._owner == threading.get_ident() and self._depth > depth:
                 self._depth = depth
