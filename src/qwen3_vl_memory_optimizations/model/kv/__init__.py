@@ -1,1 +1,1 @@
-"""Keys and values: blocks, sequences, the store of those that rest, and the attention over them."""
+"""Manage keys and values: blocks, sequences, the store of resting sequences, and attention over blocks."""

@@ -1,12 +1,12 @@
-"""Attention over a `ManagedKVCache`, registered with transformers under the name `ATTENTION`.
+"""Attend over a `ManagedKVCache`; registered with transformers under the name `ATTENTION`.
 
-Where all tokens are in the tail, or the cache is another one, it is the `sdpa` of transformers, bit by bit. Otherwise
-it runs over the blocks of each sequence, some at a time, over the tail, and over the tokens of the pass where they were
-computed, and merges what these give (online softmax): keys and values of a layer are never decoded at once, nor
-repeated for the heads of a group.
+If all tokens are in the tail, or the cache is of another kind, this is transformers' `sdpa`, bit for bit. Otherwise
+attention runs over each sequence's blocks, some at a time, over the tail, and over the pass's own tokens in place, and
+merges the partial results (online softmax). Keys and values of a layer are never decoded all at once, nor repeated for
+the heads of a group.
 
-A mask that is causal and hides nothing else is never made: it would grow with the square of the prompt. One that hides
-padding besides is made for the keys alone, `[batch, 1, 1, tokens]`.
+A purely causal mask is never materialized, because it would grow with the square of the prompt. A causal mask that also
+hides padding is built for the keys alone, `[batch, 1, 1, tokens]`.
 """
 
 from __future__ import annotations
@@ -26,20 +26,19 @@ _QUERY_ROWS = 512
 
 
 class CachedStates:
-    """What a layer of the cache hands to the attention in place of keys and of values."""
+    """What a cache layer passes to attention in place of keys and values."""
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
 
     def attend_row(self, query: torch.Tensor, scale: float) -> torch.Tensor | None:
-        """Attend with one token per sequence, `[batch, heads, 1, head_dim]`, to all tokens, where none is in a block.
+        """Attend with one token per sequence, `[batch, heads, 1, head_dim]`, to all tokens, if none is in a block.
 
-        The heads of a group become rows of one product. `sdpa` of transformers asks for `enable_gqa`, which in 16 bits
-        is computed by another kernel: 87 instead of 23 us at 48 tokens, 1,490 instead of 170 at 1,024 (in fp32 both
-        are alike).
+        The heads of a group become rows of one product. transformers' `sdpa` passes `enable_gqa`, which selects another
+        kernel in 16 bits: 87 instead of 23 us at 48 tokens, 1,490 instead of 170 us at 1,024 (no difference in fp32).
 
         Returns:
-            `[batch, 1, heads * head_dim]`; `None` where there are blocks, with nothing done.
+            `[batch, 1, heads * head_dim]`; `None` if there are blocks, with nothing done.
         """
         layer = self.layer
         if layer.n_blocks or layer.tail_dtype != query.dtype:
@@ -70,7 +69,7 @@ def attention_forward(
     """Attend with `query` `[batch, heads, tokens, head_dim]`; the arguments are those of transformers.
 
     Returns:
-        `[batch, tokens, heads, head_dim]`, and `None` for the weights.
+        `[batch, tokens, heads, head_dim]`, and `None` for the attention weights.
     """
     if not isinstance(key, CachedStates):
         mask = _whole_mask(attention_mask, query.shape[2], key.shape[2])
@@ -88,7 +87,7 @@ def attention_forward(
 
 
 def _all_states(layer: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return all keys and values, where they lie in one place in this dtype."""
+    """Return all keys and values if they are in one place in this dtype."""
     if layer.n_blocks or (layer.tail_length and layer.fresh_length):
         return None
     if layer.fresh_length:
@@ -98,7 +97,7 @@ def _all_states(layer: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Ten
 
 def _attend(layer: Any, query: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     batch, heads, length, size = query.shape
-    step = length if mask is None else _QUERY_ROWS  # what a mask adds to the scores takes as much as they do
+    step = length if mask is None else _QUERY_ROWS  # the mask's bias takes as much memory as the scores
     out = query.new_empty((batch, length, heads, size))
     for start in range(0, length, step):
         stop = min(start + step, length)
@@ -125,14 +124,14 @@ def _attend_rows(
         layer: the keys and values.
         row: of the batch.
         query: `[heads, rows, head_dim]`.
-        mask: `[1 or heads, 1 or rows, all tokens]`; with one row, and where it is `None`, it is causal besides.
+        mask: `[1 or heads, 1 or rows, all tokens]`; with one row, or if `None`, causal masking applies as well.
         scale: of the scores.
-        first: the place of the first row among the tokens of this pass.
-        length: tokens of this pass: the last of all.
+        first: position of the first row within this pass.
+        length: tokens of this pass, the last of all tokens.
     """
     _, n_rows, size = query.shape
     kv_heads = layer.heads
-    # The query heads of a group are more rows for the key and value head that they share.
+    # The query heads of a group become additional rows for their shared key and value head.
     grouped = query.reshape(kv_heads, -1, size)
     group = grouped.shape[1] // n_rows
     found: Partial | None = None
@@ -156,7 +155,7 @@ def _attend_rows(
     if layer.fresh_length:
         keys, values = (states[row] for states in layer.fresh())
         if mask is None:
-            # The heads of a group one after another: then it is causal without a mask.
+            # One head of a group at a time, which keeps attention causal without a mask.
             members = query.view(kv_heads, group, n_rows, size).unbind(1)
             parts = [attend_causal(member, keys, values, scale) for member in members]
             out = torch.stack([part.out for part in parts], dim=1).view(grouped.shape)
@@ -177,19 +176,19 @@ def _bias(
     dtype: torch.dtype,
     causal: int | None,
 ) -> torch.Tensor | None:
-    """Return what a mask adds to the scores of the tokens `start` to `stop`.
+    """Return the bias that a mask adds to the scores of tokens `start` to `stop`.
 
     Args:
         mask: `[1 or heads, 1 or rows, all tokens]`.
-        start, stop: the tokens.
-        rows: key-value heads, query heads of each, rows of each of these.
+        start, stop: the token range.
+        rows: key-value heads, query heads per key-value head, rows per query head.
         dtype: of the scores.
-        causal: where the mask has one row, or is `None`: which of these tokens the first row of the query is. `None`:
-            all of them come before it.
+        causal: if the mask has one row or is `None`: index of the query's first row among these tokens. `None`: all
+            of them precede it.
 
     Returns:
-        What broadcasts to `[key-value heads, query heads of one * rows, stop - start]`, or `None` where nothing is
-        hidden.
+        A tensor that broadcasts to `[key-value heads, query heads of one * rows, stop - start]`, or `None` if nothing
+        is hidden.
     """
     kv_heads, group, n_rows = rows
     part = None if mask is None else mask[..., start:stop]
@@ -210,8 +209,8 @@ def _bias(
 
 
 def _added(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a mask as what is added to scores."""
-    least = torch.finfo(dtype).min / 2  # not -inf: a row that may see nothing of a block would have no largest score
+    """Return a mask as a bias for scores."""
+    least = torch.finfo(dtype).min / 2  # not -inf: a row that sees nothing of a block needs a finite maximum
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, least)
     return mask.to(dtype).clamp(min=least)
@@ -231,8 +230,8 @@ def _keys_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """Return a mask as `sdpa_mask` of transformers does; of one that is causal and hides padding, the padding alone."""
-    # A cache of fixed size has places behind the newest token: a mask that is left out would be made for none.
+    """Return a mask as transformers' `sdpa_mask` does; for a causal mask that hides padding, the padding alone."""
+    # A fixed-size cache has slots behind the newest token, which an omitted mask would not hide.
     allow_is_causal_skip &= int(q_offset) + q_length == kv_offset + kv_length
     if mask_function is not causal_mask_function or not allow_is_causal_skip:
         return sdpa_mask(
@@ -253,7 +252,7 @@ def _keys_mask(
 
 
 def _whole_mask(mask: torch.Tensor | None, q_length: int, kv_length: int) -> torch.Tensor | None:
-    """Return the mask that `sdpa_mask` of transformers would have made where `_keys_mask` made this one."""
+    """Return the mask that transformers' `sdpa_mask` would have built in place of the result of `_keys_mask`."""
     if q_length == 1 or (mask is None and q_length == kv_length) or (mask is not None and mask.shape[2] != 1):
         return mask
     causal = torch.ones((q_length, kv_length), dtype=torch.bool).tril_(kv_length - q_length)[None, None]
@@ -261,6 +260,6 @@ def _whole_mask(mask: torch.Tensor | None, q_length: int, kv_length: int) -> tor
 
 
 def register_attention() -> None:
-    """Make the attention known to transformers; doing so again changes nothing."""
+    """Register the attention with transformers; idempotent."""
     AttentionInterface.register(ATTENTION, attention_forward)
     AttentionMaskInterface.register(ATTENTION, _keys_mask)

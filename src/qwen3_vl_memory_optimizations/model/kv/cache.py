@@ -1,8 +1,8 @@
-"""`ManagedKVCache`: keys and values in blocks that are encoded once, behind a tail in 16 bits.
+"""Keep keys and values in blocks that are encoded once, followed by a 16-bit tail (`ManagedKVCache`).
 
-Nothing is concatenated token by token. New tokens are written into the tail of their layer; once a block of them is
-complete, and the newest tokens stay behind it, the block is encoded (`compression.kv`) into memory of the Pager, which
-counts it and may let it leave for the SSD. Attention (`attention.py`) runs over the blocks as they are.
+Nothing is concatenated per token. New tokens are written to the tail of their layer. Once a block is complete and
+enough newer tokens follow it, it is encoded (`compression.kv`) into memory of the Pager, which counts it and may move
+it to the SSD. Attention (`attention.py`) runs on the encoded blocks.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from .layer import ManagedKVLayer
 from .sizes import BLOCK_TOKENS
 
 _GROUP_TOKENS = 8192
-"""Tokens that are attended to together: more would only make the scores, which are kept meanwhile, larger."""
+"""Tokens per attention group: a larger group would only enlarge its scores, which stay in memory meanwhile."""
 _UPCOMING_BLOCKS = 64
 
 
 class ManagedKVCache(DynamicCache):
-    """A KV cache in blocks, within the budget of a Pager. `generate` of an optimized model makes one unasked.
+    """A KV cache in blocks, within the budget of a Pager. `generate` of an optimized model creates one by default.
 
-    It grows as the `DynamicCache` of transformers does, in whose place it stands, and shares nothing else with it.
+    It replaces the `DynamicCache` of transformers and grows the same way, but shares none of its implementation.
 
     Args:
-        config: of the text model, or one that has it.
-        codec: of the blocks: `none`, `int8` or `int4`.
+        config: of the text model, or one that contains it.
+        codec: encodes the blocks: `none`, `int8` or `int4`.
         pager: counts the bytes and moves blocks; without one they are plain memory.
-        block_tokens: tokens of a block, a multiple of 32; default `BLOCK_TOKENS`.
-        keeps_all: all tokens stay in one place and the attention is that of transformers bit by bit; default: where
-            blocks would save nothing (codec `none`, and no budget).
+        block_tokens: tokens per block, a multiple of 32; default `BLOCK_TOKENS`.
+        keeps_all: keep all tokens in one place, with attention bit-identical to transformers; default: where blocks
+            would save nothing (codec `none` and no budget).
 
     Raises:
-        ConfigurationError: an unknown codec.
+        ConfigurationError: the codec is unknown.
     """
 
     def __init__(
@@ -59,21 +59,21 @@ class ManagedKVCache(DynamicCache):
 
     @property
     def attends_over_blocks(self) -> bool:
-        """Whether the attention in use is that of `attention.py`."""
+        """Whether the active attention is that of `attention.py`."""
         return self.config._attn_implementation == ATTENTION
 
     def require_room(self, n_tokens: int) -> None:
-        """Refuse tokens whose tails do not fit, before the first layer takes them.
+        """Reject tokens whose tails do not fit, before the first layer takes them.
 
         Raises:
-            MemoryBudgetExceeded: they do not fit beside what is pinned.
+            MemoryBudgetExceeded: they do not fit beside the non-evictable memory.
         """
         growth = len(self.layers) * self.layers[0].growth_bytes(n_tokens)
         if growth:
             self.space.require_room(growth)
 
     def upcoming(self, index: int, row: int, start: int) -> list[Block]:
-        """Return the blocks that are used after block `start` of a row of layer `index`, in order, round the layers."""
+        """Return the blocks used after block `start` of a row of layer `index`, in order, wrapping around layers."""
         found: list[Block] = []
         first: ManagedKVLayer = self.layers[index]
         found += [stored.block for stored in first.rows[row][start : start + _UPCOMING_BLOCKS]]
@@ -86,7 +86,7 @@ class ManagedKVCache(DynamicCache):
         return found[:_UPCOMING_BLOCKS]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ManagedKVCache:
-        """Return a cache with the same tokens, for several answers behind one prompt: blocks are shared."""
+        """Return a cache with the same tokens, for several answers to one prompt; blocks are shared."""
         copied = ManagedKVCache(
             self.config,
             codec=self.codec.name,
@@ -99,5 +99,5 @@ class ManagedKVCache(DynamicCache):
         return copied
 
     def storage_bytes(self) -> int:
-        """Bytes of all blocks and tails, wherever they are."""
+        """Return the bytes of all blocks and tails, in memory or on the SSD."""
         return sum(layer.storage_bytes() for layer in self.layers)

@@ -1,4 +1,4 @@
-"""`KVFiles`: keys and values of sequences that rest, in files of the cache, as they lie in memory."""
+"""Store keys and values of resting sequences in cache files, in their in-memory layout (`KVFiles`)."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ logger = logging.getLogger(__name__)
 KIND = "keys and values"
 _OWNER = "kv writer"
 _WRITER_BYTES = 4 << 20
-"""What writing an entry takes besides the blocks."""
+"""Memory needed to write an entry, besides the blocks."""
 
 
 class KVFiles:
-    """Writes blocks, and has them read back by the Pager.
+    """Writes blocks to files, and lets the Pager read them back.
 
     Args:
-        space: where blocks lie.
-        level: of the cache, on the SSD.
+        space: where blocks are.
+        level: the SSD level of the cache.
 
     Attributes:
-        corrupt: files that were not what was written.
+        corrupt: number of files that did not match their checksums.
     """
 
     def __init__(self, space: BlockSpace, level: SSDCache) -> None:
@@ -39,18 +39,18 @@ class KVFiles:
     def write(
         self, key: str, layers: Sequence[Block], meta: dict[str, Any], saved_s: float, rests: Callable[[], bool]
     ) -> int:
-        """Write blocks into a file.
+        """Write blocks to a file.
 
         Args:
             key: 64 hexadecimal digits.
-            layers: of one size.
-            meta: comes back with them; JSON.
-            saved_s: what finding them is expected to save.
-            rests: returns whether they are still what they were when this was asked for: a tail that a sequence goes
-                on in changes where it lies.
+            layers: blocks of equal size.
+            meta: JSON, returned with the blocks.
+            saved_s: expected saving per hit, in seconds.
+            rests: returns whether the blocks are unchanged since the request. A sequence that continues in a tail
+                changes it in place.
 
         Returns:
-            The bytes written; 0: there was no room for it, or they changed meanwhile.
+            The bytes written; 0: no room, or the blocks changed meanwhile.
         """
         pager = self._space.pager
         try:
@@ -66,8 +66,8 @@ class KVFiles:
                 if pager is not None:
                     pager.debit(_OWNER, -_WRITER_BYTES)
                 self._space.rest(layers, used=False)
-        except MemoryOptimizationError as error:  # no room to hold them, or closed: they are computed again
-            logger.debug("keys and values are not kept on the SSD: %s", str(error))
+        except MemoryOptimizationError as error:  # no room to hold them, or closed: they will be recomputed
+            logger.debug("keys and values were not stored on the SSD: %s", str(error))
             return 0
         if written and not rests():
             self.remove(key)  # its contents no longer match the checksums
@@ -79,7 +79,7 @@ class KVFiles:
         self._level.remove(key)
 
     def leave(self, key: str, layers: Sequence[Block]) -> None:
-        """From now on blocks need not be written when they leave memory: the file holds them."""
+        """Back blocks with their file, so that evicting them needs no write."""
         pager = self._space.pager
         opened = None if pager is None or not self._space.moves else self._level.store_files.open(key)
         if opened is None or pager is None:
@@ -93,15 +93,15 @@ class KVFiles:
     def load(
         self, key: str, n_layers: int, accepts: Callable[[dict[str, Any]], bool]
     ) -> tuple[list[Block], dict[str, Any]] | None:
-        """Return the blocks of a file, read and checked, with what was written beside them.
+        """Return the blocks of a file, read and verified, with their metadata.
 
         Args:
             key: of the file.
-            n_layers: how many there must be.
-            accepts: whether `meta` (with `bytes`, the size of a block) is that of blocks the caller can use.
+            n_layers: required number of blocks.
+            accepts: returns whether `meta` (with `bytes`, the size of a block) describes usable blocks.
 
         Returns:
-            `None`: there is none that can be used. One whose checksum is another is removed.
+            `None` if there is no usable file. A file with a wrong checksum is removed.
         """
         if self._space.pager is None or self._level.store_files.size_of(key) is None:
             return None
@@ -114,12 +114,12 @@ class KVFiles:
                 return None
             blocks = self._blocks_of(file, meta, offset)
         except CorruptDataError as error:
-            logger.warning("keys and values of the cache are not used, and are removed: %s", str(error))
+            logger.warning("removed corrupt keys and values from the cache; they are recomputed: %s", str(error))
             self.corrupt += 1
             self.remove(key)
             return None
         except (MemoryOptimizationError, KeyError, TypeError, ValueError, AttributeError) as error:
-            logger.debug("keys and values of the cache are not used: %s", str(error))
+            logger.debug("cached keys and values cannot be used: %s", str(error))
             return None
         self._level.note_hit(key)
         return blocks, meta
@@ -130,7 +130,7 @@ class KVFiles:
         for sums in meta["sums"]:
             blocks.append(self._space.stored(size, file, offset, tuple(sums)))
             offset += stored_bytes(size)
-        for index, block in enumerate(blocks):  # read and checked before anything depends on them
+        for index, block in enumerate(blocks):  # read and verified before anything depends on them
             with self._space.held([block], blocks[index + 1 :]):
                 pass
         self._space.rest(blocks, used=False)
@@ -138,12 +138,12 @@ class KVFiles:
 
 
 def tail_key(parent: str) -> str:
-    """Return the key of the file of a tail, from the name of the block before it."""
+    """Return the file key of a tail from the name of the block before it."""
     return digest("tail", parent)
 
 
 def _whole(block: Block) -> torch.Tensor:
-    """Return all bytes of a block, those that fill its last frame included."""
+    """Return all bytes of a block, including the padding of its last frame."""
     if block.entry is None:
         rest = torch.zeros(stored_bytes(block.n_bytes) - block.n_bytes, dtype=torch.uint8)
         return torch.cat([block.data, rest])

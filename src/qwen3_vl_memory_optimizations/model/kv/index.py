@@ -1,4 +1,4 @@
-"""`RestingIndex`: what rests, by name and by tensor, and how much of it."""
+"""Index resting blocks and tails by name and by tensor, with their total size (`RestingIndex`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RestingBlocks:
     """A block of tokens of a sequence: one encoded block per layer.
 
     Attributes:
-        in_file: a file of the cache holds it too.
+        in_file: also stored in a cache file.
     """
 
     stored: list[StoredBlock]
@@ -35,7 +35,7 @@ class RestingBlocks:
 
     @property
     def holds_file(self) -> bool:
-        """Whether it keeps its file open, to be read from."""
+        """Whether it keeps its file open for reading."""
         return any(entry.source is not None for entry in entries_of(self.layers[:1]))
 
 
@@ -44,10 +44,10 @@ class RestingTail:
     """The end of a sequence.
 
     Attributes:
-        tokens: that it holds.
-        layers: `[2, 1, heads, capacity, head_dim]` each.
+        tokens: the tokens it holds.
+        layers: one `[2, 1, heads, capacity, head_dim]` per layer.
         shape: `(1, heads, capacity, head_dim)`; `dtype`: of the numbers.
-        in_file: a file of the cache holds it too.
+        in_file: also stored in a cache file.
     """
 
     tokens: list[Token]
@@ -57,7 +57,7 @@ class RestingTail:
     in_file: bool = False
 
     def n_equal(self, tokens: Sequence[Token]) -> int:
-        """Return how many tokens it begins with as `tokens` do."""
+        """Return the length of the common prefix with `tokens`."""
         pairs = zip(self.tokens, tokens, strict=False)
         return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -67,12 +67,12 @@ Resting = RestingBlocks | RestingTail
 
 @dataclass(slots=True)
 class Match:
-    """What is known of a prompt.
+    """The known beginning of a prompt.
 
     Attributes:
         parent: name of the last of `blocks`, or the root.
-        blocks: those it begins with.
-        tail: continues behind them, for `tail_tokens`.
+        blocks: the blocks that the prompt begins with.
+        tail: continues after them for `tail_tokens`.
     """
 
     parent: str
@@ -81,24 +81,24 @@ class Match:
     tail_tokens: int = 0
 
     def take_longer(self, tail: RestingTail, tokens: Sequence[Token]) -> None:
-        """Take a tail if it has more of the tokens behind the blocks than the one so far."""
+        """Take a tail if it matches more of the tokens after the blocks than the current one."""
         equal = tail.n_equal(tokens)
         if equal > self.tail_tokens:
             self.tail, self.tail_tokens = tail, equal
 
     def n_tokens(self, block_tokens: int) -> int:
-        """How many tokens are known."""
+        """Return the number of known tokens."""
         return len(self.blocks) * block_tokens + self.tail_tokens
 
 
 class RestingIndex:
-    """Blocks by name, tails by the name of the block before, and both by the ids of their tensors. Thread-safe."""
+    """Blocks by name, tails by the name of the preceding block, and both by their tensor ids. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._blocks: OrderedDict[str, RestingBlocks] = OrderedDict()  # least recently used first
         self._tails: OrderedDict[str, list[RestingTail]] = OrderedDict()
-        self._holders: dict[str, tuple[str, Resting]] = {}  # tensor id -> name, what holds it
+        self._holders: dict[str, tuple[str, Resting]] = {}  # tensor id -> (name, block or tail that contains it)
         self.n_bytes = 0
 
     def blocks(self, name: str) -> RestingBlocks | None:
@@ -107,12 +107,12 @@ class RestingIndex:
             return self._blocks.get(name)
 
     def tails(self, parent: str) -> list[RestingTail]:
-        """Return the tails behind a block, the latest first."""
+        """Return the tails after a block, newest first."""
         with self._lock:
             return list(self._tails.get(parent, ()))
 
     def add_blocks(self, name: str, blocks: RestingBlocks) -> bool:
-        """Add blocks, or note a use of those that have the name; return whether they were added."""
+        """Add blocks, or record a use of those with this name; return whether they were added."""
         with self._lock:
             new = name not in self._blocks
             if new:
@@ -122,7 +122,7 @@ class RestingIndex:
             return new
 
     def add_tail(self, parent: str, tail: RestingTail) -> None:
-        """Add a tail; behind one block the latest few are kept."""
+        """Add a tail; only the newest few per block are kept."""
         with self._lock:
             kept = self._tails.setdefault(parent, [])
             kept.insert(0, tail)
@@ -132,7 +132,7 @@ class RestingIndex:
                 self.remove(parent, old)
 
     def used(self, blocks: Sequence[RestingBlocks]) -> None:
-        """Note a use of blocks, the first of a sequence last to be forgotten."""
+        """Record a use of blocks; the first of a sequence will be forgotten last."""
         with self._lock:
             for each in reversed(blocks):
                 for tensor_id in _ids(each)[:1]:
@@ -141,12 +141,12 @@ class RestingIndex:
                         self._blocks.move_to_end(name)
 
     def rests(self, name: str, what: Resting) -> bool:
-        """Return whether this is still what rests under a name."""
+        """Return whether this object still rests under a name."""
         with self._lock:
             return self._blocks.get(name) is what or any(each is what for each in self._tails.get(name, ()))
 
     def remove(self, name: str, what: Resting) -> bool:
-        """Forget something; return whether it was there."""
+        """Forget a block or tail; return whether it was present."""
         with self._lock:
             if not self.rests(name, what):
                 return False
@@ -160,12 +160,14 @@ class RestingIndex:
             return True
 
     def holder(self, tensor_id: str) -> tuple[str, Resting] | None:
-        """Return the name under which a tensor rests, and what it is part of."""
+        """Return the name under which a tensor rests, and the block or tail that contains it."""
         with self._lock:
             return self._holders.get(tensor_id)
 
     def shrink(self, most_bytes: int) -> int:
-        """Forget the least recently used until at most so much rests; return how many blocks and tails that were."""
+        """Forget the least recently used until at most `most_bytes` rest; return the number of blocks and tails
+        dropped.
+        """
         dropped = 0
         with self._lock:
             while self.n_bytes > most_bytes and (self._blocks or self._tails):
@@ -175,15 +177,15 @@ class RestingIndex:
                 else:
                     name, blocks = next(iter(self._blocks.items()))
                     self.remove(name, blocks)
-                    for tail in self.tails(name):  # without it they are not found
+                    for tail in self.tails(name):  # unreachable without the block
                         dropped += self.remove(name, tail)
                 dropped += 1
         return dropped
 
     def close_files(self, most: int) -> int:
-        """Forget the least recently used blocks that hold a file open, until at most so many do; return how many.
+        """Forget the least recently used blocks with an open file until at most `most` remain; return how many.
 
-        Nothing is lost: the file is found again by its name.
+        Nothing is lost: the file can be found again by its name.
         """
         with self._lock:
             open_now = [(name, each) for name, each in self._blocks.items() if each.holds_file]
@@ -200,7 +202,7 @@ class RestingIndex:
             self.n_bytes = 0
 
     def stats(self) -> dict[str, int]:
-        """Return what rests now."""
+        """Return the current totals."""
         with self._lock:
             return {
                 "resting_bytes": self.n_bytes,
@@ -218,7 +220,7 @@ class RestingIndex:
 
 
 def entries_of(blocks: Sequence[Block]) -> list[TensorEntry]:
-    """Return the Pager's records of blocks; none without a Pager."""
+    """Return the Pager's records of blocks; empty without a Pager."""
     return [block.entry for block in blocks if block.entry is not None]
 
 

@@ -1,8 +1,8 @@
-"""`ManagedKVLayer`: keys and values of one layer of a `ManagedKVCache`.
+"""Hold keys and values of one layer of a `ManagedKVCache` (`ManagedKVLayer`).
 
-Each row of a batch is a sequence: a list of encoded blocks that never change, and may belong to several sequences. The
-newest tokens of all rows lie in one tail, in memory that stays. Tokens of a pass of many are attended to where they
-were computed, and go from there into blocks.
+Each row of a batch is a sequence: a list of immutable encoded blocks, which several sequences may share. The newest
+tokens of all rows are in one non-evictable tail. Attention reads the tokens of a long pass where they were computed;
+from there they go into blocks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _GROW_SHARE = 8
 
 
 class StoredBlock:
-    """An encoded block of one layer and one sequence: where its bytes are, and what they mean."""
+    """An encoded block of one layer and one sequence: its bytes and their layout."""
 
     def __init__(self, block: Block, layout: Sequence[Segment]) -> None:
         self.block = block
@@ -33,7 +33,7 @@ class StoredBlock:
 
 
 class Tail:
-    """Keys and values of the newest tokens, not encoded, in memory that stays.
+    """Unencoded keys and values of the newest tokens, in non-evictable memory.
 
     Attributes:
         pinned: their memory.
@@ -47,7 +47,7 @@ class Tail:
 
     @classmethod
     def of(cls, pinned: Pinned, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tail:
-        """Return the tail that lies in memory of another that rested."""
+        """Return a tail in the memory of one that rested."""
         tail = cls.__new__(cls)
         tail.pinned = pinned
         tail.keys, tail.values = pinned.block.data.view(dtype).view(2, *shape)
@@ -55,7 +55,7 @@ class Tail:
 
     @property
     def capacity(self) -> int:
-        """How many tokens it has memory for."""
+        """Number of tokens that fit its memory."""
         return self.keys.shape[2]
 
 
@@ -63,11 +63,11 @@ class ManagedKVLayer(CacheLayerMixin):
     """Keys and values of one layer.
 
     Args:
-        cache: that it belongs to.
+        cache: the cache that contains it.
         index: of the layer.
 
     Attributes:
-        rows: the blocks of each sequence, in order; all have as many.
+        rows: the blocks of each sequence, in order; all rows have the same number.
         tail_length: tokens in the tail.
     """
 
@@ -80,7 +80,7 @@ class ManagedKVLayer(CacheLayerMixin):
         self.is_initialized = False
         self.rows: list[list[StoredBlock]] = []
         self.tail_length = 0
-        # A weak reference: without a reference cycle the memory returns as soon as the last caller drops the cache.
+        # Weak, to avoid a reference cycle: memory is freed as soon as the last caller drops the cache.
         proxy: Any = weakref.proxy(cache)
         self._cache = proxy
         self._index = index
@@ -100,11 +100,11 @@ class ManagedKVLayer(CacheLayerMixin):
         return self.decoded()[1] if self.is_initialized else None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Learn shapes and dtype from the first keys and values."""
+        """Take shapes and dtype from the first keys and values."""
         self.begin(key_states.shape[0], key_states.shape[1], key_states.shape[3], key_states.dtype)
 
     def begin(self, batch: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        """Become the layer of so many empty sequences, computed in `dtype`."""
+        """Initialize the layer with `batch` empty sequences, computed in `dtype`."""
         self.batch_size, self.heads, self.head_dim = batch, heads, head_dim
         self.dtype, self.device = dtype, torch.device("cpu")
         self.rows = [[] for _ in range(batch)]
@@ -116,11 +116,11 @@ class ManagedKVLayer(CacheLayerMixin):
         """Append keys and values `[batch, heads, new tokens, head_dim]`.
 
         Returns:
-            What the attention of this package takes for keys and values, or for any other attention all keys and all
-            values, decoded.
+            The input of this package's attention for keys and values; for any other attention, all keys and all values,
+            decoded.
 
         Raises:
-            MemoryBudgetExceeded: no room for them; nothing was appended.
+            MemoryBudgetExceeded: no room; nothing was appended.
         """
         with shield:
             return self._update(key_states, value_states)
@@ -128,7 +128,7 @@ class ManagedKVLayer(CacheLayerMixin):
     def _update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[Any, Any]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.settle()  # what an attention that failed left
+        self.settle()  # left over from a failed attention
         n_tokens = key_states.shape[2]
         if self._index == 0:
             self._cache.require_room(n_tokens)
@@ -144,12 +144,12 @@ class ManagedKVLayer(CacheLayerMixin):
         return decoded
 
     def _stays_in_tail(self, n_tokens: int) -> bool:
-        """Whether all tokens still fit the tail, which then is attended to as transformers does, bit by bit."""
+        """Whether all tokens still fit the tail, where attention is bit-identical to transformers."""
         short = self.tail_length + n_tokens < self._cache.block_tokens + TAIL_TOKENS
         return short and not self.n_blocks and self.tail_length > 0 and self.tail_dtype == self.dtype
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many tokens there will be after `query_length` more, and the first of them."""
+        """Return the number of tokens after `query_length` more, and the index of the first."""
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
@@ -168,13 +168,13 @@ class ManagedKVLayer(CacheLayerMixin):
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take the newest tokens back.
+        """Remove the newest tokens.
 
         Args:
-            tokens_to_remove: how many, negated.
+            tokens_to_remove: the number of tokens, negated.
         """
         if tokens_to_remove > 0:
-            raise ValueError(f"crop takes the number of tokens to remove, negated; {tokens_to_remove} was given")
+            raise ValueError(f"crop takes the number of tokens to remove, negated; got {tokens_to_remove}")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
         self.settle()
@@ -186,7 +186,7 @@ class ManagedKVLayer(CacheLayerMixin):
         self.tail_length = length - self.n_blocks * tokens
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Put the sequences in another order, as beam search does."""
+        """Reorder the sequences, as beam search does."""
         same = torch.arange(self.batch_size) if self.is_initialized else beam_idx
         if not torch.equal(beam_idx.to(same.device), same):
             self.batch_select_indices(beam_idx)
@@ -197,11 +197,11 @@ class ManagedKVLayer(CacheLayerMixin):
             self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the sequences with these indices, in this order; one may be there several times."""
+        """Keep the sequences with these indices, in this order; repeats are allowed."""
         if not self.is_initialized:
             return
         self.settle()
-        selected = torch.arange(self.batch_size)[indices.cpu()]  # a mask of bools is fine
+        selected = torch.arange(self.batch_size)[indices.cpu()]  # boolean masks work too
         self.rows = [list(self.rows[row]) for row in selected.tolist()]
         if self._tail is not None:
             old = self._tail
@@ -219,26 +219,26 @@ class ManagedKVLayer(CacheLayerMixin):
 
     @property
     def n_blocks(self) -> int:
-        """Blocks of each sequence."""
+        """Number of blocks per sequence."""
         return len(self.rows[0]) if self.rows else 0
 
     @property
     def fresh_length(self) -> int:
-        """Tokens of the pass under way that are neither in a block nor in the tail."""
+        """Tokens of the current pass that are in neither a block nor the tail."""
         return 0 if self._fresh is None else self._fresh[0].shape[2]
 
     @property
     def tail_dtype(self) -> torch.dtype:
-        """16 bits wherever blocks are encoded with loss; else that of the computation."""
+        """16 bits if blocks are encoded with loss, otherwise the compute dtype."""
         return self.dtype if self.codec.lossless or self.dtype.itemsize <= 2 else torch.bfloat16
 
     def tail(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values of the tail, `[batch, heads, tail_length, head_dim]`: views, in `tail_dtype`."""
+        """Return keys and values of the tail, `[batch, heads, tail_length, head_dim]`: views in `tail_dtype`."""
         assert self._tail is not None
         return self._tail.keys[:, :, : self.tail_length], self._tail.values[:, :, : self.tail_length]
 
     def fresh(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values of the tokens of `fresh_length`. Precondition: there are some."""
+        """Return keys and values of the `fresh_length` tokens. Precondition: there are some."""
         assert self._fresh is not None
         return self._fresh
 
@@ -251,7 +251,7 @@ class ManagedKVLayer(CacheLayerMixin):
         tail.values[:, :, start:length] = value_states
 
     def _make_tail(self, length: int) -> Tail:
-        """Have room for so many tokens in the tail."""
+        """Return the tail with room for `length` tokens."""
         if self._tail is None or length > self._tail.capacity:
             old, self_length = self._tail, self.tail_length
             tail = self._new_tail(self._capacity(length), self.batch_size)
@@ -263,7 +263,7 @@ class ManagedKVLayer(CacheLayerMixin):
 
     def _capacity(self, length: int) -> int:
         if self._keeps_all:
-            length += length // _GROW_SHARE  # it is copied whole when it grows: seldom
+            length += length // _GROW_SHARE  # growing copies the whole tail, so grow rarely
         elif self._tail is not None:
             length = max(length, min(2 * self._tail.capacity, self._most_tail_tokens))
         return -(-length // _GROW_TOKENS) * _GROW_TOKENS
@@ -276,7 +276,7 @@ class ManagedKVLayer(CacheLayerMixin):
         return Tail(self.space, (batch, self.heads, capacity, self.head_dim), self.tail_dtype)
 
     def growth_bytes(self, n_tokens: int) -> int:
-        """Return the memory that the tail takes anew when so many tokens come."""
+        """Return the memory that the tail newly allocates for `n_tokens` more tokens."""
         length = self.tail_length + n_tokens
         if n_tokens > FEW_TOKENS and not self._keeps_all:
             length = min(length, self._cache.block_tokens + TAIL_TOKENS - 1)
@@ -289,7 +289,7 @@ class ManagedKVLayer(CacheLayerMixin):
 
     @property
     def codec(self) -> KVCodec:
-        """How blocks are encoded."""
+        """The codec of the blocks."""
         return self._cache.codec
 
     @property
@@ -299,14 +299,14 @@ class ManagedKVLayer(CacheLayerMixin):
 
     @property
     def _keeps_all(self) -> bool:
-        """Whether all tokens stay in the tail, and attention is bit by bit that of transformers."""
+        """Whether all tokens stay in the tail, with attention bit-identical to transformers."""
         return self._cache.keeps_all
 
     def settle(self) -> None:
-        """Encode the complete blocks of what is not encoded, all but the newest tokens; the rest goes to the tail.
+        """Encode the complete blocks among the unencoded tokens, except the newest; the rest goes to the tail.
 
         Raises:
-            MemoryBudgetExceeded: no room for a block; nothing is lost, and it is tried again with the next token.
+            MemoryBudgetExceeded: no room for a block; nothing is lost, and the next token retries.
         """
         if self._keeps_all:
             return
@@ -332,7 +332,7 @@ class ManagedKVLayer(CacheLayerMixin):
                 raise
 
     def _unencoded(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return some of the tokens of tail and `fresh`, counted from the first of the tail."""
+        """Return a range of the tokens of tail and `fresh`, counted from the first of the tail."""
         n_tail = self.tail_length
         parts: list[tuple[torch.Tensor, torch.Tensor]] = []
         if start < n_tail:
@@ -353,7 +353,7 @@ class ManagedKVLayer(CacheLayerMixin):
         if dropped and self._tail is not None:
             left = self.tail_length - dropped
             for states in (self._tail.keys, self._tail.values):
-                # Cloned: a few tokens, and the ranges may overlap.
+                # Cloned, because the ranges may overlap; only a few tokens.
                 states[:, :, :left] = states[:, :, dropped : self.tail_length].clone()
             self.tail_length = left
         if n_tokens > dropped:
@@ -361,7 +361,7 @@ class ManagedKVLayer(CacheLayerMixin):
             self._fresh = (keys[:, :, n_tokens - dropped :], values[:, :, n_tokens - dropped :])
 
     def _append_blocks(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Encode a block for each sequence; all get one, or none."""
+        """Encode one block per sequence, for all sequences or none."""
         new = []
         for key, value in zip(keys, values, strict=True):
             stored = self._new_block()
@@ -373,7 +373,7 @@ class ManagedKVLayer(CacheLayerMixin):
             row.append(stored)
 
     def layout(self) -> tuple[Segment, ...]:
-        """Return how a block lies in memory."""
+        """Return the memory layout of a block."""
         return self.codec.layout(self.heads, self._cache.block_tokens, self.head_dim, self.dtype)
 
     def _new_block(self) -> StoredBlock:
@@ -381,7 +381,7 @@ class ManagedKVLayer(CacheLayerMixin):
         return StoredBlock(self.space.allocate(sum(segment.n_bytes for segment in layout)), layout)
 
     def _take_last_block_back(self) -> None:
-        """Decode the last block of each sequence into the tail, whose tokens are dropped: they come after it."""
+        """Decode the last block of each sequence into the tail; the tail's own tokens, which follow it, are dropped."""
         self.tail_length = 0
         if not self.n_blocks:
             return
@@ -413,7 +413,9 @@ class ManagedKVLayer(CacheLayerMixin):
             self.append(*other.tail())
 
     def groups(self, row: int) -> Iterator[list[KVBlock]]:
-        """Yield the blocks of a sequence in order, some at a time, in memory until the next are asked for."""
+        """Yield the blocks of a sequence in order, some at a time; each group stays in memory until the next is
+        requested.
+        """
         blocks = self.rows[row]
         if not blocks:
             return
@@ -426,7 +428,7 @@ class ManagedKVLayer(CacheLayerMixin):
                 yield [stored.encoded for stored in part]
 
     def decoded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return all keys and all values, `[batch, heads, tokens, head_dim]`, in the dtype of the computation."""
+        """Return all keys and all values, `[batch, heads, tokens, head_dim]`, in the compute dtype."""
         blocks = [[self._decode(stored) for stored in row] for row in self.rows]
         sides = []
         for side in (0, 1):
@@ -444,15 +446,15 @@ class ManagedKVLayer(CacheLayerMixin):
     # --- sequences that rest ------------------------------------------------------------------------------------------
 
     def take_tail(self) -> Tail | None:
-        """Give the tail away; the layer is of no further use. `None`: it is empty."""
+        """Give the tail away; the layer must not be used afterwards. `None` if the tail is empty."""
         tail, self._tail = self._tail, None
         return tail if self.tail_length else None
 
     def set_tail(self, tail: Tail, length: int) -> None:
-        """Go on with a tail that rested. Precondition: there is none."""
+        """Continue with a tail that rested. Precondition: there is none."""
         self._tail, self.tail_length = tail, length
 
     def storage_bytes(self) -> int:
-        """Bytes of blocks and tail."""
+        """Return the bytes of blocks and tail."""
         blocks = sum(stored.block.n_bytes for row in self.rows for stored in row)
         return blocks + (0 if self._tail is None else self._tail.pinned.block.n_bytes)

@@ -1,4 +1,4 @@
-"""The names of blocks: what a token is, with all that comes before it."""
+"""Name blocks by their tokens and everything before them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ...cache import digest
 
 Token = int | str
-"""A token id; of a picture what it shows and which of its tokens this is."""
+"""A token id; for an image or video token: the digest of its content, and its index in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,10 +17,10 @@ class Span:
     """The tokens that stand for one image or one video.
 
     Attributes:
-        start, stop: its tokens; of a video, from its first frame to its last, with what is said between them.
-        key: digest of what it shows.
+        start, stop: token range; for a video from its first frame to its last, including the text between frames.
+        key: digest of the content.
         modality: `image` or `video`.
-        index: of the image, or video, in its call.
+        index: of the image or video in its call.
     """
 
     start: int
@@ -37,20 +37,20 @@ def find_spans(
     keys: dict[str, list[str]],
     merge: int,
 ) -> list[Span] | None:
-    """Return the pictures of a prompt in order, or `None` where tokens and grids do not belong together.
+    """Return the images and videos of a prompt in order, or `None` if tokens and grids do not match.
 
     Args:
         ids: the prompt.
-        token_ids: modality -> the token that stands for a patch of it.
-        grids: modality -> for each picture groups of frames, rows and columns of patches.
-        keys: modality -> for each picture the digest of what it shows.
-        merge: patches of a side that make a token.
+        token_ids: modality -> its placeholder token.
+        grids: modality -> frame groups, rows and columns of patches per image or video.
+        keys: modality -> content digest per image or video.
+        merge: patches per token along each side.
     """
     spans: list[Span] = []
     for modality, token_id in token_ids.items():
         runs = _runs(ids, token_id)
         for index, (groups, rows, columns) in enumerate(grids.get(modality, [])):
-            # Each group of frames of a video has tokens of its own; an image is one group.
+            # Each frame group of a video has its own tokens; an image is one group.
             mine, runs = runs[:groups], runs[groups:]
             if len(mine) < groups or any(n != rows * columns // merge**2 for _, n in mine):
                 return None
@@ -61,10 +61,10 @@ def find_spans(
 
 
 def named_tokens(ids: Sequence[int], spans: Sequence[Span]) -> list[Token]:
-    """Return what each token of a prompt is: equal lists have equal keys and values.
+    """Return the content of each token of a prompt: equal lists have equal keys and values.
 
-    A position depends on the grids of all pictures before it, and a picture's key on its grid: no token behind a
-    picture is reached but through its tokens.
+    A position depends on the grids of all images and videos before it, and their keys include their grids: a token
+    after an image can be reached only through the image's tokens.
     """
     tokens: list[Token] = list(ids)
     for span in spans:
@@ -74,12 +74,12 @@ def named_tokens(ids: Sequence[int], spans: Sequence[Span]) -> list[Token]:
 
 
 def block_names(tokens: Sequence[Token], root: str, block_tokens: int) -> list[str]:
-    """Return the name of each whole block: a digest of its tokens and of all before them.
+    """Return the name of each whole block: a digest of its tokens and of all tokens before them.
 
     Args:
-        tokens: of `named_tokens`.
-        root: digest of what all of it depends on.
-        block_tokens: of a block.
+        tokens: from `named_tokens`.
+        root: digest of everything else they depend on.
+        block_tokens: tokens per block.
     """
     names, name = [], root
     for start in range(0, len(tokens) - block_tokens + 1, block_tokens):
@@ -89,7 +89,7 @@ def block_names(tokens: Sequence[Token], root: str, block_tokens: int) -> list[s
 
 
 def _runs(ids: Sequence[int], token_id: int) -> list[tuple[int, int]]:
-    """Return where a token begins to repeat, and how often it does."""
+    """Return the start and length of each run of a token."""
     runs: list[tuple[int, int]] = []
     position = 0
     for found, group in itertools.groupby(ids):

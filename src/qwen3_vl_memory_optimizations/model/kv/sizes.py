@@ -1,9 +1,13 @@
-"""How keys and values are cut."""
+"""Sizes of the blocks and the tail of keys and values."""
 
 BLOCK_TOKENS = 256
-"""Tokens of a block. In larger ones fewer of the tokens of a conversation lie (its end stays in the tail, in 16 bits,
-and a prompt that differs is computed from the last whole block on); smaller ones cost a call of a kernel each."""
+"""Tokens per block. Larger blocks cover less of a conversation: its end stays in the 16-bit tail, and a prompt that
+diverges is recomputed from the last whole block. Each smaller block costs another kernel call.
+"""
 TAIL_TOKENS = 64
-"""The newest tokens, at least, are never encoded: drafts that are not accepted are taken back without a loss."""
+"""At least this many of the newest tokens are never encoded, so rejected speculated tokens are rolled back without
+loss.
+"""
 FEW_TOKENS = 16
-"""So many new tokens are written to the tail before they are attended to; more are attended to where they are."""
+"""Up to this many new tokens are written to the tail before attention; more are attended to where they were computed.
+"""

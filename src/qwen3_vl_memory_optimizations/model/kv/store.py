@@ -1,9 +1,9 @@
-"""`KVStore`: the keys and values of sequences that rest, by what they were computed from.
+"""Store keys and values of resting sequences, keyed by what they were computed from (`KVStore`).
 
-A block lies where it was encoded: in memory of the Pager, from where it may leave for the SSD, and, where it may
-outlive the process, in a file of the cache as it was in memory (`files.py`). A sequence that begins as one before takes
-references to its blocks; nothing is decoded, encoded again or copied. The end of a sequence, its tail, rests as it is:
-the next turn of a conversation continues in it, and a prompt that differs within it copies its equal part.
+A block stays where it was encoded: in memory of the Pager, which may move it to the SSD. If it may outlive the process,
+its bytes are also in a cache file (`files.py`). A sequence with a known beginning takes references to existing blocks,
+without decoding, encoding or copying. The end of a sequence, its tail, rests unencoded: the next turn of a conversation
+continues in it, and a prompt that diverges within it copies the common part.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _MOST_OPEN_FILES = 512
 
 @dataclass(slots=True)
 class KVStoreStats:
-    """What happened since the start.
+    """Counters since the start.
 
     Attributes:
-        lookups: prompts that were looked up; `hits`: those that began as a sequence before.
-        prompt_tokens: of those prompts; `reused_tokens`: of these, taken from sequences before.
+        lookups: prompts looked up; `hits`: prompts with a known beginning.
+        prompt_tokens: tokens of all prompts; `reused_tokens`: those taken from earlier sequences.
         blocks_shared: references taken to encoded blocks, one per layer; `shared_bytes`: their size.
-        blocks_from_ssd: blocks that came from files of the cache.
-        tails_continued: tails continued in place; `tails_copied`: copied up to where they differ.
-        blocks_written: blocks written to files of the cache; `written_bytes`: their size.
-        wanted_bytes: of blocks and tails that sequences continued with; `resident_bytes`: the part in memory then.
-        dropped: blocks and tails forgotten to keep within the size.
+        blocks_from_ssd: blocks loaded from cache files.
+        tails_continued: tails continued in place; `tails_copied`: tails copied up to the first difference.
+        blocks_written: blocks written to cache files; `written_bytes`: their size.
+        wanted_bytes: blocks and tails that sequences continued with; `resident_bytes`: the part that was in memory.
+        dropped: blocks and tails forgotten to stay within the size limit.
     """
 
     lookups: int = 0
@@ -58,19 +58,19 @@ class KVStoreStats:
 
 
 class KVStore:
-    """Keeps what sequences leave, and finds it again.
+    """Keeps the keys and values of ended sequences, and finds them again.
 
-    Sequences are looked up and come to rest one at a time; the collector and the writer have threads of their own.
+    One sequence at a time is looked up or stored; the collector and the writer have their own threads.
 
     Args:
-        space: where blocks lie.
-        files: the level of the cache on the SSD; `None`: nothing outlives the process.
-        most_bytes: the most that rests, in memory and in the swap file; above it the least recently used is forgotten.
+        space: where blocks are.
+        files: the SSD level of the cache; `None`: nothing outlives the process.
+        most_bytes: size limit in memory and the swap file; beyond it the least recently used is forgotten.
 
     Attributes:
-        index: what rests.
-        own: called with ids of tensors and whether a sequence that runs holds them; those that rest may be collected.
-        on_rest: called when a sequence came to rest.
+        index: the resting blocks and tails.
+        own: called with tensor ids and whether a running sequence holds them; those of resting ones may be collected.
+        on_rest: called after a sequence came to rest.
     """
 
     def __init__(self, space: BlockSpace, files: SSDCache | None, most_bytes: int) -> None:
@@ -86,12 +86,12 @@ class KVStore:
     # --- looking up ---------------------------------------------------------------------------------------------------
 
     def find(self, tokens: Sequence[Token], root: str, cache: ManagedKVCache) -> Match:
-        """Return what is known of a prompt; at least one token of it is left to compute.
+        """Return the known beginning of a prompt; at least one token is left to compute.
 
         Args:
             tokens: of the prompt.
-            root: digest of what all of it depends on.
-            cache: an empty one, of one sequence, for what is found; its layers have begun.
+            root: digest of everything else they depend on.
+            cache: an empty cache of one sequence, with initialized layers, for the result.
         """
         counters, block_tokens = self.counters, cache.block_tokens
         counters.lookups += 1
@@ -116,7 +116,7 @@ class KVStore:
         return match
 
     def adopt(self, match: Match, cache: ManagedKVCache) -> int:
-        """Have an empty cache begin with what was found; return how many tokens it then holds.
+        """Start an empty cache with the match; return how many tokens it then holds.
 
         Raises:
             MemoryBudgetExceeded: its tail does not fit; discard the cache.
@@ -136,10 +136,10 @@ class KVStore:
         return match.n_tokens(cache.block_tokens)
 
     def _adopt_tail(self, parent: str, tail: RestingTail, n_tokens: int, cache: ManagedKVCache) -> None:
-        """Go on in a tail where it lies, or copy what is equal."""
+        """Continue a tail in place, or copy the common part."""
         if n_tokens == len(tail.tokens):
             pinned = [self.space.pinned(block) for block in tail.layers]
-            self.index.remove(parent, tail)  # what lies in a file stays there, for another process
+            self.index.remove(parent, tail)  # its file stays, for other processes
             for layer, each in zip(cache.layers, pinned, strict=True):
                 layer.set_tail(Tail.of(each, tail.shape, tail.dtype), n_tokens)
             self.counters.tails_continued += 1
@@ -168,22 +168,22 @@ class KVStore:
     def rest(
         self, cache: ManagedKVCache, row: int, tokens: Sequence[Token], root: str, *, persist: bool, saved_s: float
     ) -> None:
-        """Keep the blocks and the tail of a sequence that ended for now; its cache is of no further use.
+        """Store the blocks and the tail of an ended sequence; its cache must not be used afterwards.
 
         Args:
-            cache: holds it.
-            row: of its batch; the tail is kept of a batch of one.
-            tokens: that it holds.
-            root: digest of what all of it depends on.
-            persist: other processes may come to the same names, and may find it.
-            saved_s: what computing a token takes.
+            cache: holds the sequence.
+            row: of its batch; the tail is kept only for a batch of one.
+            tokens: of the sequence.
+            root: digest of everything else they depend on.
+            persist: other processes can derive the same names and may use the entries.
+            saved_s: compute time per token.
         """
         layers, block_tokens = cache.layers, cache.block_tokens
         n_blocks = min(layer.n_blocks for layer in layers)
         names = block_names(tokens[: n_blocks * block_tokens], root, block_tokens)[:n_blocks]
         resting: list[tuple[str, Resting]] = []
         new: list[Block] = []
-        for index, name in reversed(list(enumerate(names))):  # what comes first is to leave last
+        for index, name in reversed(list(enumerate(names))):  # the first blocks are evicted last
             blocks = RestingBlocks([layer.rows[row][index] for layer in layers])
             if self.index.add_blocks(name, blocks):
                 new += blocks.layers
@@ -201,7 +201,7 @@ class KVStore:
         self.space.rest(new, used=True)
         self._own([*used, *new], False)
         if persist and self._writer is not None:
-            for name, what in reversed(resting):  # in the order of the tokens
+            for name, what in reversed(resting):  # in token order
                 n_tokens = len(what.tokens) if isinstance(what, RestingTail) else block_tokens
                 if not what.in_file:
                     self._writer.add((name, what, saved_s * n_tokens))
@@ -211,7 +211,7 @@ class KVStore:
 
     @staticmethod
     def _tail_of(cache: ManagedKVCache, tokens: Sequence[Token]) -> RestingTail | None:
-        """Take the tail of a cache away, as one that rests."""
+        """Take the tail away from a cache, as a resting tail."""
         tails = [tail for tail in (layer.take_tail() for layer in cache.layers) if tail is not None]
         if not tokens or len(tails) != len(cache.layers):
             return None
@@ -219,7 +219,7 @@ class KVStore:
         return RestingTail(list(tokens), [tail.pinned.release() for tail in tails], shape, tails[0].keys.dtype)
 
     def forget(self, tensor_id: str) -> int:
-        """Forget what a tensor that rests is part of; return the bytes of memory that this frees."""
+        """Forget the block or tail that contains a resting tensor; return the bytes of memory freed."""
         held = self.index.holder(tensor_id)
         if held is None:
             return 0
@@ -228,17 +228,17 @@ class KVStore:
         return freed if self.index.remove(name, what) else 0
 
     def stats(self) -> dict[str, Any]:
-        """Return the counters, and what rests now."""
+        """Return the counters and the current totals."""
         corrupt = 0 if self._files is None else self._files.corrupt
         return {**asdict(self.counters), "corrupt": corrupt, **self.index.stats()}
 
     def flush(self) -> None:
-        """Return once all that is to outlive the process is written."""
+        """Wait until everything to be persisted is written."""
         if self._writer is not None:
             self._writer.flush()
 
     def close(self) -> None:
-        """Write what is to outlive the process, and forget the rest."""
+        """Write everything to be persisted, and forget the rest."""
         if self._writer is not None:
             self._writer.close()
         self.index.clear()
@@ -246,7 +246,7 @@ class KVStore:
     # --- files --------------------------------------------------------------------------------------------------------
 
     def _write(self, job: tuple[str, Resting, float]) -> None:
-        """Write blocks, or a tail, into a file of the cache; in the thread of the writer."""
+        """Write blocks or a tail to a cache file, in the writer's thread."""
         name, what, saved_s = job
         if self._files is None or what.in_file or not self.index.rests(name, what):
             return
@@ -254,7 +254,7 @@ class KVStore:
         if isinstance(what, RestingTail):
             dtype = str(what.dtype).removeprefix("torch.")
             key, meta = tail_key(name), {"tokens": what.tokens, "shape": list(what.shape), "dtype": dtype}
-            self._files.remove(key)  # that of an earlier sequence
+            self._files.remove(key)  # written for an earlier sequence
         n_bytes = self._files.write(key, what.layers, meta, saved_s, lambda: self.index.rests(name, what))
         if not n_bytes:
             return
@@ -266,7 +266,7 @@ class KVStore:
             self.index.close_files(_MOST_OPEN_FILES)
 
     def _load_blocks(self, name: str, cache: ManagedKVCache) -> RestingBlocks | None:
-        """Return blocks of a file of the cache; `None`: there is none that can be used."""
+        """Return blocks from a cache file, or `None` if there is no usable one."""
         if self._files is None:
             return None
         layout = cache.layers[0].layout()
@@ -280,7 +280,7 @@ class KVStore:
         return found
 
     def _load_tail(self, parent: str, cache: ManagedKVCache, first: Token) -> RestingTail | None:
-        """Return the tail of a file of the cache; `None`: none can be used or begins with `first`."""
+        """Return a tail from a cache file, or `None` if none is usable and begins with `first`."""
         if self._files is None:
             return None
         layer = cache.layers[0]

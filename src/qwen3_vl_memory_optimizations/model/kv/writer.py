@@ -1,4 +1,4 @@
-"""`KVWriter`: a thread that writes keys and values to the SSD, one entry at a time, behind everything else."""
+"""Write keys and values to the SSD in a background thread, one entry at a time (`KVWriter`)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _IDLE_S = 5.0
 
 
 class KVWriter:
-    """Does `work` for each job in order, in a thread that ends when there was none for a while.
+    """Runs `work` for each job in order, in a thread that exits after an idle period.
 
     Args:
-        work: called with a job; what it raises is logged, and the next job comes.
+        work: called with a job; an exception is logged, and the next job follows.
 
     Attributes:
-        failures: jobs that raised.
+        failures: number of failed jobs.
     """
 
     def __init__(self, work: Callable[[Any], None]) -> None:
@@ -31,7 +31,7 @@ class KVWriter:
         self._thread: threading.Thread | None = None
 
     def add(self, job: Any) -> None:
-        """Have a job done; returns at once."""
+        """Queue a job; returns immediately."""
         with self._lock:
             self._jobs.put(job)
             if self._thread is None:
@@ -39,11 +39,11 @@ class KVWriter:
                 self._thread.start()
 
     def flush(self) -> None:
-        """Return once all jobs are done."""
+        """Wait until all jobs are done."""
         self._jobs.join()
 
     def close(self) -> None:
-        """Do the jobs that there are, and end the thread."""
+        """Finish the queued jobs, and end the thread."""
         self.flush()
         with self._lock:
             thread = self._thread
@@ -68,7 +68,7 @@ class KVWriter:
                         self._thread = None
                     return
                 self._work(job)
-            except Exception as error:  # the next may do better
+            except Exception as error:  # later jobs may succeed
                 self.failures += 1
                 logger.warning("keys and values could not be written: %s: %s", type(error).__name__, str(error))
             finally:

@@ -1,1 +1,1 @@
-"""Results that are used again, and what tells that the model is still the same."""
+"""Reuse results of the model, and detect whether the model is unchanged."""

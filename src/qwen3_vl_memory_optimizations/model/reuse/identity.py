@@ -1,4 +1,4 @@
-"""`ModelIdentity`: what results of a model depend on besides its inputs, as a digest that is part of cache keys."""
+"""Identify the model by a digest of all that its results depend on besides inputs; part of cache keys."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _SOURCE_KEY = "qwen3vl_mem.source"
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What the results of a model, or of a part of it, belong to.
+    """The identity that results of a model, or of a part of it, belong to.
 
     Attributes:
-        digest: of all that they depend on besides inputs.
-        persists: another process can come to the same digest, and to the same results.
+        digest: of everything they depend on besides inputs.
+        persists: another process can derive the same digest, with the same results.
     """
 
     digest: str
@@ -34,23 +34,23 @@ class Identity:
 
 
 class ModelIdentity:
-    """Tells one model from another, and from itself after it was changed.
+    """Distinguishes models from each other, and from their own state before a change.
 
-    A model is compared with itself as it was when it was made. With other code nothing is known of its results; with
-    other values they are its own, in this process; where all is the same they are those of its checkpoint.
+    The model is compared with its initial state. If its code changed, its results cannot be identified. If only values
+    changed, results are valid within this process. If nothing changed, they belong to the checkpoint.
 
     Args:
         model: with its weights loaded.
-        pager: owns the large ones.
+        pager: owns the large weights.
         config: how they are stored and computed with.
-        checkpoint: where they came from; `None`: from memory, so that nothing tells them from others but this process.
+        checkpoint: source of the weights; `None`: from memory, so the identity is valid in this process only.
     """
 
     def __init__(self, model: Any, pager: Pager, config: MemoryConfig, checkpoint: Checkpoint | None) -> None:
         self._process = uuid.uuid4().hex
         self._source = None
         if checkpoint is not None:
-            # With codec `auto` a plan can be edited: the same source, other codecs.
+            # With codec `auto` a plan can be edited: same source, other codecs.
             codecs = checkpoint.metadata.get(CODECS_KEY, "")
             self._source = digest(checkpoint.metadata.get(_SOURCE_KEY) or checkpoint.fingerprint(), codecs)
         self._settings = (
@@ -67,7 +67,7 @@ class ModelIdentity:
         self._trusted = False
 
     def begin(self) -> None:
-        """Note the model as it is: all that this package attaches to it is there, and nobody else had it yet."""
+        """Record the initial model: everything of this package is attached, and no caller has it yet."""
         parts = (self._model, getattr(getattr(self._model, "model", None), "visual", None))
         self._first = {id(part): ModelState(part, self._pager) for part in parts if part is not None}
         self._trusted = self._source is not None and self._first[id(self._model)].is_trusted()
@@ -77,11 +77,11 @@ class ModelIdentity:
 
         Args:
             part: the model or its vision tower, whose results are kept.
-            settings: what else they depend on, as JSON.
+            settings: other dependencies, as JSON.
 
         Returns:
-            `None` where results cannot be told apart, and must not be kept: the code of the part is not what it was,
-            hooks were added, somebody holds views of weights and may write to them, or gradients are asked for.
+            `None` if results cannot be identified and must not be kept: the part's code changed, hooks were added, a
+            caller holds views of weights and may write to them, or gradients are required.
         """
         first = self._first.get(id(part))
         if first is None or any(module.training for module in part.modules()):

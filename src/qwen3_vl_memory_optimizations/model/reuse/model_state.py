@@ -1,8 +1,8 @@
-"""What the results of a module depend on besides its inputs: its code, its hooks, its values.
+"""Record what a module's results depend on besides its inputs: code, hooks and values.
 
-Two looks at a module are compared. Where its *code* differs (classes, methods, functions of their files, forwards of
-single modules, hooks, structure), nobody can tell what it computes now. Where only *values* differ (weights, buffers,
-numbers and names in modules and in the configuration), it computes the same from other values.
+Two snapshots of a module are compared. If its *code* differs (classes, methods, functions of their files, forwards of
+single modules, hooks, structure), it may compute anything. If only *values* differ (weights, buffers, numbers and names
+in modules and in the configuration), it computes the same function from other values.
 """
 
 from __future__ import annotations
@@ -29,30 +29,31 @@ _METHODS = (property, staticmethod, classmethod)
 _NUMBERS = frozenset({bool, int, float, str, type(None)})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _BOOKKEEPING = frozenset(nn.Module().__dict__) | {"rope_deltas", "generation_config", "memory_optimizer"}
-"""What each module has for torch (hooks, parameters, buffers and children are looked at by name), what calls leave
-behind, what says how to decode, and who is asked: none of it goes into keys and values."""
+"""Attributes that do not affect keys and values: torch's own (hooks, parameters, buffers and children are examined by
+name), state left by calls, decoding settings, and the optimizer.
+"""
 _OF_FILES = frozenset({"_name_or_path", "_commit_hash", "transformers_version", "memory_optimization_config"})
-"""What a configuration knows of where it came from."""
+"""Configuration entries about its origin."""
 _MOST_COPIED_BYTES = 16 << 20
 _TRUSTED = ("torch", "transformers", "huggingface_hub", "safetensors", "accelerate", __name__.split(".")[0])
-"""Packages whose code is what their version says. The three in the middle give functions to files of transformers."""
+"""Packages whose version identifies their code. The middle three put functions into modules of transformers."""
 
 
 class ModelState:
-    """One look at a module.
+    """One snapshot of a module.
 
     Args:
         part: the module.
         pager: owns the large weights.
-        first: an earlier look. Names that modules, classes and files did not have then do not count, unless they stand
-            before others: code that is the same does not ask for them. (transformers adds methods as it goes.)
+        first: an earlier snapshot. Names added since to modules, classes and files are ignored unless they shadow
+            others, because unchanged code does not use them. (transformers adds methods at run time.)
 
     Attributes:
-        code: objects whose identity says what is computed; kept, so that no other gets the address of one.
-        values: what it is computed from, as text and numbers.
-        names: those that count, of each module, class and file.
-        known: whether `values` say everything. Not where views of weights are in somebody's hands, tensors are of a
-            kind or in a place that cannot be read, or torch has every operation pass through something else.
+        code: objects whose identity determines the computation; kept alive, so that no address is reused.
+        values: inputs of that code, as text and numbers.
+        names: the relevant names of each module, class and file.
+        known: whether `values` is complete. False if a caller holds views of weights, tensors cannot be read (by kind
+            or location), or torch redirects every operation.
     """
 
     def __init__(self, part: nn.Module, pager: Pager, first: ModelState | None = None) -> None:
@@ -73,7 +74,7 @@ class ModelState:
     def _names(
         self, owner: str | type, found: Mapping[str, Any], first: ModelState | None, shadows: Callable[[str], bool]
     ) -> Collection[str]:
-        """Return the names that count of what somebody has; `shadows`: whether one stands before another."""
+        """Return the relevant names among `found`; `shadows`: returns whether a name shadows another."""
         names = None if first is None else first.names.get(owner)
         if names is None:
             names = frozenset(found)
@@ -83,12 +84,12 @@ class ModelState:
         return names
 
     def same_code(self, other: ModelState) -> bool:
-        """Whether two looks saw the same code."""
+        """Whether two snapshots saw the same code."""
         mine, theirs = self.code, other.code
         return len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
 
     def is_trusted(self) -> bool:
-        """Whether all code is that of torch, of transformers and of this package, as it is in their files."""
+        """Whether all code is that of Python, torch, transformers and this package, as in their files."""
         return all(map(_is_trusted, self.code))
 
     # --- one module ---------------------------------------------------------------------------------------------------
@@ -173,14 +174,14 @@ def _has(classes: Sequence[type], name: str) -> bool:
 
 
 def _is_redirected() -> bool:
-    """Whether torch calls something else at each module or at each operation."""
+    """Whether torch redirects every module call or every operation."""
     hooks = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
     modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
     return any(hooks) or modes > 0 or torch.is_autocast_enabled("cpu")
 
 
 def _attention_functions(config: Any) -> Iterator[Any]:
-    """Yield what the names of attention stand for."""
+    """Yield the functions behind the names of attention implementations."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     configs = (config, *(getattr(config, name, None) for name in ("text_config", "vision_config")))
@@ -190,7 +191,7 @@ def _attention_functions(config: Any) -> Iterator[Any]:
 
 
 def text_of(value: Any) -> str:
-    """Return plain values, and configurations that hold such, as text; of any other object its kind."""
+    """Return plain values, and configurations of such, as text; for any other object, its type."""
     if isinstance(value, _PLAIN):
         return repr(value)
     if isinstance(value, dict):
@@ -206,7 +207,7 @@ def text_of(value: Any) -> str:
 
 
 def _is_trusted(code: Any) -> bool:
-    """Whether code comes from a file of a trusted package or of Python; what is written in C goes by its kind."""
+    """Whether code comes from a file of a trusted package or of Python; C code is judged by its type."""
     while True:
         if isinstance(code, property):
             code = code.fget

@@ -1,7 +1,7 @@
-"""A prompt that begins as an earlier one continues where that left off: its keys and values are known.
+"""Reuse the keys and values of a prompt's known beginning.
 
-`generate` gets a cache that begins with the blocks of earlier sequences (`KVStore`), and computes the rest. Positions
-are those of the whole prompt, pictures included; pictures inside the beginning are not encoded.
+`generate` receives a cache that begins with the blocks of earlier sequences (`KVStore`), and computes the rest.
+Positions are those of the whole prompt, including images and videos; those inside the known beginning are not encoded.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _KNOWN = frozenset(
         *(name for names in _PICTURES.values() for name in names),
     }
 )
-"""Arguments of `generate` of which it is known what they do to keys and values, beside the settings of decoding."""
+"""Arguments of `generate` with a known effect on keys and values, besides the decoding settings."""
 _FOREIGN = (
     "inputs_embeds",
     "position_ids",
@@ -66,21 +66,23 @@ _FOREIGN = (
     "guidance_scale",
     *CACHE_NAMES,
 )
-"""Ways to generate that bring a cache of their own, or look at more than the last token: they are left as they are."""
+"""Arguments of generation modes that bring their own cache or read more than the last token; such calls are left
+unchanged.
+"""
 
 
 @dataclass(slots=True)
 class Run:
-    """One call of `generate` of which the keys and values are looked up and kept.
+    """One `generate` call whose keys and values are looked up and kept.
 
     Attributes:
-        ids: the prompt; `tokens`: what each token is.
-        spans: its pictures.
-        identity: of the model as it was when the run began.
-        cache: empty, or with the beginning that is known.
-        past: how many tokens that is.
-        skipped: tokens of pictures that the beginning cuts, by modality.
-        handed_out: `generate` has the cache.
+        ids: the prompt; `tokens`: the content of each token.
+        spans: its images and videos.
+        identity: of the model when the run began.
+        cache: empty, or with the known beginning.
+        past: length of the known beginning in tokens.
+        skipped: by modality, tokens in the known beginning of the image or video that it cuts.
+        handed_out: `generate` has received the cache.
     """
 
     ids: list[int]
@@ -94,13 +96,13 @@ class Run:
 
 
 class PrefixReuse:
-    """Looks prompts up, and keeps what they leave.
+    """Looks prompts up, and keeps their keys and values.
 
     Args:
-        model: of transformers.
-        store: of sequences that rest.
+        model: a transformers model.
+        store: of resting sequences.
         identity: of the model.
-        vision: gives the keys of pictures; `None`: prompts with pictures are computed whole.
+        vision: provides keys of images and videos; `None`: prompts with any are computed whole.
         make_cache: returns an empty cache.
     """
 
@@ -118,7 +120,7 @@ class PrefixReuse:
     # --- before -------------------------------------------------------------------------------------------------------
 
     def begin(self, arguments: Mapping[str, Any]) -> Run | None:
-        """Return what is known of a call, or `None` where it is one that is left as it is."""
+        """Return the run of a call with its known beginning, or `None` for a call that is left unchanged."""
         ids = arguments.get("input_ids", arguments.get("inputs"))
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[0] != 1 or ids.is_floating_point():
             return None
@@ -148,12 +150,12 @@ class PrefixReuse:
             try:
                 run.past = self._store.adopt(match, cache)
             except MemoryBudgetExceeded as error:
-                logger.debug("a known beginning is computed again: %s", str(error))
+                logger.debug("a known beginning is recomputed: %s", str(error))
                 run.cache = self._make_cache()
         return run
 
     def _is_foreign(self, arguments: Mapping[str, Any]) -> bool:
-        """Whether a call generates in a way that is left as it is."""
+        """Whether a call uses a generation mode that is left unchanged."""
 
         def setting(name: str) -> Any:
             sources = (arguments.get("generation_config"), self._model.generation_config)
@@ -165,7 +167,7 @@ class PrefixReuse:
         if any(arguments[name] is not None for name in unknown):
             return True
         several = any((setting(name) or 1) > 1 for name in ("num_beams", "num_return_sequences"))
-        asked = (setting(name) for name in _FOREIGN)  # some of them are tensors
+        asked = (setting(name) for name in _FOREIGN)  # some are tensors
         return several or setting("use_cache") is False or any(each is not None and each is not False for each in asked)
 
     def _spans(self, tokens: list[int], arguments: Mapping[str, Any]) -> list[Span] | None:
@@ -187,7 +189,7 @@ class PrefixReuse:
         return find_spans(tokens, known, grids, keys, merge)
 
     def behind(self, run: Run, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments with the positions of the whole prompt, and with the pictures of the rest only."""
+        """Return the arguments with the whole prompt's positions and only the remaining images and videos."""
         ids: torch.Tensor = arguments["input_ids"] if "input_ids" in arguments else arguments["inputs"]
         shown = {"mm_token_type_ids", *(name for names in _PICTURES.values() for name in names[1:])}
         given = {name: arguments[name] for name in shown if arguments.get(name) is not None}
@@ -217,7 +219,7 @@ class PrefixReuse:
     # --- after --------------------------------------------------------------------------------------------------------
 
     def keep(self, run: Run, result: Any, seconds_per_token: float) -> None:
-        """Let the sequence rest: a next turn repeats the prompt and the answer."""
+        """Store the sequence: the next turn repeats the prompt and the answer."""
         sequence = getattr(result, "sequences", result)[0].tolist()
         n_tokens = min(len(sequence), int(run.cache.get_seq_length()))
         answer = sequence[len(run.ids) : n_tokens]
@@ -226,8 +228,8 @@ class PrefixReuse:
             return
         tokens = [*run.tokens, *answer][:n_tokens]
         now = self._identity.of(self._model, _KIND, run.cache.codec.name, run.cache.block_tokens)
-        if now != run.identity:  # changed meanwhile
+        if now != run.identity:  # the model changed meanwhile
             return
-        # The caller may continue in a cache that is returned, so the tail that rests is a copy.
+        # The caller may continue with a returned cache, so a copy of it rests.
         cache = run.cache if isinstance(result, torch.Tensor) else copy.deepcopy(run.cache)
         self._store.rest(cache, 0, tokens, run.identity.digest, persist=now.persists, saved_s=seconds_per_token)

@@ -1,8 +1,8 @@
-"""An image that was seen before is not encoded again: its features, those of DeepStack included, come from the cache.
+"""Reuse features of images seen before, including DeepStack features, from the cache.
 
-The key is made of the pixels as the model gets them (so of the image, its size and its processing), the grid, and the
-identity of the model. Each image or video of a call is looked up by itself; those that are missing are encoded
-together, as they would be without a cache. A hit gives the bits that were stored.
+The key covers the pixels as the model receives them (so the image, its size and its processing), the grid, and the
+identity of the model. Each image or video of a call is looked up separately; the missing ones are encoded together, as
+without a cache. A hit returns the stored bits.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from .identity import Identity, ModelIdentity
 
 _KIND = "vision"
 _HARMLESS = ("return_dict", "use_cache")
-"""Arguments that do not change the features; with any other the tower is asked."""
+"""Arguments that do not change the features; any other bypasses the cache."""
 _MORE = ("output_hidden_states", "output_attentions")
 
 
 def attach_vision_reuse(
     model: Any, cache: HierarchicalCacheSystem, identity: ModelIdentity, reserve: Callable[[int], None]
 ) -> VisionReuse | None:
-    """Let a model look images up before it encodes them; return `None` where it is no model that is known here.
+    """Make a model look images up before encoding them; return `None` for an unknown model.
 
-    `reserve` is called with the bytes of the features of a call before they are looked up: reading an entry takes as
-    much again.
+    `reserve` is called before a lookup with twice the bytes of the call's features: reading an entry takes as much
+    again.
 
-    The method `get_image_features` of the inner model is replaced, which images and videos of `generate` go through.
-    What the tower gives besides features (the states of the patches, ahead of the merger) is not kept: the outputs of
-    `forward`, and of the method itself, would lack it, so outside `generate` (see `wanted`) images are encoded.
+    This replaces the inner model's `get_image_features`, which images and videos of `generate` go through. The tower's
+    other outputs (patch states before the merger) are not kept. `forward` and the method itself return them, so images
+    are encoded outside `generate` (see `wanted`).
     """
     base = base_of(model)
     plain = getattr(base, "get_image_features", None)
@@ -57,7 +57,7 @@ def attach_vision_reuse(
 
 
 def _asks_for_more(base: Any, given: dict[str, Any]) -> bool:
-    """Whether a call, or the configuration where it says nothing, wants a tuple, or what is not kept."""
+    """Whether a call, or by default the configuration, asks for a tuple or for outputs that are not kept."""
     as_dict = given.get("return_dict")
     as_dict = getattr(base.config, "return_dict", True) if as_dict is None else as_dict
     return not as_dict or any(
@@ -66,16 +66,16 @@ def _asks_for_more(base: Any, given: dict[str, Any]) -> bool:
 
 
 class VisionReuse:
-    """Looks the images of a call up.
+    """Looks up the images of a call.
 
     Args:
         base: the inner model, which has the vision tower.
         cache: where features are kept.
         identity: of the model.
-        reserve: sets memory aside for features.
+        reserve: reserves memory for features.
 
     Attributes:
-        wanted: says whether features alone will do now.
+        wanted: returns whether features alone are sufficient now.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class VisionReuse:
         self.wanted: Callable[[], bool] = lambda: True
 
     def keys(self, pixels: torch.Tensor, grids: torch.Tensor) -> list[str] | None:
-        """Return the key of each image, or `None` where features must not be kept.
+        """Return the key of each image, or `None` if features must not be kept.
 
         Args:
-            pixels: patches of all images `[patches, values]`, in the dtype of the tower or another that is cast to it.
-            grids: int64 `[images, 3]`: groups of frames, rows and columns of patches.
+            pixels: patches of all images `[patches, values]`, in the dtype of the tower or one that is cast to it.
+            grids: int64 `[images, 3]`: frame groups, rows and columns of patches.
         """
         identity = self._tower()
         return None if identity is None else self._keys(identity, pixels, grids)
@@ -102,7 +102,7 @@ class VisionReuse:
         visual = self._base.visual
         patches = grids.prod(-1).tolist()
         if sum(patches) != pixels.shape[0]:
-            return None  # the model says what is wrong
+            return None  # the model reports the mismatch
         parts = pixels.split(patches)
         return [
             digest(_KIND, identity.digest, grid, digest_of_tensor(part, visual.dtype))
@@ -110,7 +110,7 @@ class VisionReuse:
         ]
 
     def features(self, plain: Any, pixels: torch.Tensor, grids: torch.Tensor, options: dict[str, Any]) -> Any:
-        """Return what `plain` returns for these images, as far as it can from the cache."""
+        """Return what `plain` returns for these images, from the cache where possible."""
         identity = self._tower()
         keys = None if identity is None else self._keys(identity, pixels, grids)
         if identity is None or not keys:
