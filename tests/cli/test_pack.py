@@ -62,7 +62,7 @@ def test_a_plan_can_be_edited_and_packed_again(run, tiny, tmp_path):
 def test_a_bad_plan_is_refused_with_its_place(run, tiny, tmp_path):
     plan = tmp_path / "plan.json"
     plan.write_text("{}")
-    assert "no compression plan" in run("pack", tiny, "--cache-dir", tmp_path, "--plan", plan).stderr
+    assert "not a compression plan" in run("pack", tiny, "--cache-dir", tmp_path, "--plan", plan).stderr
     result = run("pack", tiny, "--cache-dir", tmp_path, "--plan", tmp_path / "none.json")
     assert (result.exit_code, "cannot be read" in result.stderr) == (2, True)
     result = run("pack", tiny, "--cache-dir", tmp_path, "--codec", "int8", "--plan", plan)

@@ -107,6 +107,6 @@ def test_an_interrupted_packing_goes_on(tmp_path):
 def test_a_budget_too_small_to_decode_is_refused_before_anything_is_written(tmp_path):
     quantised(tmp_path / "model", *FORMATS["gptq"])
     config = MemoryConfig(cache_dir=tmp_path / "cache", ram_budget=64 << 20)
-    with pytest.raises(MemoryBudgetExceeded, match=r"decoding .* takes .*pack once without ram_budget"):
+    with pytest.raises(MemoryBudgetExceeded, match=r"decoding .* needs .*pack once without ram_budget"):
         pack_checkpoint(tmp_path / "model", codec="int8", config=config)
     assert not list(config.packed_dir.glob("*"))

@@ -128,7 +128,7 @@ def test_a_damaged_file_is_made_again(tmp_path, unmeasured, caplog, damaged):
     path = tmp_path / MACHINE_FILE
     path.write_text(damaged)
     recall_bf16_cost(MemoryConfig(cache_dir=tmp_path))
-    assert "made again" in caplog.text
+    assert "writing a new one" in caplog.text
     assert list(json.loads(path.read_text())["bf16_cost"].values()) == [kernels.bf16_cost()]
 
 

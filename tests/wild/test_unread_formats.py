@@ -73,7 +73,7 @@ def test_weights_that_nothing_explains_are_refused(dtype, name, run, tmp_path):
     tensors[f"{UP}.weight"] = tensors[f"{UP}.weight"].to(dtype)
     tiny_copy(tmp_path / "model", tensors)
     refused(run, tmp_path / "model", f"{UP}.weight", name, "use the original model in 16 bits")
-    with pytest.raises(CheckpointError, match="it is quantised"):  # paged from its own file
+    with pytest.raises(CheckpointError, match="it is quantized"):  # paged from its own file
         create_optimized_model(tmp_path / "model", {"codec": "none", "cache_dir": tmp_path / "cache"})
 
 

@@ -356,7 +356,7 @@ def test_accelerate_offloads_nothing(model, tmp_path):
 def test_the_vocabulary_keeps_its_size(model):
     now = model.get_input_embeddings().weight.shape[0]
     for size in (now + 8, now - 8):
-        with pytest.raises(ConfigurationError, match=f"{now} tokens and cannot have {size}"):
+        with pytest.raises(ConfigurationError, match=f"{now} tokens and cannot be resized to {size}"):
             model.resize_token_embeddings(size)
     assert model.resize_token_embeddings(now).weight is model.get_input_embeddings().weight
     assert model.resize_token_embeddings() is model.get_input_embeddings()

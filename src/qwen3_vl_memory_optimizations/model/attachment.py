@@ -1,4 +1,4 @@
-"""What this package attached to a model, so that it can be taken off again and the plain model is left."""
+"""Record what this package attaches to a model, so that it can be removed and the plain model is left."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _WORKING_BYTES = 64 << 20
 
 
 class Attachment:
-    """The attributes and hooks that come to models between its construction and `complete`.
+    """The attributes and hooks added to models between construction and `complete`.
 
     Args:
-        models: as transformers made them.
+        models: as built by transformers.
     """
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
@@ -32,12 +32,12 @@ class Attachment:
         self._hooks: list[tuple[dict[Any, Any], Any]] = []
 
     def _owners(self) -> list[Any]:
-        """Return whatever has attributes that are replaced: modules, and the configurations that name an attention."""
+        """Return every object whose attributes are replaced: modules, and configurations that name an attention."""
         modules = [module for model in self._models for module in model.modules()]
         return modules + [text_config(model) for model in self._models]
 
     def complete(self) -> None:
-        """Note what came since."""
+        """Record what was added since construction."""
         for owner, attributes, hooks in self._before:
             now, hooks_now = _state(owner)
             for name, value in now.items():
@@ -49,10 +49,10 @@ class Attachment:
         self._before = []
 
     def require_memory(self) -> None:
-        """Refuse to decode weights that memory has no room for, before anything is changed.
+        """Reject decoding weights that do not fit into memory, before anything is changed.
 
         Raises:
-            MemoryBudgetExceeded: with what it takes.
+            MemoryBudgetExceeded: reports the bytes needed.
         """
         managed = {id(weight): weight for weight in self._managed()}.values()
         required = sum(weight.nbytes for weight in managed) + _WORKING_BYTES
@@ -60,8 +60,8 @@ class Attachment:
         available = usable_memory()[1] + there
         if required > available:
             raise MemoryBudgetExceeded(
-                f"the plain model takes {format_bytes(required)}, and {format_bytes(available)} are free; save it with "
-                "save_pretrained(), which needs no room for it",
+                f"the plain model needs {format_bytes(required)}, and {format_bytes(available)} are free; save it with "
+                "save_pretrained() instead, which decodes a few rows at a time",
                 requested_bytes=required,
                 available_bytes=available,
                 budget_bytes=available,
@@ -75,22 +75,22 @@ class Attachment:
         return [weight for weight in weights if isinstance(weight, ManagedTensor)]
 
     def undo(self) -> None:
-        """Give the models their weights, decoded, and their own forwards and methods. Hooks of others stay."""
+        """Restore the models' decoded weights, forwards and methods. Hooks of others stay."""
         self._decode()
         for hooks, number in self._hooks:
             hooks.pop(number, None)
         for owner, name, old, new in reversed(self._attributes):
             if owner.__dict__.get(name, _MISSING) is not new:
-                continue  # somebody replaced it since
+                continue  # replaced since, by other code
             if old is _MISSING:
                 del owner.__dict__[name]
             else:
                 owner.__dict__[name] = old
 
     def _decode(self) -> None:
-        """Put plain parameters in the place of managed weights, one by one; each managed one is freed."""
+        """Replace managed weights by plain parameters, one by one; each managed one is freed."""
         plain: dict[int, nn.Parameter] = {}
-        managed: dict[int, ManagedTensor] = {}  # held: no other may get the id of one
+        managed: dict[int, ManagedTensor] = {}  # held, so that no id is reused
         for model in self._models:
             for module in model.modules():
                 parameters: dict[str, Any] = module._parameters
@@ -114,7 +114,7 @@ def _decoded(weight: ManagedTensor) -> torch.Tensor:
 
 
 def _state(owner: Any) -> tuple[dict[str, Any], dict[str, set[Any]]]:
-    """Return the attributes of an owner, and by name of each table of hooks the numbers in it."""
+    """Return the attributes of an owner, and the hook ids of each of its hook tables by name."""
     attributes, hooks = {}, {}
     for name, value in owner.__dict__.items():
         if "hooks" in name and isinstance(value, dict):

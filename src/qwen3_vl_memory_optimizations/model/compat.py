@@ -1,4 +1,4 @@
-"""Everything that depends on a version of transformers: names of arguments, paths of modules, private methods."""
+"""Isolate what depends on the transformers version: argument names, module paths and private methods."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 CACHE_NAMES = ("cache", "past_key_values")
-"""The argument that holds keys and values: since transformers 5.24, and before."""
+"""The argument for keys and values: since transformers 5.24, and before."""
 MAKE_CACHE_METHOD = "_prepare_cache_for_generation"
-"""The method of `generate` that makes the cache and puts it into the arguments of the model."""
+"""The method of `generate` that creates the cache and adds it to the model's arguments."""
 PREFILL_METHOD = "_prefill"
 """The method of `generate` that runs the prompt; not in every version."""
 INIT_METHOD = "_init_weights"
-"""The method that gives one module its initial weights and computed buffers."""
+"""The method that initializes the weights and computed buffers of one module."""
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Any:
@@ -44,13 +44,15 @@ def text_decoder(model: Any) -> Any:
 
 
 def deepstack_levels(tower: Any) -> int | None:
-    """Return at how many layers of the decoder features of a tower go in; `None`: it is none of Qwen3-VL."""
+    """Return the number of decoder layers that receive features of a tower; `None`: not a Qwen3-VL tower."""
     indexes = getattr(tower, "deepstack_visual_indexes", None)
     return None if indexes is None else len(indexes)
 
 
 def picture_features(pooled: tuple[torch.Tensor, ...], deepstack: list[tuple[torch.Tensor, ...]]) -> Any:
-    """Return features as the vision tower does: for each picture `[tokens, hidden]`, and the same for each level."""
+    """Return features as the vision tower does: `[tokens, hidden]` per image or video, and the same per DeepStack
+    level.
+    """
     from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
     return BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=deepstack)
@@ -72,12 +74,12 @@ def attention_function(name: str) -> Callable[..., Any]:
 
 
 def text_config(model: Any) -> Any:
-    """Return the configuration of the text decoder, or of the whole model where it is its own decoder."""
+    """Return the configuration of the text decoder, or of the whole model if it is its own decoder."""
     return model.config.get_text_config(decoder=True)
 
 
 def use_attention(config: Any, name: str) -> None:
-    """Have the layers of one part attend by a registered function; the public setter would change other parts too."""
+    """Make the layers of one part use a registered attention; the public setter would change other parts too."""
     config._attn_implementation_internal = name
 
 
@@ -87,10 +89,10 @@ def attention_name(config: Any) -> str | None:
 
 
 def initialise(model: Any, module: nn.Module) -> None:
-    """Give one module the initial weights and computed buffers that transformers would."""
+    """Initialize the weights and computed buffers of one module as transformers would."""
     getattr(model, INIT_METHOD)(module)
 
 
 def tied_names(model: Any) -> Any:
-    """Return the names of parameters that a configuration ties to others: a dict, where transformers has one."""
+    """Return the names of parameters that a configuration ties to others, as a dict if transformers provides one."""
     return getattr(model, "all_tied_weights_keys", None) or {}

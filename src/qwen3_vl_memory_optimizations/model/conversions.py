@@ -1,8 +1,8 @@
-"""What torch, transformers and accelerate do with a whole model: done as with a plain one, or refused at its begin.
+"""Support whole-model operations of torch, transformers and accelerate, or reject them before anything changes.
 
-A model with managed weights is tied to its optimizer: it cannot be copied, pickled, offloaded by somebody else or given
-weights of another shape. Each of these would fail in the middle, with a part of the model changed, or leave a model
-that looks right and answers from weights of another.
+A model with managed weights is tied to its optimizer: it cannot be copied, pickled, offloaded by other code, or given
+weights of another shape. Each of these would fail halfway, leaving a partly changed model, or a model that looks right
+but answers from another model's weights.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _SMALL = "small weights"
 
 
 def attach_conversions(model: Any, optimizer: Any) -> None:
-    """Have a model convert its managed weights along, and refuse what they cannot do.
+    """Make a model convert its managed weights with the others, and reject what they do not support.
 
     Args:
-        model: of transformers, whose weights are in place.
-        optimizer: owns them.
+        model: a transformers model with its weights in place.
+        optimizer: owns the weights.
     """
     parts = (model, base_of(model), vision_tower(model), text_decoder(model))
     for part in dict.fromkeys(part for part in parts if isinstance(part, nn.Module)):
@@ -40,14 +40,16 @@ def attach_conversions(model: Any, optimizer: Any) -> None:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate put hooks on a module that bring its weights from elsewhere."""
+    """Whether accelerate put hooks on a module that load its weights from elsewhere."""
     return not isinstance(getattr(module, "_hf_hook", _NotOffloaded()), _NotOffloaded)
 
 
 def _apply(
     part: nn.Module, optimizer: Any, convert: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
 ) -> Any:
-    """`nn.Module._apply`, by which `to`, `half`, `float`, `cuda` and others convert all tensors of a model."""
+    """Replace `nn.Module._apply`, through which `to`, `half`, `float`, `cuda` and others convert all tensors of a
+    model.
+    """
     plain = type(part)._apply
     modules = list(part.modules()) if recurse else [part]
     held: list[tuple[nn.Module, str, Any]] = [
@@ -62,8 +64,8 @@ def _apply(
     probe = convert(torch.empty(0, dtype=before))
     if probe.device.type != "cpu":
         raise ConfigurationError(
-            f"managed weights stay in memory and on the SSD of the machine, and cannot go to {str(probe.device)!r}; "
-            "load the model with transformers to have it there"
+            f"managed weights live in CPU memory and on the SSD and cannot move to {str(probe.device)!r}; "
+            "load the model with transformers to use that device"
         )
     small = {id(each): each for module in modules for each in module._parameters.values() if each is not None}
     others = sum(each.nbytes for each in small.values() if not isinstance(each, ManagedTensor))
@@ -86,26 +88,26 @@ def _apply(
 def _requires_grad(part: nn.Module, requires_grad: bool = True) -> nn.Module:
     if requires_grad:
         raise ConfigurationError(
-            "managed weights are frozen, no gradient is computed for them; train an adapter (LoRA) or single small "
-            "parameters, or load the model with transformers"
+            "managed weights are frozen and get no gradients; train an adapter (LoRA) or individual small parameters, "
+            "or load the model with transformers"
         )
     return type(part).requires_grad_(part, False)
 
 
 def _refuse_to_copy() -> NoReturn:
     raise ConfigurationError(
-        "a model with managed weights can be neither copied nor pickled: its weights are in the care of one optimizer; "
-        "save it with save_pretrained(), or load it a second time"
+        "a model with managed weights can be neither copied nor pickled: one optimizer owns its weights; save it with "
+        "save_pretrained(), or load it a second time"
     )
 
 
 class _NotOffloaded:
-    """Stands where accelerate keeps its hook, and refuses when it is about to put one there."""
+    """Occupies accelerate's hook attribute, and rejects the first hook that accelerate sets."""
 
     def detach_hook(self, module: nn.Module) -> NoReturn:
         """Called before the first hook is set."""
         raise ConfigurationError(
-            "managed weights cannot be offloaded by accelerate: they come from the SSD already; give a ram_budget "
+            "managed weights cannot be offloaded by accelerate: they are already paged from the SSD; set ram_budget "
             "instead"
         )
 
@@ -115,8 +117,8 @@ def _by_copying(plain: Any) -> Any:
     def load_state_dict(state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         if assign:
             raise ConfigurationError(
-                "load_state_dict(assign=True): other tensors cannot take the place of managed weights; leave assign "
-                "out, and the values are copied"
+                "load_state_dict(assign=True): managed weights cannot be replaced by other tensors; omit assign to "
+                "copy the values"
             )
         return plain(state_dict, strict)
 
@@ -136,8 +138,8 @@ def _of_the_same_size(model: Any, plain: Any) -> Any:
             wanted = -(-wanted // pad_to_multiple_of) * pad_to_multiple_of
         if wanted != now and isinstance(embeddings.weight, ManagedTensor):
             raise ConfigurationError(
-                f"the vocabulary of managed weights has {now} tokens and cannot have {wanted}; resize the model with "
-                "transformers, save it with save_pretrained(), and load the result"
+                f"the vocabulary of managed weights has {now} tokens and cannot be resized to {wanted}; resize the "
+                "model with transformers, save it with save_pretrained(), and load the result"
             )
         return plain(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
 

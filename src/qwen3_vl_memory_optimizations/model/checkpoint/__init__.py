@@ -1,1 +1,1 @@
-"""From a checkpoint to managed weights: which formats are read, what is packed, what is loaded, what is saved."""
+"""Turn checkpoints into managed weights: read formats, pack, load and save."""

@@ -1,4 +1,4 @@
-"""The speeds of codecs on this machine, measured once and kept beside the packed checkpoints."""
+"""Measure codec speeds on this machine once, and store them beside the packed checkpoints."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _PROBE_BYTES = 64 << 20
 
 
 def codec_speeds(config: MemoryConfig, *, measure_again: bool = False) -> CodecSpeeds:
-    """Return the speeds of this machine from `codec-speeds.json` in the directory of packed checkpoints.
+    """Return this machine's codec speeds from `codec-speeds.json` in the directory of packed checkpoints.
 
-    Where there are none, or those of another machine or version of torch, they are measured (a few seconds) and kept.
+    If the file is missing, or from another machine or torch version, they are measured (a few seconds) and stored.
 
     Args:
-        config: says where packed checkpoints lie.
-        measure_again: whatever is kept.
+        config: locates the packed checkpoints.
+        measure_again: ignore stored speeds.
 
     Raises:
         StorageError: the directory cannot be written, or its disk has no room for a probe of 64 MiB.
@@ -48,12 +48,12 @@ def _read(path: Path) -> CodecSpeeds | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("%s cannot be used (%s); the speeds of codecs are measured again", path, str(error))
+        logger.warning("%s cannot be used (%s); measuring the codec speeds again", path, str(error))
         return None
 
 
 def _write(path: Path, speeds: CodecSpeeds) -> None:
-    """Replace the file in one step; whoever reads it meanwhile has the old one or the new one."""
+    """Replace the file atomically; concurrent readers see the old or the new one."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
         json.dump(speeds.to_dict(), file, indent=1)
     os.replace(file.name, path)

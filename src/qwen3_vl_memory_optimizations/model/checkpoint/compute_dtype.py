@@ -1,4 +1,4 @@
-"""What was measured of this machine and decides how it computes: kept, so that each process computes alike."""
+"""Store the machine measurements that determine how to compute, so that all processes compute alike."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MACHINE_FILE = "machine.json"
 
 
 def recall_bf16_cost(config: MemoryConfig) -> None:
-    """Use the cost of bf16 products that the first process on this machine measured; the first one leaves it.
+    """Use the cost of bf16 products measured by the first process on this machine; the first process stores it.
 
-    Kept for each machine, instruction set and version of torch in `machine.json` in the directory of caches. Nothing is
-    written where `private` is set. What cannot be read or written is logged, and measured in this process.
+    It is stored per machine, instruction set and torch version in `machine.json` in the cache directory, unless
+    `private` is set. Read and write errors are logged, and this process uses its own measurement.
 
     Args:
-        config: says where the caches lie.
+        config: locates the caches.
     """
     path = config.base_dir / MACHINE_FILE
     kept, name = _read(path), machine_name()
@@ -40,16 +40,16 @@ def _read(path: Path) -> dict[str, float]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("%s cannot be used (%s: %s); it is made again", path, type(error).__name__, str(error))
+        logger.warning("%s cannot be used (%s: %s); writing a new one", path, type(error).__name__, str(error))
         return {}
 
 
 def _write(path: Path, costs: dict[str, float]) -> None:
-    """Replace the file in one step: processes that start at once leave the figures of one of them."""
+    """Replace the file atomically: of processes that start together, one leaves its figures."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             json.dump({"bf16_cost": costs}, file, indent=1)
         os.replace(file.name, path)
     except OSError as error:
-        logger.warning("%s: what was measured of this machine is not kept: %s", path, str(error))
+        logger.warning("%s: the machine's measurements were not stored: %s", path, str(error))

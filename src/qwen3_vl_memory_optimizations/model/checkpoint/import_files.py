@@ -1,7 +1,7 @@
-"""The files that importing transformers' models reads: asked for ahead, and dropped from the cache once it is done.
+"""Prefetch the files that importing transformers' models reads, and drop them from the page cache afterwards.
 
-The import opens some four thousand files one after another, the source of every model that transformers knows among
-them. On a cold disk it would wait for each, behind the weights that are read meanwhile.
+The import opens about four thousand files one after another, including the source of every model in transformers. On a
+cold disk it would wait for each, behind the weights being read at the same time.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _ENDINGS = (".py", ".pyc", ".so")
 
 
 class ImportFiles:
-    """Knows which files an import read when it was made before, from a list kept in a directory.
+    """Remembers which files an earlier import read, in a list stored in a directory.
 
-    The list is a hint: what it lacks is read when it is needed, and what is gone is passed over.
+    The list is a hint: missing entries are read on demand, and deleted files are skipped.
 
     Args:
-        directory: where lists are kept, one for each set of versions; none while it does not exist.
+        directory: holds one list per set of versions; nothing is stored while it does not exist.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -40,7 +40,7 @@ class ImportFiles:
         self._loaded = set(_files_of_modules())
 
     def read_ahead(self) -> None:
-        """Ask the system to read the files into its cache, unless they are in it; returns at once."""
+        """Ask the system to read the files into its cache, unless they are cached; returns immediately."""
         paths = self._listed()
         if not paths or _is_cached(paths[0]):
             return
@@ -50,11 +50,11 @@ class ImportFiles:
             threading.Thread(target=_advise, args=arguments, name=f"ahead-{first}", daemon=True).start()
 
     def drop(self) -> None:
-        """Take the files out of the system's cache: in a control group they count, and they are not read again."""
+        """Drop the files from the system's cache: they count toward the control group, and are not read again."""
         _advise(self._listed(), os.POSIX_FADV_DONTNEED)
 
     def record(self) -> None:
-        """Keep what was imported since this was made, where no list is kept yet."""
+        """Store the list of files imported since construction, unless a list exists."""
         if self._list.exists() or not self._list.parent.is_dir():
             return
         files = [path for path in _files_of_modules() if path not in self._loaded]
@@ -67,7 +67,7 @@ class ImportFiles:
                 file.write("\n".join(names))
             os.replace(temporary, self._list)
         except OSError as error:  # the next start is as slow as this one
-            logger.info("%s: cannot be written: %s", self._list, str(error))
+            logger.info("%s: cannot be written; the next start does not prefetch: %s", self._list, str(error))
 
     def _listed(self) -> list[Path]:
         try:
@@ -79,7 +79,7 @@ class ImportFiles:
 
 
 def _files_of_modules() -> Iterator[str]:
-    """Yield the files that modules came from: compiled Python, or a library."""
+    """Yield the files of loaded modules: compiled Python, or a library."""
     for module in list(sys.modules.values()):
         names = getattr(module, "__dict__", {})
         path = names.get("__cached__") or names.get("__file__")
@@ -88,14 +88,14 @@ def _files_of_modules() -> Iterator[str]:
 
 
 def _is_cached(path: Path) -> bool:
-    """Whether the beginning of a file is in the system's cache; not where the system does not tell."""
+    """Whether the beginning of a file is in the system's cache; false if the system does not report it."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
         return False
     try:
         return os.preadv(descriptor, [bytearray(1)], 0, os.RWF_NOWAIT) == 1
-    except OSError:  # it would have to wait for the disk
+    except OSError:  # the read would wait for the disk
         return False
     finally:
         os.close(descriptor)
@@ -105,7 +105,7 @@ def _advise(paths: list[Path], advice: int) -> None:
     for path in paths:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        except OSError:  # gone since, or not for this user
+        except OSError:  # deleted since, or not readable
             continue
         try:
             os.posix_fadvise(descriptor, 0, 0, advice)

@@ -1,4 +1,4 @@
-"""Putting managed tensors in the place of a model's large weights."""
+"""Replace a model's large weights by managed tensors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SLACK_BYTES = 2 * FRAME_BYTES
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a tensor lies, and the address space that is its own."""
+    """The address of a tensor, and its reserved address space."""
 
     address: int
     reserved: int
@@ -46,10 +46,10 @@ class WeightLoader:
 
     Args:
         pager: owns the managed weights.
-        compute_dtype: of activations and of the weights as the model sees them.
+        compute_dtype: of activations, and of the weights as seen by the model.
         progress: called as small tensors are read.
-        joins: lay weights that are multiplied by the same input side by side (see `paging.join`), where they allow it.
-        model_name: tells the weights of a second model in the same Pager from those of the first, which has none.
+        joins: place weights that are multiplied by the same input side by side (see `paging.join`), where possible.
+        model_name: distinguishes a second model's weights from the first's in the same Pager; the first has none.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class WeightLoader:
         self._report = progress or (lambda description, done, total: None)
         self._codecs: dict[str, Codec] = {}
         self._files: dict[Path, DirectFile] = {}
-        self._small: dict[str, torch.Tensor] = {}  # read already
-        self._begun: dict[str, ManagedTensor] = {}  # registered already
+        self._small: dict[str, torch.Tensor] = {}  # already read
+        self._begun: dict[str, ManagedTensor] = {}  # already registered
 
     def _codec(self, name: str) -> Codec:
         if name not in self._codecs:
@@ -77,15 +77,15 @@ class WeightLoader:
         return self._codecs[name]
 
     def begin(self, checkpoint: Checkpoint) -> list[str]:
-        """Register the large weights of a packed checkpoint before its model is built (`from_checkpoint` takes them).
+        """Register the large weights of a packed checkpoint before its model is built (for `from_checkpoint`).
 
         Returns:
-            Those that every pass uses, in that order: the Pager may read them ahead.
+            The weights that every pass uses, in that order: the Pager may prefetch them.
 
         Raises:
             CheckpointError: the checkpoint is incomplete.
-            CorruptDataError: a checksum is another than recorded.
-            MemoryBudgetExceeded: what must stay resident does not fit.
+            CorruptDataError: a checksum does not match.
+            MemoryBudgetExceeded: the non-evictable weights do not fit.
         """
         codecs = json.loads(checkpoint.metadata.get(CODECS_KEY, "{}"))
         shapes = json.loads(checkpoint.metadata.get(SHAPES_KEY, "{}"))
@@ -98,16 +98,16 @@ class WeightLoader:
                 self._begun[name] = self._register(name, shape, checkpoint, extent, codec, places.get(name))
         self._join(places, self._begun)
         every_pass = [name for name in self._begun if _VISION not in name and not name.endswith(_EMBEDDING)]
-        # Of an embedding only single rows are read, but for one that is the head too: whole, and last.
+        # Only single rows of an embedding are read, unless it is also the head: then all of it, last.
         head = [name for name in self._begun if name.endswith(_EMBEDDING) and _HEAD not in self._begun]
         return [self._prefix + name for name in every_pass + head]
 
     def from_checkpoint(self, model: nn.Module, checkpoint: Checkpoint) -> None:
-        """Fill `model` (see `build_skeleton`): small tensors are read, large ones registered to be read on demand.
+        """Fill `model` (see `build_skeleton`): read small tensors, and register large ones to be read on demand.
 
         Raises:
             CheckpointError: a tensor is missing or has another shape.
-            MemoryBudgetExceeded: what must stay resident does not fit.
+            MemoryBudgetExceeded: the non-evictable weights do not fit.
         """
         codecs = json.loads(checkpoint.metadata.get(CODECS_KEY, "{}"))
         sites = weight_sites(model)
@@ -142,19 +142,19 @@ class WeightLoader:
             )
         }
         self._forget_unused()
-        unused -= {name for site in sites for name in site.aliases}  # tied, and the same
+        unused -= {name for site in sites for name in site.aliases}  # tied, and identical
         if unused:
-            logger.warning("the checkpoint has %d tensors the model does not use: %s", len(unused), sorted(unused)[:5])
+            logger.warning("the model does not use %d tensors of the checkpoint: %s", len(unused), sorted(unused)[:5])
 
     def _forget_unused(self) -> None:
-        """Let go of what was begun and has no place in the model."""
+        """Release registered weights that have no place in the model."""
         for tensor in self._begun.values():
             self._pager.free(tensor.tensor_id)
         self._begun.clear()
         self._small.clear()
 
     def _read(self, extent: TensorExtent) -> torch.Tensor:
-        """Return a small tensor, whole; those of a packed checkpoint were read together."""
+        """Return a small tensor, whole; those of a packed checkpoint are read together."""
         if extent.name not in self._small:
             self._small |= read_small_tensors([extent], self._file)
         return self._small.pop(extent.name)
@@ -165,9 +165,9 @@ class WeightLoader:
         return self._files[extent.path]
 
     def _places_of(self, extents: Mapping[str, TensorExtent]) -> dict[str, _Place]:
-        """Reserve address space for weights that are multiplied together, side by side; others stay out.
+        """Reserve adjacent address space for weights that are multiplied together; omits all others.
 
-        They have to end in whole page frames, and start in the file where one does, as packing writes them.
+        Such weights must end in whole page frames, and start at a frame boundary in the file, as packing writes them.
         """
         places: dict[str, _Place] = {}
         for names in joined_names(extents) if self._joins else ():
@@ -243,16 +243,16 @@ class WeightLoader:
         entry.on_released = release
 
     def from_memory(self, model: nn.Module, codec_name: str, *, initialize: bool) -> None:
-        """Encode the weights of a model in memory one by one, letting go of the originals.
+        """Encode the weights of a model in memory one by one, releasing the originals.
 
         Args:
             model: changed in place.
             codec_name: for the large weights.
-            initialize: the model is a skeleton, as is any on the meta device; weights are drawn as transformers does,
-                module by module.
+            initialize: the model is a skeleton, as is any on the meta device; initial weights are drawn as in
+                transformers, module by module.
 
         Raises:
-            MemoryBudgetExceeded: what has no place in memory cannot be swapped out either.
+            MemoryBudgetExceeded: the weights fit neither memory nor the swap file.
         """
         sites = weight_sites(model)
         if initialize or any(parameter.is_meta for parameter in model.parameters()):
@@ -309,7 +309,7 @@ class WeightLoader:
 
 
 def _draw(model: nn.Module, module: nn.Module) -> None:
-    """Give one module of a skeleton the initial weights that transformers would."""
+    """Initialize one module of a skeleton as transformers would."""
     for name, parameter in module._parameters.items():
         if parameter is not None and parameter.is_meta:
             real = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
@@ -318,13 +318,13 @@ def _draw(model: nn.Module, module: nn.Module) -> None:
                     if held is parameter:
                         other._parameters[attribute] = real
             module._parameters[name] = real
-    # The innermost model that holds the module knows how: the vision tower has a configuration of its own.
+    # The innermost model that holds the module initializes it: the vision tower has its own configuration.
     holders = [each for each in model.modules() if hasattr(each, INIT_METHOD) and module in set(each.modules())]
     with torch.no_grad():
         initialise(holders[-1], module)
 
 
 def put(site: WeightSite, tensor: torch.Tensor) -> None:
-    """Put a tensor in every place of a parameter; tied weights stay one."""
+    """Assign a tensor to every holder of a parameter, so that tied weights stay one."""
     for module, attribute in site.holders:
         module._parameters[attribute] = tensor  # type: ignore[assignment]

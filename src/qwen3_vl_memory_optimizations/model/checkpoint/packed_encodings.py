@@ -1,4 +1,4 @@
-"""What encoding the weights of a packed checkpoint took and cost: kept in its directory, for the figures."""
+"""Store the errors and costs of encoding a packed checkpoint's weights in its directory, for reports."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ class PackedEncodings:
     """Errors and speeds of encoded weights.
 
     Attributes:
-        errors: relative error by the name of a weight that was encoded with loss, on its first rows.
-        counted: bytes and seconds of encoding, and of decoding those rows. After an interruption, of what came then.
+        errors: weight name -> relative error of lossy encoding, on its first rows.
+        counted: bytes and seconds of encoding, and of decoding those rows; after an interruption, only since then.
     """
 
     errors: dict[str, float] = field(default_factory=dict)
     counted: EncodingCounters = field(default_factory=EncodingCounters)
 
     def encode(self, name: str, codec: Codec, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Encode a chunk of whole row blocks of a weight; the first chunk of each is sampled.
+        """Encode a chunk of whole row blocks of a weight; the first chunk of each weight is sampled.
 
         Raises:
-            CodecError: values that this codec cannot represent.
+            CodecError: the codec cannot represent the values.
         """
         start_s = time.perf_counter()
         encoded = codec.encode(rows)
@@ -44,12 +44,12 @@ class PackedEncodings:
         return encoded
 
     def to_json(self) -> str:
-        """Return the text of the file."""
+        """Return the content of the file."""
         return json.dumps({"errors": self.errors, "counted": asdict(self.counted)}, indent=1)
 
     @classmethod
     def load(cls, directory: Path) -> PackedEncodings:
-        """Return what is kept in the directory of a packed checkpoint; nothing where it was packed without."""
+        """Load the figures from a packed checkpoint's directory; empty if there are none."""
         try:
             kept = json.loads((directory / ENCODINGS_FILE).read_bytes())
             return cls(
@@ -57,4 +57,4 @@ class PackedEncodings:
                 EncodingCounters(**kept["counted"]),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return cls()  # figures only: no reason to refuse the checkpoint
+            return cls()  # only figures: no reason to reject the checkpoint

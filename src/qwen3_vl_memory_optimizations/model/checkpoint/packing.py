@@ -1,4 +1,4 @@
-"""From a Hugging Face checkpoint to a packed one: encoded, in the order of use, each page ready for a direct read."""
+"""Pack a Hugging Face checkpoint: encoded, in order of use, with each page ready for a direct read."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from .plan import CompressionPlan
 from .skeleton import WeightSite, build_skeleton, codec_for, rows_per_page, weight_sites
 
 Progress = Callable[[str, int, int], None]
-"""Called with a description, the bytes done and the bytes in all."""
+"""Called with a description, the bytes done and the total bytes."""
 
 CODECS_KEY = "qwen3vl_mem.codecs"
 SHAPES_KEY = "qwen3vl_mem.shapes"
-"""Metadata of packed checkpoints: tensor name -> codec; and -> shape, where that of the first segment is another."""
+"""Metadata of packed checkpoints: tensor name -> codec; and -> shape, if it differs from the first segment's."""
 PLAN_KEY = "qwen3vl_mem.plan"
 """Metadata of checkpoints packed by a plan: its fingerprint."""
 _DECODING_BYTES = 96 << 20
-"""What decoding and encoding a few chunks takes, beside what the reader of a weight holds (measured)."""
+"""Memory to decode and encode a few chunks, besides what the reader of a weight holds (measured)."""
 
 logger = logging.getLogger(__name__)
 
@@ -48,31 +48,31 @@ SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def segment_name(tensor_name: str, segment: str, is_first: bool) -> str:
-    """Return the name of a segment in a packed checkpoint; the first one has the name of the tensor."""
+    """Return the name of a segment in a packed checkpoint; the first segment has the tensor's name."""
     return tensor_name if is_first else f"{tensor_name}.{segment}"
 
 
 def packed_directory(source: Checkpoint, codec: str, config: MemoryConfig) -> Path:
-    """Return where the packed form of a checkpoint lies, or will."""
+    """Return the path of a checkpoint's packed form, existing or not."""
     name = codec if codec == "auto" else create_codec(codec).stored_name
     return config.packed_dir / f"{source.name}-{source.fingerprint()[:12]}-{name}"
 
 
 def plan_path(source: Checkpoint, config: MemoryConfig) -> Path:
-    """Return where the plan of a checkpoint is kept: beside the packed form, `….plan.json`."""
+    """Return the path of a checkpoint's plan: beside the packed form, `….plan.json`."""
     return plan_path_of(packed_directory(source, "auto", config))
 
 
 def plan_path_of(packed: Path) -> Path:
-    """Return where the plan of a packed checkpoint is kept, if it has one."""
+    """Return the path of a packed checkpoint's plan, existing or not."""
     return packed.with_name(f"{packed.name}.plan.json")
 
 
 def find_packed(source: Checkpoint, codec: str, config: MemoryConfig) -> Path | None:
-    """Return the directory of the packed form, where it is there and no other plan was put beside it since.
+    """Return the directory of the packed form, if it exists and matches the plan beside it.
 
     Raises:
-        ConfigurationError: the plan that is kept cannot be read.
+        ConfigurationError: the stored plan cannot be read.
     """
     directory, path = packed_directory(source, codec, config), plan_path(source, config)
     plan = CompressionPlan.load(path) if codec == "auto" and path.is_file() else None
@@ -87,32 +87,32 @@ def pack_checkpoint(
     config: MemoryConfig | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Pack a checkpoint, once; the next call returns at once.
+    """Pack a checkpoint, unless it is packed already.
 
-    It holds a few chunks of one tensor at a time, of GPTQ and AWQ also the codes of one matrix. Weights that others
-    quantised are decoded as they are read. Interrupted, it goes on where it stopped; two processes do the work once.
+    Holds a few chunks of one tensor at a time; for GPTQ and AWQ also the codes of one matrix. Already quantized weights
+    are decoded as they are read. An interrupted run resumes where it stopped; of two processes, one does the work.
 
     Args:
-        source_dir: a checkpoint, or a path that `open_checkpoint` takes.
-        codec: how large weights are encoded, without a plan.
-        plan: a codec for each, kept beside the result before the work begins; what another plan made of the
-            checkpoint is replaced.
-        config: says where packed checkpoints lie.
-        progress: called as the work goes on.
+        source_dir: a checkpoint, or a path that `open_checkpoint` accepts.
+        codec: encodes large weights if there is no plan.
+        plan: a codec per weight, stored beside the result before the work begins; replaces the result of another plan
+            for this checkpoint.
+        config: locates the packed checkpoints.
+        progress: called as the work proceeds.
 
     Returns:
-        The directory of the packed checkpoint; the source where the plan encodes nothing.
+        The directory of the packed checkpoint; the source if the plan encodes nothing.
 
     Raises:
         CheckpointError: the source is not a usable checkpoint.
-        ConfigurationError: the plan is that of another checkpoint.
+        ConfigurationError: the plan belongs to another checkpoint.
         InsufficientDiskSpaceError: the result does not fit on the disk.
         MemoryBudgetExceeded: decoding a weight does not fit `ram_budget`.
     """
     config = config or MemoryConfig()
     source = open_checkpoint(source_dir)
     if source.packed:
-        raise ConfigurationError(f"{source.directory} is packed already")
+        raise ConfigurationError(f"{source.directory} is already packed; load it directly")
     final_dir = packed_directory(source, "auto" if plan else codec, config)
     if _is_packed(final_dir, plan):
         _keep(plan, plan_path(source, config))
@@ -131,7 +131,7 @@ def pack_checkpoint(
     _require_memory(stored, config)
     report = progress or (lambda description, done, total: None)
     if needs_packing(source):
-        logger.info("%s: not paged from its own files; decoded once into %s", source.directory, final_dir)
+        logger.info("%s: cannot be paged from its own files; decoding once into %s", source.directory, final_dir)
     final_dir.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with pack_lock(final_dir):
         if not _is_packed(final_dir, plan):
@@ -142,26 +142,26 @@ def pack_checkpoint(
 
 
 def _keep(plan: CompressionPlan | None, path: Path) -> None:
-    """Keep a plan, where it is not kept already: packed checkpoints may lie where nothing can be written."""
+    """Store a plan, unless it is stored already: packed checkpoints may be on a read-only disk."""
     if plan is None:
         return
     try:
         kept = CompressionPlan.load(path)
     except ConfigurationError:
-        kept = None  # none yet, or one that nobody can read
+        kept = None  # missing or unreadable
     if kept != plan:
         plan.save(path)
 
 
 def _is_packed(directory: Path, plan: CompressionPlan | None) -> bool:
-    """Whether a directory is there, and by this plan if there is one."""
+    """Whether a directory exists and, given a plan, was packed by it."""
     if not directory.is_dir():
         return False
     return plan is None or Checkpoint.open(directory).metadata.get(PLAN_KEY) == plan.fingerprint()
 
 
 def _remove_stale(final_dir: Path) -> None:
-    """Clear packings of the same directory whose source has changed since: they can never be used again."""
+    """Remove unfinished packings of the same source from before it changed; they can never be used again."""
     stem = re.sub(r"-[0-9a-f]{12}-\w+$", "", final_dir.name)
     for other in final_dir.parent.glob(f"{stem}-*.partial"):
         if other.name != f"{final_dir.name}.partial" and re.fullmatch(
@@ -171,11 +171,11 @@ def _remove_stale(final_dir: Path) -> None:
 
 
 Stored = dict[str, tuple[LogicalTensor, Codec]]
-"""Tensor name -> its values in the source, and what encodes it."""
+"""Tensor name -> its values in the source, and its codec."""
 
 
 def _stored(source: Checkpoint, sites: list[WeightSite], codec_of: Callable[[str], Codec]) -> Stored:
-    """Return all tensors: the large ones in the order of use, then the others."""
+    """Return all tensors: the large ones in order of use, then the others."""
     raw = create_codec("none")
     weights = weights_of(source)
     stored: Stored = {}
@@ -189,7 +189,7 @@ def _stored(source: Checkpoint, sites: list[WeightSite], codec_of: Callable[[str
 
 
 def _require_memory(stored: Stored, config: MemoryConfig) -> None:
-    """Refuse to decode weights for which the budget has no room, before anything is written."""
+    """Reject decoding weights that do not fit the budget, before anything is written."""
     largest, _ = max(stored.values(), key=lambda entry: entry[0].held_bytes)
     if config.ram_budget is None or not largest.held_bytes:
         return
@@ -197,7 +197,7 @@ def _require_memory(stored: Stored, config: MemoryConfig) -> None:
     required = largest.held_bytes + _DECODING_BYTES
     if required > available:
         raise MemoryBudgetExceeded(
-            f"decoding {largest.name} takes {format_bytes(required)}, but ram_budget leaves "
+            f"decoding {largest.name} needs {format_bytes(required)}, but ram_budget leaves "
             f"{format_bytes(max(0, available))}; pack once without ram_budget (qwen3vl-mem pack), then load within it",
             requested_bytes=required,
             available_bytes=max(0, available),
@@ -218,13 +218,13 @@ def find(source: Checkpoint, tensors: Mapping[str, Found], site: WeightSite) -> 
         site: the parameter.
 
     Raises:
-        CheckpointError: it is missing, is no float, or has another shape.
+        CheckpointError: it is missing, not a float, or has another shape.
     """
     found = next((tensors[name] for name in (site.name, *site.aliases) if name in tensors), None)
     if found is None:
         raise CheckpointError(
-            f"{source.directory}: the tensor {site.name!r} is missing; the checkpoint is incomplete or of another "
-            "architecture than its config.json says",
+            f"{source.directory}: the tensor {site.name!r} is missing; the checkpoint is incomplete, or its "
+            "architecture differs from its config.json: download it again",
             path=source.directory,
         )
     if source.packed:
@@ -232,13 +232,13 @@ def find(source: Checkpoint, tensors: Mapping[str, Found], site: WeightSite) -> 
     stored = found.dtype if isinstance(found, TensorExtent) else found.stored_as
     if stored not in PLAIN_FLOATS:
         raise CheckpointError(
-            f"{found.path}: {found.name!r} has the type {stored}: it is quantised, and neither config.json nor tensors "
-            "beside it say how; use the original model in 16 bits",
+            f"{found.path}: {found.name!r} has the type {stored}: it is quantized, but neither config.json nor nearby "
+            "tensors describe how; use the original model in 16 bits",
             path=found.path,
         )
     if tuple(found.shape) != site.shape:
         raise CheckpointError(
-            f"{found.path}: {found.name!r} has shape {list(found.shape)}, but config.json asks for {list(site.shape)}",
+            f"{found.path}: {found.name!r} has shape {list(found.shape)}, but config.json requires {list(site.shape)}",
             path=found.path,
         )
     return found
@@ -286,7 +286,7 @@ def _write(source: Checkpoint, stored: Stored, plan: CompressionPlan | None, fin
                 small: dict[str, list[torch.Tensor]] = {}
                 chunks = _encoded_chunks(name, weight, codec, small, segments[0].name, encodings)
                 if names[0] in complete:
-                    for _ in chunks:  # the small segments of this tensor were not written yet
+                    for _ in chunks:  # write the small segments of this tensor, which are still missing
                         pass
                 else:
                     writer.append(names[0], chunks)
@@ -294,7 +294,7 @@ def _write(source: Checkpoint, stored: Stored, plan: CompressionPlan | None, fin
                     if part not in complete:
                         values = small[segment.name]
                         writer.append(part, [_bytes(values[0] if segment.shared else torch.cat(values))])
-            elif not codec.lossless:  # written before an interruption: its error is not known any more
+            elif not codec.lossless:  # written before an interruption, which lost its error
                 next(_encoded_chunks(name, weight, codec, {}, segments[0].name, encodings))
             done += weight.n_bytes
             report("packing", done, total)
@@ -313,7 +313,7 @@ def _encoded_chunks(
     first: str,
     encodings: PackedEncodings,
 ) -> Iterator[memoryview]:
-    """Yield the bytes of the first segment, some rows at a time; the others collect in `small`."""
+    """Yield the bytes of the first segment, some rows at a time; the others are collected in `small`."""
     for rows in weight.row_chunks(codec.row_block(weight.shape)):
         try:
             encoded = encodings.encode(name, codec, rows)

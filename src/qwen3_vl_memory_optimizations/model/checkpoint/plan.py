@@ -1,4 +1,4 @@
-"""Which codec each large weight gets, and why: measured once, kept beside the packed checkpoint, open to editing."""
+"""Assign a codec to each large weight: measured once, stored with the reason beside the packed checkpoint, editable."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ FORMAT = "qwen3vl-mem compression plan, version 1"
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a codec does to one weight.
+    """The effect of a codec on one weight.
 
     Attributes:
-        n_bytes: of the encoded form; `None` where the codec does not take the weight.
+        n_bytes: size of the encoded form; `None` if the codec does not support the weight.
         relative_error: of the outputs for the calibration inputs, or without them of the weight.
-        reason: why the codec is not admitted; empty where it is.
+        reason: why the codec is not admitted; empty if it is.
     """
 
     n_bytes: int | None
@@ -43,7 +43,7 @@ class PlannedWeight:
 
     @classmethod
     def of(cls, selection: Selection) -> PlannedWeight:
-        """Return what a selector chose."""
+        """Return a selector's choice."""
         measured = {
             each.method: Measured(each.n_bytes, each.relative_error, each.reason) for each in selection.candidates
         }
@@ -51,16 +51,16 @@ class PlannedWeight:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the encoded form, where the codec was among the candidates; else 0."""
+        """Size of the encoded form, if the codec was among the candidates; otherwise 0."""
         return (self.candidates[self.codec].n_bytes or 0) if self.codec in self.candidates else 0
 
     @property
     def relative_error(self) -> float | None:
-        """The error of the codec, where it was measured."""
+        """The error of the codec, if measured."""
         return self.candidates[self.codec].relative_error if self.codec in self.candidates else None
 
     def why_not(self, codec: str) -> str:
-        """Return why a codec was not chosen: it is not admitted, or the reason for the one that was."""
+        """Return why a codec was not chosen: why it is not admitted, or else why the chosen one was preferred."""
         measured = self.candidates.get(codec)
         return f"{codec} {measured.reason}" if measured is not None and measured.reason else self.reason
 
@@ -69,14 +69,14 @@ class PlannedWeight:
 class CompressionPlan:
     """A codec for each large weight of a checkpoint.
 
-    In the file, the `codec` of a weight may be changed: `qwen3vl-mem pack MODEL --plan FILE` packs again.
+    Edit the `codec` of a weight in the file, then run `qwen3vl-mem pack MODEL --plan FILE` to pack again.
 
     Attributes:
-        weights: name of a weight -> its codec; a weight that is not named gets `int8_rotated`.
-        tolerance: the largest error that was admitted.
-        calibrated_on: what ran through the model for the errors, in words.
+        weights: weight name -> its codec; weights not listed get `int8_rotated`.
+        tolerance: the largest admitted error.
+        calibrated_on: a description of the calibration inputs.
         access: the access pattern that costs were compared for (see `CompressionMethodSelector`).
-        machine: whose speeds were compared; empty where none were.
+        machine: whose speeds were compared; empty if none were.
     """
 
     weights: Mapping[str, PlannedWeight]
@@ -86,16 +86,16 @@ class CompressionPlan:
     machine: str = ""
 
     def fingerprint(self) -> str:
-        """Return what is the same for plans with the same codecs."""
+        """Return a digest that is equal for plans with the same codecs."""
         codecs = {name: weight.codec for name, weight in self.weights.items()}
         return hashlib.sha256(json.dumps(codecs, sort_keys=True).encode()).hexdigest()[:16]
 
     def encodes_nothing(self) -> bool:
-        """Whether every weight stays as it is."""
+        """Whether every weight stays unencoded."""
         return all(weight.codec == "none" for weight in self.weights.values())
 
     def require_names(self, known: Iterable[str]) -> None:
-        """Refuse a plan of another checkpoint.
+        """Reject a plan of another checkpoint.
 
         Raises:
             ConfigurationError: it names a weight that is not among the large ones.
@@ -105,10 +105,10 @@ class CompressionPlan:
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ConfigurationError(f"the plan names {name!r}, which is no large weight of this checkpoint{hint}")
+                raise ConfigurationError(f"the plan names {name!r}, not a large weight of this checkpoint{hint}")
 
     def save(self, path: Path) -> None:
-        """Write the plan; whoever reads the file meanwhile has the old one or the new one."""
+        """Write the plan atomically; concurrent readers see the old or the new file."""
         content = {"format": FORMAT} | asdict(self)
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
@@ -117,10 +117,10 @@ class CompressionPlan:
 
     @classmethod
     def load(cls, path: Path) -> CompressionPlan:
-        """Return a plan that was saved, perhaps edited since.
+        """Load a saved plan, possibly edited since.
 
         Raises:
-            ConfigurationError: there is no such file, it is no plan, or it names a codec that is not known.
+            ConfigurationError: the file is missing, is not a plan, or names an unknown codec.
         """
         try:
             stored = json.loads(path.read_bytes())
@@ -131,7 +131,7 @@ class CompressionPlan:
         except OSError as error:
             raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigurationError(f"{path}: no compression plan ({type(error).__name__}: {error})") from error
+            raise ConfigurationError(f"{path}: not a compression plan ({type(error).__name__}: {error})") from error
         for name, weight in plan.weights.items():
             try:
                 create_codec(weight.codec)

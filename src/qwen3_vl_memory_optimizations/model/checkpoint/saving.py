@@ -1,4 +1,4 @@
-"""`save_pretrained` within the budget: weights are decoded some rows at a time, straight into the files."""
+"""Run `save_pretrained` within the budget: weights are decoded some rows at a time, directly into the files."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .packing import SAFETENSORS_DTYPES
 
 _PATTERN, _INDEX = "model{suffix}.safetensors", "model.safetensors.index.json"
 _FILE_BYTES = "50GB"
-"""The largest file, as transformers has it."""
+"""The largest file, as in transformers."""
 _FOR_TRANSFORMERS = ("state_dict", "push_to_hub", "variant", "distributed_checkpoint")
-"""Arguments with which transformers writes the weights itself, those of a file in memory at once."""
+"""Arguments for which transformers writes the weights itself, with one file's weights in memory at once."""
 
 
 def attach_saving(model: Any) -> None:
-    """Replace `save_pretrained` of a model by one that never holds more than some rows of decoded weights."""
+    """Replace `save_pretrained` of a model by one that holds only a few rows of decoded weights at a time."""
     plain = getattr(model, "save_pretrained", None)
     if plain is None:
         return
@@ -44,7 +44,7 @@ def attach_saving(model: Any) -> None:
         state = _weights(model, keeps_names=not given.get("save_original_format", True))
         directory = Path(given["save_directory"])
         _require_space(directory, state)
-        plain(*args, **{**kwargs, "state_dict": {}})  # all but the weights
+        plain(*args, **{**kwargs, "state_dict": {}})  # everything except the weights
         if directory.is_dir():
             _write(directory, state, given.get("max_shard_size", _FILE_BYTES))
 
@@ -52,7 +52,7 @@ def attach_saving(model: Any) -> None:
 
 
 def _weights(model: Any, *, keeps_names: bool) -> dict[str, torch.Tensor]:
-    """Return what is to be saved, by its name in the file; of tied weights one."""
+    """Return the tensors to save, by their names in the file; tied weights once."""
     from transformers.core_model_loading import revert_weight_conversion
 
     state = dict(model.state_dict())
@@ -68,7 +68,7 @@ def _weights(model: Any, *, keeps_names: bool) -> dict[str, torch.Tensor]:
 
 
 def _require_space(directory: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Refuse what the disk cannot hold, before a file is touched."""
+    """Reject a save that the disk cannot hold, before touching a file."""
     there = directory.absolute()
     while not there.exists():
         there = there.parent
@@ -77,8 +77,8 @@ def _require_space(directory: Path, state: Mapping[str, torch.Tensor]) -> None:
     available = shutil.disk_usage(there).free + replaced
     if required > available:
         raise InsufficientDiskSpaceError(
-            f"{directory}: the weights take {format_bytes(required)}, and {format_bytes(available)} are free there; "
-            "free some, or save elsewhere",
+            f"{directory}: the weights need {format_bytes(required)}, and {format_bytes(available)} are free there; "
+            "free disk space, or save elsewhere",
             path=directory,
             required_bytes=required,
             available_bytes=available,
@@ -93,7 +93,7 @@ def _write(directory: Path, state: dict[str, torch.Tensor], file_bytes: int | st
     plan = split_torch_state_dict_into_shards(sizes, filename_pattern=_PATTERN, max_shard_size=file_bytes)
     for old in directory.glob("model*.safetensors"):
         if old.name not in plan.filename_to_tensors:
-            old.unlink()  # of an earlier save
+            old.unlink()  # left by an earlier save
     if not plan.is_sharded:
         (directory / _INDEX).unlink(missing_ok=True)
     total = sum(meta.numel() * meta.element_size() for meta in sizes.values())
@@ -121,7 +121,7 @@ def _described(meta: torch.Tensor) -> tuple[str, tuple[int, ...], int]:
 
 
 def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield a tensor some rows at a time, in its dtype; each part is valid until the next is asked for."""
+    """Yield a tensor some rows at a time, in its dtype; each part is valid until the next is requested."""
     if isinstance(tensor, ManagedTensor):
         yield from tensor.row_parts()
     else:

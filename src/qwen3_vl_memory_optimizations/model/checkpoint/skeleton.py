@@ -1,4 +1,4 @@
-"""The transformers model without its weights, and which of them will be managed."""
+"""Build the transformers model without its weights, and decide which weights are managed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class WeightSite:
     Attributes:
         name: its first name in the state dict, under which checkpoints store it.
         holders: (module, attribute) pairs.
-        aliases: its other names; a checkpoint may have it under one of them.
+        aliases: its other names; a checkpoint may use one of them.
         managed: a large matrix of a linear or embedding layer; the others stay ordinary tensors.
         vocabulary: an embedding, which is looked up row by row, or the head.
     """
@@ -52,7 +52,7 @@ class WeightSite:
 
 
 def compute_dtype(stored: str, dtype: torch.dtype | None, memory_config: MemoryConfig) -> torch.dtype:
-    """Return the dtype to compute in: the one asked for, or fp32 for weights in fp32, else the fastest here."""
+    """Return the compute dtype: the requested one; else fp32 for fp32 weights, or the fastest on this machine."""
     if dtype is None and stored in ("float32", "F32"):
         dtype = torch.float32
     if dtype is None or dtype == torch.bfloat16:
@@ -61,22 +61,22 @@ def compute_dtype(stored: str, dtype: torch.dtype | None, memory_config: MemoryC
 
 
 def compute_dtype_of(config: dict[str, Any], dtype: torch.dtype | None, memory_config: MemoryConfig) -> torch.dtype:
-    """Return the dtype to compute in for a checkpoint with this `config.json` (see `compute_dtype`)."""
+    """Return the compute dtype for a checkpoint with this `config.json` (see `compute_dtype`)."""
     stored = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     return compute_dtype(stored, dtype, memory_config)
 
 
 def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, model_class: Any = None) -> nn.Module:
-    """Build the transformers model of a checkpoint on the meta device; buffers that are computed are real.
+    """Build the transformers model of a checkpoint on the meta device, with real computed buffers.
 
     Args:
-        checkpoint: read for `config.json`, and for whether weights that this ties are one.
+        checkpoint: read for `config.json`, and to check whether tied weights are equal.
         compute_dtype: dtype of parameters and activations.
-        model_class: derived from the class that the checkpoint is of, to build instead of it.
+        model_class: a subclass of the checkpoint's class, to build instead of it.
 
     Raises:
-        CheckpointError: the architecture is none that generates text with this version of transformers, or
-            not the one of `model_class`.
+        CheckpointError: this version of transformers has no text-generating model for the architecture, or
+            `model_class` does not match it.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -85,7 +85,7 @@ def build_skeleton(checkpoint: Checkpoint, compute_dtype: torch.dtype, model_cla
     try:
         if changed is None:
             config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        else:  # with a quantization_config transformers would make modules of that quantiser
+        else:  # with a quantization_config, transformers would build that quantizer's modules
             config = CONFIG_MAPPING[changed["model_type"]].from_dict(changed)
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(
@@ -105,7 +105,7 @@ def skeleton_of(
     model_class = model_class or named
     if not issubclass(model_class, named):
         raise CheckpointError(
-            f"{directory}: a model of {named.__name__}, which {model_class.__name__} is not", path=directory
+            f"{directory}: a model of {named.__name__}; {model_class.__name__} is not derived from it", path=directory
         )
     with torch.device("meta"):
         model = model_class._from_config(config, dtype=compute_dtype)
@@ -147,7 +147,7 @@ def _model_class(config: Any, directory: Path | str) -> Any:
 
 
 def materialize_buffers(model: nn.Module) -> None:
-    """Compute the buffers that checkpoints do not store (rotary frequencies), which the meta device left empty."""
+    """Compute the buffers that checkpoints do not store (rotary frequencies), left empty by the meta device."""
     for module in model.modules():
         computed = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         if not computed:
@@ -158,7 +158,7 @@ def materialize_buffers(model: nn.Module) -> None:
 
 
 def weight_sites(model: nn.Module, stored_itemsize: int = 2) -> list[WeightSite]:
-    """Return the parameters in the order of the modules, which is the order of the first forward."""
+    """Return the parameters in module order, which is the order of the first forward."""
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     names: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
@@ -190,17 +190,17 @@ def codec_for(
     create: Callable[[str], Codec],
     values: Callable[[], torch.Tensor],
 ) -> Codec:
-    """Return the codec for a weight: `codec`, or the first in the line of its fallbacks that takes the weight.
+    """Return the codec for a weight: `codec`, or the first of its fallbacks that supports the weight.
 
-    Rows of the vocabulary are looked up one by one, and its matrices are the most sensitive: they go to a codec that
-    encodes single rows, which leaves out those of very few bits.
+    Vocabulary matrices are read row by row, and are the most sensitive: they get a codec that encodes single rows,
+    which excludes those of very few bits.
 
     Args:
         site: a managed weight.
-        dtype: that it is stored in.
-        codec: the wanted one.
-        create: makes a codec by its name.
-        values: gives the weight, for codecs that must look at it.
+        dtype: its stored dtype.
+        codec: the requested codec.
+        create: creates a codec by name.
+        values: returns the weight, for codecs that inspect it.
     """
     while True:
         if codec.supports(site.shape, dtype) and not (site.vocabulary and codec.row_block(site.shape) > 1):
@@ -212,9 +212,9 @@ def codec_for(
 
 
 def rows_per_page(shape: tuple[int, ...], itemsize: int, row_block: int = 1) -> int:
-    """Return how many rows of a matrix, a multiple of `row_block`, make a page of about `PAGE_BYTES`.
+    """Return the rows of a matrix, a multiple of `row_block`, in a page of about `PAGE_BYTES`.
 
-    Pages of whole units of frames are cheapest to move; where rows do not divide so, whole frames, else any.
+    Pages of whole frame units are cheapest to move; if the rows do not divide so, whole frames, else any size.
     """
     row_bytes = columns_of(shape) * itemsize
     n_pages = max(1, -(-shape[0] * row_bytes // PAGE_BYTES))

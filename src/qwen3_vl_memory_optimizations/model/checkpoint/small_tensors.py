@@ -1,4 +1,4 @@
-"""Reading many small tensors of a checkpoint with few requests."""
+"""Read many small tensors of a checkpoint with few requests."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _MOST_SPAN_BYTES = 1 << 20
 def read_small_tensors(
     extents: Iterable[TensorExtent], file_of: Callable[[TensorExtent], DirectFile]
 ) -> dict[str, torch.Tensor]:
-    """Return tensors by name, read whole and checked; neighbours come with one request.
+    """Return tensors by name, read whole and verified; adjacent ones share a request.
 
     Args:
-        extents: where they lie.
-        file_of: gives the open file of an extent.
+        extents: their locations.
+        file_of: returns the open file of an extent.
 
     Raises:
-        CorruptDataError: a checksum is another than recorded.
+        CorruptDataError: a checksum does not match.
         StorageError: a file cannot be read.
     """
     tensors: dict[str, torch.Tensor] = {}
@@ -40,7 +40,7 @@ def read_small_tensors(
 
 
 def _neighbours(extents: list[TensorExtent]) -> Iterator[list[TensorExtent]]:
-    """Yield runs that lie close to each other in one file."""
+    """Yield runs of extents that are close together in one file."""
     group: list[TensorExtent] = []
     for extent in extents:
         if group:
@@ -56,15 +56,15 @@ def _neighbours(extents: list[TensorExtent]) -> Iterator[list[TensorExtent]]:
 
 
 def _checked_copy(buffer: AlignedBuffer, extent: TensorExtent, start: int) -> torch.Tensor:
-    # A copy of its own: a view would keep the buffer, and what else is in it, alive.
+    # A separate copy: a view would keep the whole buffer alive.
     data = bytearray(buffer.view[start : start + extent.n_bytes])
     page_bytes = extent.page_bytes or max(extent.n_bytes, 1)
     view = memoryview(data)
     for index, expected in enumerate(extent.checksums or ()):
         if xxhash.xxh3_64_intdigest(view[index * page_bytes : (index + 1) * page_bytes]) != expected:
             raise CorruptDataError(
-                f"{extent.path}: {extent.name}: page {index} has another checksum than recorded; the file is "
-                "damaged; delete its directory to pack again",
+                f"{extent.path}: {extent.name}: the checksum of page {index} does not match; the file is damaged; "
+                "delete its directory to pack again",
                 path=extent.path,
             )
     dtype = TORCH_DTYPES[extent.dtype]

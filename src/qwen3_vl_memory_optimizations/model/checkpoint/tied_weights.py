@@ -1,4 +1,4 @@
-"""Which of the weights that a configuration ties are one weight: the files decide, as in transformers."""
+"""Decide from the files, as transformers does, which weights tied by the configuration are really one."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ logger = logging.getLogger(__name__)
 
 
 def untie_by_files(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
-    """Give tied parameters of which a checkpoint holds several with other values weights of their own.
+    """Separate tied parameters for which a checkpoint stores different values.
 
-    A head that was trained, or merged with an adapter, beside an embedding that was not.
+    For example a head that was trained, or merged with an adapter, beside an embedding that was not.
 
     Args:
         model: on the meta device.
-        checkpoint: is read where it holds several: up to the first difference, or whole.
+        checkpoint: tensors are read if it stores several: up to the first difference, or whole.
 
     Returns:
         The names that were untied.
@@ -43,7 +43,7 @@ def untie_by_files(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
     keys = tied_names(model)
     for name in untied:
         logger.warning(
-            "%s: %s differs from the weight that config.json ties it to; both are used as they are in the files",
+            "%s: %s differs from the weight that config.json ties it to; using both as stored",
             checkpoint.directory,
             name,
         )
@@ -53,13 +53,13 @@ def untie_by_files(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
 
 
 def _are_equal(first: LogicalTensor | None, second: LogicalTensor | None) -> bool:
-    """Whether two tensors of a checkpoint are the same; one that is not there is as the other."""
+    """Whether two tensors of a checkpoint are equal; a missing tensor equals the other."""
     if first is None or second is None:
         return True
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     with closing(_bytes_of(first)) as mine, closing(_bytes_of(second)) as other:
-        # Of one shape and dtype, but perhaps read in chunks of other sizes.
+        # Same shape and dtype, but chunk sizes may differ.
         ours, theirs = b"", b""
         while True:
             ours, theirs = ours or next(mine, b""), theirs or next(other, b"")

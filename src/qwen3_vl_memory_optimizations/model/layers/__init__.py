@@ -1,1 +1,1 @@
-"""Forwards of decoder layers and of the vision tower that replace those of transformers, and the memory they take."""
+"""Replace forwards of decoder layers and of the vision tower, and estimate the memory they need."""

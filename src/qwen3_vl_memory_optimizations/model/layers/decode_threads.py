@@ -1,8 +1,8 @@
-"""A pass of a few tokens takes as many threads as there are processors that others leave.
+"""Limit decode steps to as many threads as there are processors free of other load.
 
-At the end of each product all threads wait for the slowest, and a token has over a hundred. Where another process keeps
+After each product all threads wait for the slowest, and a token has over a hundred products. If another process keeps
 one of two cores busy, a token of the 2B shape takes 164 ms with two threads and 71 ms with one (undisturbed, with two:
-66). A pass of many tokens keeps all threads: there the work of one product is long, and half a processor helps.
+66 ms). Passes of many tokens keep all threads: their products are long, and half a processor helps.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from ...process import read_lines
 
 _EVERY_S = 0.5
 _WORTH_A_THREAD = 0.6
-"""A thread is given up where less than 0.4 of a processor is left for it: beside two threads on two processors, another
-process gets two thirds of one."""
+"""A thread is dropped if less than 0.4 of a processor is left for it: next to two threads on two processors, another
+process gets two thirds of one.
+"""
 _FEW_TOKENS = 16
 _BUSY_FIELDS = (0, 1, 2, 5, 6, 7)
-"""Of `/proc/stat`: user, nice, system, irq, softirq and steal; not idle and waiting for a disk."""
+"""Fields of `/proc/stat`: user, nice, system, irq, softirq and steal; excludes idle and iowait."""
 
 
 def busy_seconds(processors: frozenset[int], *, root: str | os.PathLike[str] = "/") -> float | None:
-    """Return how long these processors have worked since the system started; `None` where it does not tell."""
+    """Return the busy time of these processors since boot, in seconds; `None` if the system does not report it."""
     ticks, found = 0, 0
     for line in read_lines(Path(root) / "proc/stat"):
         name, *fields = line.split()
@@ -39,12 +40,12 @@ def busy_seconds(processors: frozenset[int], *, root: str | os.PathLike[str] = "
 
 
 class FreeProcessors:
-    """How many processors others have left to this process of late.
+    """Estimates how many processors other processes have recently left to this one.
 
     Args:
         processors: that this process may use.
-        busy_s: returns the seconds that they worked, for anyone; `None`: not known.
-        own_s: returns those that they worked for this process.
+        busy_s: returns their busy seconds, for all processes; `None`: unknown.
+        own_s: returns their busy seconds for this process.
         timer: a monotonic clock in seconds.
     """
 
@@ -63,9 +64,9 @@ class FreeProcessors:
         self._free = self._free_before = float(len(self._processors))
 
     def free(self) -> float:
-        """Return the larger mean of the last two spans of half a second or more; looks anew when one is over.
+        """Return the larger mean of the last two spans of at least half a second; samples again when a span is over.
 
-        What is busy for a moment only (the end of a read, of another process) is not worth a change.
+        Short bursts (the end of a read, another process) are not worth a change.
         """
         with self._lock:
             now_s = self._timer()
@@ -83,11 +84,11 @@ class FreeProcessors:
 
 
 def attach_decode_threads(model: Any, processors: FreeProcessors) -> None:
-    """Let each pass of a few tokens run with no more threads than there are free processors, at least one."""
+    """Run each pass of a few tokens with at most as many threads as there are free processors, and at least one."""
     local = threading.local()
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        after(module, args, None)  # torch calls it after an error, but not after Ctrl-C in a notebook
+        after(module, args, None)  # torch skips the hook after Ctrl-C in a notebook, though not after an error
         given = kwargs.get("input_ids", args[0] if args else None)
         given = kwargs.get("inputs_embeds") if given is None else given
         if given is None or given.shape[0] * given.shape[1] > _FEW_TOKENS:

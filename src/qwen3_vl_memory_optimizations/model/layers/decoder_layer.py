@@ -1,10 +1,10 @@
-"""Decoder layers with fewer and larger operations: an optional replacement of the forward of transformers.
+"""Run decoder layers with fewer, larger operations; optionally replaces the forward of transformers.
 
-A token of a small model spends a third of its time between the products of weights. Here q, k and v are one product, so
-are gate and up (see `paging.joined`), their heads are normalised and rotated together, and results are written in place
-where nobody else sees them. The modules, their parameters and their hooks stay those of transformers; a layer of which
-a part was replaced or carries hooks (`output_attentions`, a user's own), or through which gradients go, runs as
-transformers wrote it. Results differ from it by rounding.
+A token of a small model spends a third of its time between matrix products. Here q, k and v are one product, and so are
+gate and up (see `paging.joined`). Query and key heads are normalized and rotated together, and private results are
+updated in place. Modules, parameters and hooks stay those of transformers. A layer runs transformers' own forward if
+one of its parts was replaced or has hooks (`output_attentions`, a user's own), or if it needs gradients. Results differ
+by rounding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PARTS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "
 
 
 def joined_names(weights: Iterable[str]) -> list[tuple[str, ...]]:
-    """Return those among the names of weights that `fuse_layers` multiplies together: they should lie together."""
+    """Return the groups of weight names that `fuse_layers` multiplies together and that should be adjacent."""
     known = dict.fromkeys(weights)
     groups = []
     for part, names in _PARTS:
@@ -38,7 +38,7 @@ def joined_names(weights: Iterable[str]) -> list[tuple[str, ...]]:
 
 
 def fuse_layers(model: nn.Module) -> int:
-    """Replace the forward of each decoder layer that can be; return how many."""
+    """Replace the forward of each supported decoder layer; return how many."""
     layers = [layer for layer in model.modules() if _can_fuse(layer)]
     for layer in layers:
         layer._fused = _FusedLayer(layer)  # type: ignore[assignment]
@@ -47,7 +47,7 @@ def fuse_layers(model: nn.Module) -> int:
 
 
 def _can_fuse(layer: Any) -> bool:
-    """Whether this is a layer whose forward is known here, in the configuration that Qwen3-VL has."""
+    """Whether this is a known decoder layer, in the configuration of Qwen3-VL."""
     if type(layer).__name__ != "Qwen3VLTextDecoderLayer" or type(layer).__module__.split(".")[0] != "transformers":
         return False
     attention, mlp = layer.self_attn, layer.mlp
@@ -60,11 +60,11 @@ def _can_fuse(layer: Any) -> bool:
 
 
 class _FusedLayer:
-    """What the fused forward of one layer needs besides the layer."""
+    """The additional state of a layer's fused forward."""
 
     def __init__(self, layer: Any) -> None:
         attention = layer.self_attn
-        # (children of a module, name, module, its attributes): what the fused forward does not call as a module
+        # (children of a module, name, module, its attributes): modules that the fused forward does not call
         self._bypassed = [
             (owner._modules, name, owner._modules[name], owner._modules[name].__dict__)
             for owner, names in (
@@ -79,7 +79,7 @@ class _FusedLayer:
         self._head_weight: tuple[Any, Any, torch.Tensor] | None = None
 
     def changed(self) -> bool:
-        """Whether somebody replaced a part of the layer, or wants to see what goes into or comes out of it."""
+        """Whether a part of the layer was replaced or has hooks."""
         for children, name, part, attributes in self._bypassed:
             if children[name] is not part or attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
                 return True
@@ -88,7 +88,7 @@ class _FusedLayer:
         return False
 
     def head_weight(self, attention: Any) -> torch.Tensor:
-        """Return the weights of the norms of query and key heads, `[heads, head_dim]`."""
+        """Return the norm weights of query and key heads, `[heads, head_dim]`."""
         query, key = attention.q_norm.weight, attention.k_norm.weight
         if self._head_weight is None or self._head_weight[0] is not query or self._head_weight[1] is not key:
             rows = torch.cat((query.expand(self.n_query, -1), key.expand(self.n_key, -1)))
@@ -173,7 +173,7 @@ def _rms_norm(x: torch.Tensor, norm: Any) -> torch.Tensor:
 
 
 def _rotary_factors(position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos and sin `[batch, 1, length, head_dim]` for `x * cos + roll(x, half) * sin`, made once a pass."""
+    """Return cos and sin `[batch, 1, length, head_dim]` for `x * cos + roll(x, half) * sin`, built once per pass."""
     cos, sin = position_embeddings
     factors = getattr(sin, "_rotary_factors", None)
     if factors is None or factors[2] is not cos:

@@ -1,4 +1,4 @@
-"""How much transient memory a forward takes, estimated from its inputs before it runs."""
+"""Estimate the transient memory of a forward from its inputs before it runs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 from .vision_block import STEP_ROWS
 
 FIXED_RESERVE_BYTES = 24 * 2**20
-"""Thread stacks, the workspaces of torch's own kernels, code that is read on the way."""
+"""Thread stacks, workspaces of torch's kernels, and code paged in on the way."""
 _HEAP_SLACK_BYTES = 32 * 2**20
 _HEAP_WASTE = 0.35
-"""What the allocator keeps besides what is in use: a part of the peak, and at most so much while that is small."""
+"""Allocator overhead: a share of the peak, plus up to `_HEAP_SLACK_BYTES`."""
 _QUANTUM_BYTES = 8 * 2**20
 _MASKED_ROWS = 512
 
@@ -18,23 +18,23 @@ _MASKED_ROWS = 512
 def text_bytes(
     config: Any, *, tokens: int, logit_rows: int, itemsize: int, cached_tokens: int = 0, masked: bool = False
 ) -> int:
-    """Estimate the peak of transient memory of a forward of the text decoder over a cache in blocks.
+    """Estimate the peak transient memory of a text decoder forward over a cache in blocks.
 
     Args:
         config: of the model.
         tokens: rows of the decoder (batch times new positions).
         logit_rows: rows of the language-model head.
-        itemsize: bytes of an activation.
-        cached_tokens: positions in the cache of one sequence.
-        masked: something is hidden besides what comes later: padding.
+        itemsize: bytes per activation.
+        cached_tokens: cached positions per sequence.
+        masked: the mask hides more than later tokens: padding.
     """
     text = config.get_text_config()
     hidden, inner = text.hidden_size, getattr(text, "intermediate_size", 4 * text.hidden_size)
     heads, head_dim = text.num_attention_heads, getattr(text, "head_dim", hidden // text.num_attention_heads)
     kv_heads = getattr(text, "num_key_value_heads", heads)
-    # The widest moment is the MLP: gate, up and their product, and that rotated and as two digits a value.
+    # The MLP is widest: gate, up and their product, and the product rotated and as two digits per value.
     peak = tokens * (8 * hidden * itemsize + inner * (3 * itemsize + 6))
-    # In attention: q, k, v before and after the rotation of positions, and two partial results in fp32.
+    # In attention: q, k, v before and after the rotary embedding, and two partial results in fp32.
     attending = tokens * head_dim * ((2 * heads + 3 * kv_heads) * itemsize + 3 * heads * 4)
     peak = max(peak, attending + tokens * 4 * hidden * itemsize)
     peak += logit_rows * text.vocab_size * (itemsize + 4)
@@ -45,9 +45,9 @@ def text_bytes(
 
 
 def whole_prompt_bytes(config: Any, *, tokens: int, itemsize: int, cached_tokens: int = 0) -> int:
-    """Estimate what a forward takes besides `text_bytes` where keys and values are kept by transformers.
+    """Estimate the additional memory of a forward if transformers keeps keys and values.
 
-    New keys and values stay; one layer's are copied when they are appended, and repeated for its heads.
+    New keys and values stay; one layer's are copied when appended, and repeated for its heads.
     """
     text = config.get_text_config()
     heads = text.num_attention_heads
@@ -59,19 +59,19 @@ def whole_prompt_bytes(config: Any, *, tokens: int, itemsize: int, cached_tokens
 
 
 def vision_bytes(config: Any, *, patches: int, itemsize: int) -> int:
-    """Estimate the peak of transient memory of the vision tower."""
+    """Estimate the peak transient memory of the vision tower."""
     vision = getattr(config, "vision_config", None)
     if vision is None or not patches:
         return 0
     width, wide = vision.hidden_size, vision.intermediate_size
     merged = width * vision.spatial_merge_size**2
-    # Its MLP and the rotation of heads in fp32 take some rows after another (`vision_steps`).
+    # Its MLP, and the rotation of heads in fp32, process rows in steps (`vision_steps`).
     in_step = min(patches, 2 * STEP_ROWS - 1)
     return patches * (12 * width * itemsize + merged * itemsize) + in_step * wide * (2 * itemsize + 6)
 
 
 def feature_bytes(config: Any, *, tokens: int, itemsize: int) -> int:
-    """Return the bytes of the features of pictures, with those of DeepStack, which stay until the prompt was read."""
+    """Return the bytes of image and video features, including DeepStack, which stay until the prompt is processed."""
     vision = getattr(config, "vision_config", None)
     if vision is None:
         return 0
@@ -80,6 +80,6 @@ def feature_bytes(config: Any, *, tokens: int, itemsize: int) -> int:
 
 
 def with_heap(peak_bytes: int) -> int:
-    """Return what to set aside for a peak: what the allocator keeps besides, and what every forward takes."""
+    """Return the bytes to reserve for a peak: adds the allocator overhead and the fixed cost of every forward."""
     peak = peak_bytes + int(_HEAP_WASTE * peak_bytes) + min(peak_bytes, _HEAP_SLACK_BYTES)
     return FIXED_RESERVE_BYTES + -(-peak // _QUANTUM_BYTES) * _QUANTUM_BYTES

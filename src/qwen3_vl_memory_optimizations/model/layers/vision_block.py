@@ -1,9 +1,9 @@
-"""The vision tower in steps of rows, so that its transient memory does not grow with what is widest in it.
+"""Run the vision tower in steps of rows, so that its widest parts do not set its transient memory.
 
-In one block the MLP is several times as wide as the rest, and rotating heads takes fp32 copies of them: a quarter to a
-third of the memory that an image takes. Both treat each row by itself. Here they take some rows after another, with the
-weights held in memory meanwhile; the products are those of transformers, bit by bit. What attends, attends to all rows
-as before. A part that somebody replaced or that carries hooks runs as it was written.
+A block's MLP is several times as wide as the rest, and rotating heads takes fp32 copies: together a quarter to a third
+of an image's memory. Both treat each row separately, so they run here in steps of rows, with the weights kept in memory
+meanwhile. The products are bit-identical to transformers. Attention still covers all rows at once. A part that was
+replaced or has hooks runs as written.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ...paging import runs_as_written, whole_linears
 from ..compat import attention_function, attention_name, rotate_vision_heads, vision_tower
 
 STEP_ROWS = 1024
-"""Fewer would be slower: weights are read from memory once a step."""
+"""Fewer would be slower, because weights are read from memory once per step."""
 
 
 def step_vision_tower(model: Any) -> int:
-    """Replace the forward of MLP and attention in the vision blocks that are known here; return how many blocks."""
+    """Replace the forward of MLP and attention in supported vision blocks; return the number of blocks."""
     tower = vision_tower(model)
     blocks = [
         block
@@ -36,13 +36,13 @@ def step_vision_tower(model: Any) -> int:
 
 
 def _is_known(part: nn.Module, name: str) -> bool:
-    """Whether a part is that of transformers, with the forward that it has there."""
+    """Whether a part is the transformers class with its original forward."""
     kind = type(part)
     return kind.__name__ == name and kind.__module__.split(".")[0] == "transformers" and "forward" not in part.__dict__
 
 
 def _changed(part: nn.Module) -> bool:
-    """Whether somebody replaced the forward of a layer of a part, or wants to see what goes into or comes out of it."""
+    """Whether a child of a part has hooks or a replaced forward."""
     return any(
         child._forward_hooks or child._forward_pre_hooks or "forward" in child.__dict__ for child in part.children()
     )
@@ -105,7 +105,7 @@ def _attention(
 
 
 def _steps(rows: torch.Tensor) -> list[slice]:
-    """Return about equal parts of at least `STEP_ROWS` rows: few rows would be multiplied by another kernel."""
+    """Return about equal parts of at least `STEP_ROWS` rows: a few rows would use another matrix kernel."""
     length = rows.shape[0]
     count = max(1, length // STEP_ROWS) if rows.dim() == 2 else 1
     bounds = [length * number // count for number in range(count + 1)]
