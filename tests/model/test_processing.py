@@ -245,9 +245,9 @@ def test_an_image_that_cannot_be_read_is_named(processor, tmp_path, make, words)
         ({"images": [Image.new("RGB", (0, 5))]}, "no pixels"),
         ({"images": [Image.new("RGB", (2010, 10))]}, "200 times"),
         ({"video": [Image.new("RGB", (2010, 10))]}, "200 times"),
-        ({"video": []}, "holds no images"),
+        ({"video": []}, "contains no images"),
         ({"video": "no-such.mp4"}, "no such video"),
-        ({"prompt": " "}, "nothing to ask"),
+        ({"prompt": " "}, "the prompt is empty"),
         ({"images": [picture()], "max_pixels": 100}, "256 pixels of one token"),
     ],
 )

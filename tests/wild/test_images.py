@@ -91,7 +91,7 @@ def test_an_address_is_fetched_only_when_asked(tmp_path, processor):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}/a.png"
     try:
-        with pytest.raises(InputError, match="fetched only when asked"):
+        with pytest.raises(InputError, match="fetched only with"):
             open_image(address, 1)
         assert np.array_equal(np.asarray(open_image(address, 1, fetch=True).decode()), PIXELS)
         assert fetched(address) == (tmp_path / "a.png").read_bytes()
@@ -133,13 +133,13 @@ REFUSED = {
     "loop": (loop, "cannot be read: Too many levels"),
     "long name": (lambda d: "x" * 5000, "cannot be read: File name too long"),
     "directory": (lambda d: d, "is a directory"),
-    "eps": (eps, "is a drawing"),
+    "eps": (eps, "is a vector drawing"),
     "floats of a tiff": (lambda d: Image.fromarray(np.random.rand(8, 8).astype(np.float32)), "floats"),
-    "numbers of 32 bits": (lambda d: Image.fromarray(np.arange(64, dtype=np.int32).reshape(8, 8)), "32 bits"),
-    "int64": (lambda d: np.zeros((8, 8), dtype=np.int64), "have no range"),
-    "floats above 1": (lambda d: np.full((8, 8), 200.0), "floats go from 0 to 1"),
-    "nan": (lambda d: np.full((8, 8), np.nan), "floats go from 0 to 1"),
-    "no channels": (lambda d: np.zeros((8, 8, 5), dtype=np.uint8), "channels come first or last"),
+    "numbers of 32 bits": (lambda d: Image.fromarray(np.arange(64, dtype=np.int32).reshape(8, 8)), "32-bit integers"),
+    "int64": (lambda d: np.zeros((8, 8), dtype=np.int64), "of unknown value range"),
+    "floats above 1": (lambda d: np.full((8, 8), 200.0), "scale floats to 0 to 1"),
+    "nan": (lambda d: np.full((8, 8), np.nan), "scale floats to 0 to 1"),
+    "no channels": (lambda d: np.zeros((8, 8, 5), dtype=np.uint8), "channels first or last"),
     "four dimensions": (lambda d: np.zeros((1, 8, 8, 3), dtype=np.uint8), "two or three dimensions"),
     "no pixels": (lambda d: np.zeros((0, 8), dtype=np.uint8), "no pixels"),
 }
@@ -273,7 +273,7 @@ def test_a_large_jpeg_is_decoded_in_small_where_the_budget_is(tmp_path, processo
     try:
         before = rss_bytes()
         inputs, notes = prepare_within_budget(processor, model, "what?", [tmp_path / "large.jpg"])
-        assert any("is decoded as" in note for note in notes)
+        assert any("decoded at" in note for note in notes)
         assert rss_bytes() - before < 120_000_000
         assert inputs["image_grid_thw"].shape == (1, 3)
     finally:
@@ -289,7 +289,7 @@ def test_a_large_png_is_refused_by_its_name(tmp_path, processor, monkeypatch):
     monkeypatch.setattr(model.memory_optimizer, "free_for_activations", lambda: 180_000_000)
     try:
         before = rss_bytes()
-        with pytest.raises(MemoryBudgetExceeded, match=r"large\.png: decoding its 8000 x 6000 pixels takes 192"):
+        with pytest.raises(MemoryBudgetExceeded, match=r"large\.png: decoding its 8000 x 6000 pixels needs 192"):
             prepare_within_budget(processor, model, "what?", [tmp_path / "large.png"])
         assert rss_bytes() - before < 50_000_000
     finally:

@@ -1,1 +1,1 @@
-"""Images, videos and text to the tensors a model takes, within the budget."""
+"""Convert images, videos and text into the tensors of a model, within the budget."""

@@ -1,4 +1,4 @@
-"""Pictures are let in when the budget has room for what they cost, told from their sizes before any work is done."""
+"""Admit images and videos by their memory cost, estimated from their sizes before any work is done."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from .processor import Processor
 from .video_files import VideoSource, video_bytes
 
 _USABLE = 0.8
-"""Share of what is free that pictures may take: the estimates are not exact, and decoding wants some weights."""
+"""Share of free memory for images and videos: the estimates are approximate, and decoding needs some weights."""
 _STEP = 1.05
 _TEXT_TOKENS_OF_A_PICTURE = 2
 _PIECE_TOKENS = 256
 _VIDEO_BYTES = 64 << 20
-"""Set aside for frames that are kept, while others are read."""
+"""Reserved for frames that are kept while others are read."""
 _PROCESSED_BYTES = 12
-"""Of a pixel: a picture of four bytes, and what scaling it and cutting it into patches take beside it."""
+"""Per pixel: an image of four bytes, plus scaling it and cutting it into patches."""
 
 
 @dataclass(frozen=True, slots=True)
 class PictureCost:
-    """What images or a video make the first pass cost.
+    """The cost of images or a video in the first pass.
 
     Attributes:
-        patches: rows of the vision tower.
-        tokens: positions of the prompt, its text included.
-        n_bytes: the most that pixels, features, activations, keys and values take at a time.
+        patches: rows of the vision tower's input.
+        tokens: positions of the prompt, including its text.
+        n_bytes: peak of pixels, features, activations, keys and values.
     """
 
     patches: int
@@ -43,13 +43,13 @@ class PictureCost:
 
 
 def picture_cost(config: Any, grids: Sequence[Sequence[int]], *, text_tokens: int, itemsize: int) -> PictureCost:
-    """Return what pictures cost.
+    """Return the cost of images and videos.
 
     Args:
         config: of the model.
-        grids: for each image or video its groups of frames, rows and columns of patches.
-        text_tokens: of the rest of the prompt.
-        itemsize: bytes of an activation.
+        grids: frame groups, rows and columns of patches per image or video.
+        text_tokens: tokens of the rest of the prompt.
+        itemsize: bytes per activation.
     """
     vision = config.vision_config
     patches = sum(math.prod(grid) for grid in grids)
@@ -57,7 +57,7 @@ def picture_cost(config: Any, grids: Sequence[Sequence[int]], *, text_tokens: in
     tokens = shown + text_tokens
     pixels = patches * vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * (4 + itemsize)
     features = feature_bytes(config, tokens=shown, itemsize=itemsize)
-    # The tower runs before the decoder, not beside it; the prompt runs in pieces.
+    # The tower runs before the decoder, not at the same time; the prompt runs in pieces.
     piece = min(tokens, _PIECE_TOKENS)
     text = text_bytes(config, tokens=piece, logit_rows=1, itemsize=itemsize, cached_tokens=tokens)
     activations = with_heap(max(vision_bytes(config, patches=patches, itemsize=itemsize), text) + features)
@@ -75,20 +75,20 @@ def prepare_within_budget(
     max_pixels: int | None = None,
     fetch: bool = False,
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Return what `Processor.prepare` does, with pictures as large as the budget of the model has room for.
+    """Prepare a prompt as `Processor.prepare` does, with images and frames as large as the budget allows.
 
     Args:
         processor: of the checkpoint.
-        model: of `create_optimized_model`; its setting `image_policy` says whether pictures that are too large are
-            scaled down (`downsize`) or refused (`refuse`). Without `ram_budget` they are taken as they are.
+        model: from `create_optimized_model`; its `image_policy` decides whether images that are too large are scaled
+            down (`downsize`) or rejected (`refuse`). Without `ram_budget` they keep their size.
         prompt, images, video, system, max_pixels, fetch: see `Processor.prepare`.
 
     Returns:
-        The arguments of `generate`, and a sentence for each picture that was scaled down.
+        The arguments of `generate`, and a message per image that was scaled down.
 
     Raises:
-        InputError: a picture cannot be used.
-        MemoryBudgetExceeded: too large, and the policy is `refuse`; or even the smallest form does not fit.
+        InputError: an image or video cannot be used.
+        MemoryBudgetExceeded: too large, and the policy is `refuse`; or even the smallest size does not fit.
     """
     optimizer, config = model.memory_optimizer, model.config
     images = listed(images)
@@ -127,16 +127,16 @@ def prepare_within_budget(
     for each, before, after in zip(opened, grids(max_pixels), grids(limit), strict=True):
         if after != before:
             notes.append(
-                f"{each.name}: {each.width} x {each.height} is scaled to {after[2] * patch} x {after[1] * patch}: "
-                "the memory budget has no room for more"
+                f"{each.name}: scaled from {each.width} x {each.height} to {after[2] * patch} x {after[1] * patch} "
+                "to fit the memory budget"
             )
     if video is not None and limit != max_pixels:
-        notes.append(f"{video}: frames are scaled to {limit} pixels: the memory budget has no room for more")
+        notes.append(f"{video}: frames scaled to {limit} pixels to fit the memory budget")
     return tensors, notes
 
 
 def _set_aside(optimizer: Any, n_bytes: int) -> None:
-    """Have memory free before it is taken: weights fill all that nobody has set aside."""
+    """Reserve memory before it is used; otherwise weights fill it."""
     free = optimizer.free_for_activations()
     if free is not None:
         held = optimizer.pager.ledger.held_bytes("activations")
@@ -146,17 +146,17 @@ def _set_aside(optimizer: Any, n_bytes: int) -> None:
 def _decoded(
     optimizer: Any, opened: Sequence[OpenImage], sizes: Sequence[tuple[int, int]], free: int | None, notes: list[str]
 ) -> list[Any]:
-    """Return pictures: as they are where all fit beside each other, else each decoded and scaled for itself.
+    """Return the decoded images: at full size if all fit together, else each decoded and scaled on its own.
 
     Args:
-        optimizer: whose budget it is.
-        opened: what is decoded.
-        sizes: width and height that the model gets of each.
-        free: bytes; `None`: without a limit.
-        notes: gets a sentence for each picture that was not decoded at its size.
+        optimizer: owns the budget.
+        opened: the images.
+        sizes: width and height of each at the model's input.
+        free: bytes; `None`: unlimited.
+        notes: receives a message per image that was not decoded at full size.
 
     Raises:
-        MemoryBudgetExceeded: one cannot be decoded in what is free.
+        MemoryBudgetExceeded: an image cannot be decoded in the free memory.
     """
     kept = sum(each.width * each.height for each in opened) * 4
     most = max((_bytes_to_decode(each, None) for each in opened), default=0)
@@ -166,7 +166,7 @@ def _decoded(
     usable = int(_USABLE * free) - sum(width * height for width, height in sizes) * 4
     pictures = []
     for each, (width, height) in zip(opened, sizes, strict=True):
-        # Twice as large, where there is room: scaling it from there is as good as from the whole.
+        # Twice the size if it fits: scaling from there is as good as from the full image.
         choices = (None, (2 * width, 2 * height), (width, height))
         fitting = [choice for choice in choices if _bytes_to_decode(each, choice) <= usable]
         if not fitting:
@@ -175,10 +175,12 @@ def _decoded(
         picture = each.decode(fitting[0])
         if picture.width * picture.height < each.width * each.height:
             notes.append(
-                f"{each.name}: {each.width} x {each.height} is decoded as {picture.width} x {picture.height}: the "
-                "memory budget has no room for all of it"
+                f"{each.name}: decoded at {picture.width} x {picture.height} instead of {each.width} x {each.height} "
+                "to fit the memory budget"
             )
-        if (picture.width > picture.height) == (each.width > each.height):  # else it was turned, and nobody had said so
+        if (picture.width > picture.height) == (
+            each.width > each.height
+        ):  # otherwise decoding applied an orientation missing from the header
             picture = picture.resize((width, height), Image.Resampling.BICUBIC)
         pictures.append(picture)
         del picture
@@ -186,7 +188,7 @@ def _decoded(
 
 
 def _bytes_to_decode(opened: OpenImage, at_least: tuple[int, int] | None) -> int:
-    """Return what decoding a picture takes, or then scaling it."""
+    """Return the memory for decoding an image and then scaling it."""
     pixels = opened.width * opened.height
     decoded = opened.decode_bytes(at_least)
     return max(decoded, _PROCESSED_BYTES * pixels) if at_least is None else decoded
@@ -196,7 +198,7 @@ def _refuse(opened: OpenImage, n_bytes: int, usable: int, optimizer: Any) -> NoR
     pixels = opened.width * opened.height
     least = int(pixels * max(usable, 0) / n_bytes)
     raise MemoryBudgetExceeded(
-        f"{opened.name}: decoding its {opened.width} x {opened.height} pixels takes {format_bytes(n_bytes)}; "
+        f"{opened.name}: decoding its {opened.width} x {opened.height} pixels needs {format_bytes(n_bytes)}; "
         f"{format_bytes(max(usable, 0))} of the budget of {format_bytes(optimizer.config.ram_budget)} are free for it; "
         f"scale it down to {least} pixels, or raise the budget",
         requested_bytes=n_bytes,
@@ -207,15 +209,15 @@ def _refuse(opened: OpenImage, n_bytes: int, usable: int, optimizer: Any) -> NoR
 
 
 def _room_for_video(optimizer: Any, video: VideoSource, free: int | None) -> int:
-    """Return what reading a video takes.
+    """Return the memory for reading a video.
 
     Raises:
-        MemoryBudgetExceeded: its frames cannot be decoded in what is free.
+        MemoryBudgetExceeded: its frames cannot be decoded in the free memory.
     """
     n_bytes = video_bytes(video)
     if free is not None and n_bytes > _USABLE * free:
         raise MemoryBudgetExceeded(
-            f"{str(video)[:200]}: decoding its frames takes {format_bytes(n_bytes)}; "
+            f"{str(video)[:200]}: decoding its frames needs {format_bytes(n_bytes)}; "
             f"{format_bytes(int(_USABLE * free))} of the budget of {format_bytes(optimizer.config.ram_budget)} are "
             "free for it; scale it down, or raise the budget",
             requested_bytes=n_bytes,
@@ -231,7 +233,7 @@ def _text_tokens(processor: Processor, prompt: str, system: str | None) -> int:
 
 
 def _largest_that_fits(processor: Processor, pictures: Sequence[OpenImage], limit: int | None, fits: Any) -> int | None:
-    """Return the most pixels of an image, to a twentieth, with which all fit; `None`: not even with one token each."""
+    """Return the most pixels per image, within 5 %, at which all fit; `None`: not even at one token each."""
     least = processor.least_pixels
     pixels = max(picture.width * picture.height for picture in pictures)
     pixels = int(min(pixels, limit or pixels, processor.image_processor.size["longest_edge"]) / _STEP)
@@ -243,10 +245,10 @@ def _largest_that_fits(processor: Processor, pictures: Sequence[OpenImage], limi
 
 
 def _require(limit: int | None, optimizer: Any, wanted: PictureCost, free: int | None) -> None:
-    """Refuse pictures that the budget or the policy does not let in.
+    """Reject images and videos that do not fit the budget or the policy.
 
     Raises:
-        MemoryBudgetExceeded: with what they take and what there is.
+        MemoryBudgetExceeded: reports the bytes needed and available.
     """
     assert free is not None
     refuses = optimizer.config.image_policy == "refuse"
@@ -256,7 +258,7 @@ def _require(limit: int | None, optimizer: Any, wanted: PictureCost, free: int |
     if limit is not None:
         remedy = f"scale them to at most {limit} pixels (max_pixels), set image_policy='downsize', or raise the budget"
     raise MemoryBudgetExceeded(
-        f"the pictures make {wanted.patches} patches and {wanted.tokens} tokens, which take "
+        f"the images or video make {wanted.patches} patches and {wanted.tokens} tokens, which need "
         f"{format_bytes(wanted.n_bytes)}; {format_bytes(int(_USABLE * free))} of the budget of "
         f"{format_bytes(optimizer.config.ram_budget)} are free for them; {remedy}",
         requested_bytes=wanted.n_bytes,
@@ -277,7 +279,9 @@ def _with_smaller_video(
     tensors: dict[str, torch.Tensor],
     free: int,
 ) -> tuple[dict[str, torch.Tensor], int | None]:
-    """Scale a video down until all fits. Its size is known once frames were chosen: they are read again, smaller."""
+    """Scale a video down until everything fits. Its size is known once frames are chosen, so they are read again,
+    smaller.
+    """
     while True:
         grids = [grid for name in ("image_grid_thw", "video_grid_thw") for grid in tensors.get(name, ())]
         rows = [[int(extent) for extent in grid] for grid in grids]

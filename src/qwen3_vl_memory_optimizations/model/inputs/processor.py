@@ -1,7 +1,7 @@
-"""A question, images and a video to the tensors that a Qwen3-VL model takes, and token ids back to text.
+"""Convert a prompt, images and a video into the tensors of a Qwen3-VL model, and token ids back to text.
 
-Image pixels come from the image processor that transformers ships: its torchvision back end where torchvision
-is usable, else its PIL back end.
+Image pixels come from transformers' image processor: its torchvision back end if torchvision is usable, else its PIL
+back end.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from .images import ImageSource, OpenImage, listed, open_image
 from .video_files import VideoSource, load_video
 from .video_patches import MAX_ASPECT_RATIO, VideoSettings, group_seconds, video_tensors
 
-_PROMPT_PLACE, _SYSTEM_PLACE = "\uf8f1\uf8f0", "\uf8f1\uf8f2"  # for private use, and in no text
+_PROMPT_PLACE, _SYSTEM_PLACE = "\uf8f1\uf8f0", "\uf8f1\uf8f2"  # private use, found in no text
 _PLAIN_SYSTEM = "<|im_start|>system\n{}<|im_end|>\n"
 _PLAIN_QUESTION = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def load_processor(directory: str | Path) -> Processor:
-    """Return the processor of a checkpoint, given by any path that `open_checkpoint` takes.
+    """Return the processor of a checkpoint, given by any path that `open_checkpoint` accepts.
 
     Raises:
         CheckpointError: a file of the tokenizer or of the image processor is missing or cannot be read.
     """
     directory = files_directory(directory)
     if not directory.is_dir():
-        raise CheckpointError(f"{directory}: there is no such directory", path=directory)
+        raise CheckpointError(f"{directory}: no such directory; check the path", path=directory)
     _check_torchvision(directory)
     from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -64,10 +64,10 @@ def load_processor(directory: str | Path) -> Processor:
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """Return the tokenizer of a checkpoint, given by any path that `open_checkpoint` takes.
+    """Return the tokenizer of a checkpoint, given by any path that `open_checkpoint` accepts.
 
     Raises:
-        CheckpointError: there is none that can be loaded.
+        CheckpointError: there is no loadable tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -77,14 +77,14 @@ def load_tokenizer(directory: Path) -> Any:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory}: the tokenizer cannot be loaded ({error})", path=directory) from error
     if not tokenizer("a text", add_special_tokens=False)["input_ids"]:
-        # Where the files are missing, transformers makes one that knows no words.
-        raise CheckpointError(f"{directory}: there is no tokenizer (tokenizer.json is missing?)", path=directory)
+        # If the files are missing, transformers creates a tokenizer with an empty vocabulary.
+        raise CheckpointError(f"{directory}: there is no tokenizer; add tokenizer.json", path=directory)
     return tokenizer
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class VisionTokens:
-    """The tokens that stand for pictures in a prompt; the ids are those of the model's configuration."""
+    """The placeholder tokens of images and videos in a prompt; the ids are those of the model's configuration."""
 
     image: str
     video: str
@@ -98,12 +98,12 @@ class VisionTokens:
         """Return the vision tokens of a checkpoint.
 
         Raises:
-            CheckpointError: the configuration names no vision tokens, or the tokenizer does not have them.
+            CheckpointError: the configuration names no vision tokens, or the tokenizer lacks them.
         """
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         missing = [name for name in names if not isinstance(config.get(name), int)]
         if missing:
-            message = f"{directory}: config.json has no {', '.join(missing)}; this is no vision-language checkpoint"
+            message = f"{directory}: config.json has no {', '.join(missing)}; pass a vision-language checkpoint"
             raise CheckpointError(message, path=directory)
         image, video, start, end = tokenizer.convert_ids_to_tokens([config[name] for name in names])
         if None in (image, video, start, end):
@@ -115,7 +115,7 @@ class VisionTokens:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Processor:
-    """What stands between people and the model. Made by `load_processor`."""
+    """Prepares the input of a model, and decodes its output. Created by `load_processor`."""
 
     tokenizer: Any
     image_processor: Any
@@ -134,17 +134,17 @@ class Processor:
         video_fps: float | None = None,
         fetch: bool = False,
     ) -> dict[str, torch.Tensor]:
-        """Return the keyword arguments of the model's `generate` for one question.
+        """Return the keyword arguments of the model's `generate` for one prompt.
 
         Args:
-            prompt: the question. Text stays text: what is spelled like a control token is none.
-            images: one or several in any form (`model.images.ImageSource`), shown before the question in this order.
-            video: a video file, a directory of frames, or frames; shown after the images.
-            system: what the model is told to be.
-            max_pixels: the most pixels of an image, and of a frame; larger ones are scaled down. One token
-                stands for `(patch_size * merge_size) ** 2` pixels.
-            video_fps: the rate at which frames that are given as images were taken.
-            fetch: `http(s):` addresses of images are fetched.
+            prompt: the question. Text that spells a control token stays plain text.
+            images: one or several in any form (`model.images.ImageSource`), placed before the question in this order.
+            video: a video file, a directory of frames, or frames; placed after the images.
+            system: system prompt.
+            max_pixels: the most pixels per image and per frame; larger ones are scaled down. One token covers
+                `(patch_size * merge_size) ** 2` pixels.
+            video_fps: the frame rate of frames given as images.
+            fetch: fetch `http(s):` URLs of images.
 
         Returns:
             `input_ids`, `attention_mask` and `mm_token_type_ids` of shape (1, tokens); with images
@@ -152,7 +152,7 @@ class Processor:
             `pixel_values_videos` and `video_grid_thw`.
 
         Raises:
-            InputError: nothing to ask, or an image or video that cannot be used.
+            InputError: there is no question, or an image or video cannot be used.
         """
         images = listed(images)
         self._check(prompt, images, video, system, max_pixels)
@@ -188,9 +188,9 @@ class Processor:
         max_pixels: int | None = None,
         fetch: bool = False,
     ) -> None:
-        """Raise what `prepare` would, before a model is loaded; of a video only whether it is there.
+        """Raise what `prepare` would, before a model is loaded; for a video, check only that it exists.
 
-        Images are not decoded at their size: there may be no memory for that.
+        Images are not decoded at full size, because memory may be too small for that.
 
         Raises:
             InputError: see `prepare`.
@@ -200,7 +200,7 @@ class Processor:
         for opened in self.open_images(images, fetch=fetch):
             opened.check()
         if isinstance(video, str | os.PathLike) and not Path(video).exists():
-            load_video(video, self.video.sampling, self.video.frame_size)  # it says what is wrong
+            load_video(video, self.video.sampling, self.video.frame_size)  # raises the right error
 
     def _check(
         self,
@@ -211,32 +211,32 @@ class Processor:
         max_pixels: int | None,
     ) -> None:
         if not (prompt.strip() or images or video is not None):
-            raise InputError("there is nothing to ask: the prompt is empty and there is no image")
+            raise InputError("the prompt is empty and there is no image; pass at least one of them")
         for name, text in (("prompt", prompt), ("system", system or "")):
             if not text.isprintable() and any(0xD800 <= ord(letter) < 0xE000 for letter in text):
-                raise InputError(f"{name}: it is not valid text (bytes that are not UTF-8?)")
+                raise InputError(f"{name}: not valid text (bytes that are not UTF-8?); pass UTF-8")
         self._check_max_pixels(max_pixels)
 
     def open_images(self, images: Sequence[ImageSource], *, fetch: bool = False) -> list[OpenImage]:
         """Read the headers of images.
 
         Raises:
-            InputError: one cannot be used.
+            InputError: an image cannot be used.
         """
         opened = [open_image(source, number, fetch=fetch) for number, source in enumerate(images, 1)]
         for each in opened:
             if max(each.width, each.height) > MAX_ASPECT_RATIO * min(each.width, each.height):
                 size = f"{each.width} x {each.height}"
-                raise InputError(f"{each.name}: {size} is more than {MAX_ASPECT_RATIO} times as long as wide; cut it")
+                raise InputError(f"{each.name}: {size} is more than {MAX_ASPECT_RATIO} times as long as wide; crop it")
         return opened
 
     def decode(self, token_ids: Any) -> str:
-        """Return the text of token ids (a list, or a tensor of one dimension), without special tokens."""
+        """Return the text of token ids (a list, or a one-dimensional tensor), without special tokens."""
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
 
     def streamer(self, on_text: Callable[[str], None]) -> AnswerStreamer:
-        """Return a streamer for `generate` that hands over the answer as it comes."""
+        """Return a streamer for `generate` that passes the answer on as it is generated."""
         return AnswerStreamer(self.tokenizer, on_text)
 
     def _is_plain(self, *texts: str) -> bool:
@@ -247,18 +247,18 @@ class Processor:
 
     @property
     def least_pixels(self) -> int:
-        """Pixels of one token, and so the fewest of an image."""
+        """Pixels per token, which is the minimum per image."""
         return int((self.image_processor.patch_size * self.image_processor.merge_size) ** 2)
 
     def image_grid(self, width: int, height: int, *, max_pixels: int | None = None) -> tuple[int, int]:
-        """Return how many rows and columns of patches `prepare` makes of an image of this size."""
+        """Return the rows and columns of patches that `prepare` makes of an image of this size."""
         limits = self._limits(max_pixels)
         shortest, longest = min(width, height), max(width, height)
         if longest > MAX_ASPECT_RATIO * shortest:
-            return 0, 0  # `prepare` refuses it
+            return 0, 0  # `prepare` rejects it
         side = self.image_processor.patch_size * self.image_processor.merge_size
         least, most = limits["shortest_edge"], limits["longest_edge"]
-        # The rule of transformers (`smart_resize`), which gives only the product of the two.
+        # The rule of transformers (`smart_resize`), which returns only the product of the two.
         rows, columns = round(height / side) * side, round(width / side) * side
         if rows * columns > most:
             shrink = math.sqrt(height * width / most)
@@ -277,7 +277,9 @@ class Processor:
 
     def _check_max_pixels(self, max_pixels: int | None) -> None:
         if max_pixels is not None and max_pixels < self.least_pixels:
-            raise InputError(f"max_pixels={max_pixels} is less than the {self.least_pixels} pixels of one token")
+            raise InputError(
+                f"max_pixels={max_pixels} is less than the {self.least_pixels} pixels of one token; raise it"
+            )
 
     def _image_tensors(
         self, images: Sequence[ImageSource], max_pixels: int | None, fetch: bool
@@ -287,7 +289,7 @@ class Processor:
         return dict(self.image_processor(loaded, return_tensors="pt", **options))
 
     def _chat_text(self, prompt: str, n_images: int, has_video: bool, system: str | None) -> str:
-        # A template that does not know pictures is that of a language model; Qwen's fits the plain form.
+        # A template without image tokens belongs to a language model; use Qwen's plain form instead.
         if self.chat_template is None or self.tokens.image not in self.chat_template:
             pictures = [self.tokens.image] * n_images + [self.tokens.video] * has_video
             shown = "".join(f"{self.tokens.start}{picture}{self.tokens.end}" for picture in pictures)
@@ -301,20 +303,20 @@ class Processor:
             messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
         )
         if (text.count(self.tokens.image), text.count(self.tokens.video)) != (n_images, int(has_video)):
-            raise InputError("the chat template of this checkpoint does not place one token for each image and video")
+            raise InputError("the chat template of this checkpoint does not place one token per image and video")
         return str(text)
 
     def _with_placeholders(self, chat: str, image_texts: list[str], video_text: str) -> str:
         tokens = self.tokens
-        # Each group of frames brings its own start and end. The pair that templates put around a whole video
-        # goes, as in the processor the model was published with; later transformers leave it there.
+        # Each frame group brings its own start and end tokens. Remove the pair that templates put around a whole video,
+        # as the model's original processor does; later versions of transformers keep it.
         whole_video = f"{tokens.start}{tokens.video}{tokens.end}"
         images = iter(image_texts)
         pattern = "|".join(map(re.escape, (whole_video, tokens.video, tokens.image)))
         return re.sub(pattern, lambda match: next(images) if match[0] == tokens.image else video_text, chat)
 
     def _text_tensors(self, text: str, texts: Mapping[str, str]) -> dict[str, torch.Tensor]:
-        """Return the tensors of a chat; `texts`: what stands in places of it, and is text whatever it spells."""
+        """Return the tensors of a chat; `texts` maps its placeholders to literal text, whatever that spells."""
         found: list[int] = []
         for part in re.split(f"({'|'.join(texts)})", text) if texts else [text]:
             is_text = part in texts
@@ -326,13 +328,13 @@ class Processor:
 
 
 class AnswerStreamer(TextStreamer):
-    """Hands the answer over in pieces of text, and notes when its tokens came.
+    """Passes the answer on in pieces of text, and records when its tokens arrived.
 
     Attributes:
         n_tokens: tokens of the answer so far.
-        n_first_tokens: how many came first, at once: one, or more if they were drafted.
-        first_token_s: `time.perf_counter()` at the first of them.
-        last_token_s: at the last of them.
+        n_first_tokens: number that arrived first, together: one, or more with speculative decoding.
+        first_token_s: `time.perf_counter()` at the first token.
+        last_token_s: the same at the last token.
     """
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
@@ -354,7 +356,7 @@ class AnswerStreamer(TextStreamer):
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Hand over a piece of text that later tokens cannot change."""
+        """Pass on a piece of text that later tokens cannot change."""
         if text:
             self._on_text(text)
 
@@ -365,10 +367,10 @@ def _check_torchvision(directory: Path) -> None:
     try:
         importlib.import_module("torchvision")
     except Exception as error:
-        # transformers then takes torchvision for there, and none of its image classes can be imported.
+        # transformers would then assume torchvision is usable, and none of its image classes could be imported.
         raise CheckpointError(
-            f"torchvision is installed but cannot be imported beside torch {torch.__version__} ({error}); "
-            "install the torchvision that belongs to this torch, or uninstall it: it is not needed",
+            f"torchvision is installed but cannot be imported with torch {torch.__version__} ({error}); "
+            "install the torchvision that matches this torch, or uninstall it: it is optional",
             path=directory,
         ) from error
 
@@ -388,7 +390,7 @@ def _video_settings(directory: Path) -> VideoSettings:
 
 
 def _read_json(directory: Path, name: str) -> dict[str, Any]:
-    """Return a JSON file of a checkpoint; what is not there is empty."""
+    """Return a JSON file of a checkpoint; empty if it is missing."""
     try:
         table = json.loads((directory / name).read_text(encoding="utf-8"))
     except FileNotFoundError:

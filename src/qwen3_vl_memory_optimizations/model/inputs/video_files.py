@@ -1,4 +1,4 @@
-"""Videos to frames, as RGB pictures. Knows nothing of patches, tokens or the model."""
+"""Decode videos into RGB frames. Independent of patches, tokens and the model."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .images import ImageSource, open_image
 VideoSource = str | os.PathLike[str] | Sequence[ImageSource]
 _THREADS = 2
 _FRAMES_HELD = 12
-"""By a decoder: those that later ones refer to, and one a thread."""
+"""Frames that a decoder holds: reference frames, and one per thread."""
 # (frames, height, width) -> (height, width) to which each frame is resized as soon as it is decoded.
 FrameSize = Callable[[int, int, int], tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FrameSampling:
-    """Which frames of a video are looked at.
+    """Selects the frames of a video.
 
     Attributes:
-        frames_per_second: how many of each second, evenly spaced.
-        min_frames: at least so many, where the video has them.
-        max_frames: never more.
+        frames_per_second: frames per second of video, evenly spaced.
+        min_frames: minimum number, if the video has that many.
+        max_frames: maximum number.
     """
 
     frames_per_second: float = 2.0
@@ -39,7 +39,7 @@ class FrameSampling:
     max_frames: int = 768
 
     def indices(self, total_frames: int, video_fps: float) -> list[int]:
-        """Return the frames to take of a video that plays `total_frames` at `video_fps` a second."""
+        """Return the frames to take from a video of `total_frames` at `video_fps` frames per second."""
         wanted = int(total_frames / video_fps * self.frames_per_second)
         return self.spread(total_frames, max(wanted, self.min_frames))
 
@@ -51,7 +51,7 @@ class FrameSampling:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class VideoFrames:
-    """Frames of one video, all of one size, and the second at which each is shown."""
+    """Frames of one video, all of equal size, and the display time of each in seconds."""
 
     images: list[Image.Image]
     seconds: list[float]
@@ -60,13 +60,13 @@ class VideoFrames:
 def load_video(
     source: VideoSource, sampling: FrameSampling, frame_size: FrameSize, *, fps: float | None = None
 ) -> VideoFrames:
-    """Return the frames of a video, each resized as soon as it is decoded, so that only small ones are held.
+    """Return the frames of a video, each resized as soon as it is decoded, so that only small frames are held.
 
     Args:
-        source: a video file, a directory of images (in the order of their names), or images.
-        sampling: which frames of a file are taken. Of images all are, up to its `max_frames`.
-        frame_size: gives the size to which frames are resized.
-        fps: the rate at which images were taken; a file knows its own.
+        source: a video file, a directory of images (ordered by name), or images.
+        sampling: selects the frames of a file. Of images all are used, up to its `max_frames`.
+        frame_size: returns the size to which frames are resized.
+        fps: the frame rate of images; a file declares its own.
 
     Raises:
         InputError: missing, damaged, not a video, or `av` is not installed.
@@ -75,7 +75,7 @@ def load_video(
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         if not path.exists():
-            raise InputError(f"{path}: there is no such video")
+            raise InputError(f"{path}: no such video; check the path")
         if not path.is_dir():
             return _decode_file(path, sampling, frame_size)
         images: Sequence[ImageSource] = _images_in(path)
@@ -85,11 +85,11 @@ def load_video(
     else:
         shown = repr(source)[:200]
         raise InputError(
-            f"the video is a {type(source).__name__} ({shown}); give a file, a directory or a list of images"
+            f"the video is a {type(source).__name__} ({shown}); pass a file, a directory or a list of images"
         )
     if not images:
-        raise InputError(f"{name} holds no images; a video needs at least one frame")
-    # What transformers assumes of frames that come without a rate.
+        raise InputError(f"{name} contains no images; a video needs at least one frame")
+    # The default of transformers for frames without a rate.
     fps = 24.0 if fps is None else fps
     indices = sampling.spread(len(images), len(images))
     frames = _resized((open_image(images[index], index + 1).decode() for index in indices), len(indices), frame_size)
@@ -97,10 +97,9 @@ def load_video(
 
 
 def video_bytes(source: VideoSource) -> int:
-    """Return about how many bytes reading a video takes beside the frames that are kept; 0 where that is not told.
+    """Return the approximate memory of reading a video, besides the kept frames; 0 if unknown.
 
-    That is what a decoder holds (one frame for each of its threads, and those that others refer to), and the frame that
-    is being resized.
+    This is what a decoder holds (one frame per thread, and reference frames) plus the frame being resized.
     """
     try:
         if isinstance(source, str | os.PathLike) and not Path(source).is_dir():
@@ -111,18 +110,18 @@ def video_bytes(source: VideoSource) -> int:
                 return int(context.width * context.height * (_FRAMES_HELD * 1.5 + 2 * 4))
         images = _images_in(Path(source)) if isinstance(source, str | os.PathLike) else source
         return max((open_image(image).decode_bytes() for image in images), default=0)
-    except Exception:  # `load_video` says what is wrong
+    except Exception:  # `load_video` reports the error
         return 0
 
 
 def _require_rate(fps: float | None) -> None:
     if fps is not None and not (isinstance(fps, int | float) and math.isfinite(fps) and fps > 0):
-        raise InputError(f"video_fps: {fps!r} is no number of frames a second above 0")
+        raise InputError(f"video_fps: {fps!r} is not a positive number; pass frames per second above 0")
 
 
 def _images_in(directory: Path) -> list[Path]:
     suffixes = Image.registered_extensions()
-    # macOS lays a `._frame.png` beside each `frame.png` on disks of others.
+    # macOS puts a `._frame.png` beside each `frame.png` on foreign disks.
     shown = (path for path in directory.iterdir() if not path.name.startswith("."))
     paths = [path for path in shown if path.suffix.lower() in suffixes]
     # frame_10 comes after frame_9.
@@ -137,7 +136,7 @@ def _resized(frames: Iterator[Image.Image], n_frames: int, frame_size: FrameSize
             first = frame.size
             height, width = frame_size(n_frames, frame.height, frame.width)
         if frame.size != first:
-            raise InputError(f"the frames of a video have one size: {first} is followed by {frame.size}")
+            raise InputError(f"the frames of a video must have one size; {first} is followed by {frame.size}")
         same = (frame.width, frame.height) == (width, height)
         resized.append(frame if same else frame.resize((width, height), Image.Resampling.BICUBIC))
     return resized
@@ -149,28 +148,28 @@ def _decode_file(path: Path, sampling: FrameSampling, frame_size: FrameSize) -> 
     except ImportError:
         raise InputError(
             f"{path}: reading video files needs PyAV; run: "
-            "pip install 'qwen3-vl-memory-optimizations[video]' (or give a directory of frames)"
+            "pip install 'qwen3-vl-memory-optimizations[video]' (or pass a directory of frames)"
         ) from None
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
-                raise InputError(f"{path} holds no video stream")
+                raise InputError(f"{path} contains no video stream")
             stream = container.streams.video[0]
             fps = float(stream.average_rate or stream.guessed_rate or 24)
             total = stream.frames
-        # Some containers (WebM of browsers, raw streams) do not say how many frames they hold.
+        # Some containers (WebM from browsers, raw streams) do not store their frame count.
         total = total or _count_frames(av, path)
         if not total:
-            raise InputError(f"{path} holds no video frames")
+            raise InputError(f"{path} contains no video frames")
         indices = sampling.indices(total, fps)
         seconds: list[float] = []
         with av.open(str(path)) as container:
             images = _resized(_decoded(container, indices, fps, seconds), len(indices), frame_size)
     except av.FFmpegError as error:
-        raise InputError(f"{path} is not a video that can be read, or is damaged ({error})") from error
+        raise InputError(f"{path} is not a video that can be read, or is damaged ({error}); copy it again") from error
     if not images:
         raise InputError(f"{path}: none of its frames could be decoded; it is damaged")
-    # A container may promise more frames than it holds.
+    # A container may declare more frames than it holds.
     return VideoFrames(images=images, seconds=seconds)
 
 
@@ -180,7 +179,7 @@ def _count_frames(av: Any, path: Path) -> int:
 
 
 def _decoded(container: Any, indices: list[int], fps: float, seconds: list[float]) -> Iterator[Image.Image]:
-    """Yield the frames with these indices, as they are shown; note in `seconds` when each is."""
+    """Yield the frames with these indices, in display orientation; append their display times to `seconds`."""
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
     stream.codec_context.thread_count = _THREADS
@@ -192,7 +191,7 @@ def _decoded(container: Any, indices: list[int], fps: float, seconds: list[float
         first_s = shown_s if first_s is None else first_s
         if index < target:
             continue
-        # Frames may follow each other at any pace; the first is shown at 0.
+        # Frame intervals may vary; the first frame is shown at 0.
         seconds.append(max(0.0, shown_s - first_s))
         yield _upright(frame)
         following = next(wanted, None)
@@ -202,7 +201,7 @@ def _decoded(container: Any, indices: list[int], fps: float, seconds: list[float
 
 
 def _upright(frame: Any) -> Image.Image:
-    """Return a frame as its display matrix turns it: phones film upright lying on their side."""
+    """Return a frame with its display matrix applied: phones store upright videos sideways."""
     image = frame.to_image()
     quarters = round(getattr(frame, "rotation", 0) / 90) % 4
     turns = (None, Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)

@@ -1,7 +1,7 @@
-"""A video to patches: which frames, at which size, in which order.
+"""Convert a video into patches: frame selection, size and order.
 
-Frames are resized as they are decoded and written to their patches one by one. The video processor of
-transformers needs torchvision, and holds every frame at full size.
+Frames are resized as they are decoded and written to their patches one by one. transformers' video processor needs
+torchvision, and holds every frame at full size.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ MAX_ASPECT_RATIO = 200
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class VideoSettings:
-    """How a video becomes patches; the keys and defaults of transformers' `Qwen3VLVideoProcessor`.
+    """Video preprocessing settings; keys and defaults are those of transformers' `Qwen3VLVideoProcessor`.
 
     Attributes:
         min_pixels: of the whole video, all frames together.
         max_pixels: of the whole video, all frames together.
-        max_tokens_per_frame: a frame never costs more, whatever `max_pixels` allows.
+        max_tokens_per_frame: upper limit per frame, regardless of `max_pixels`.
     """
 
     patch_size: int = 16
@@ -42,7 +42,7 @@ class VideoSettings:
 
     @classmethod
     def from_mapping(cls, found: dict[str, Any]) -> VideoSettings:
-        """Return the settings that a preprocessor configuration of a checkpoint holds."""
+        """Return the settings from a checkpoint's preprocessor configuration."""
         size = found.get("size") or {}
         renamed = {
             "min_pixels": size.get("shortest_edge"),
@@ -60,22 +60,22 @@ class VideoSettings:
         return cls(**_given(same | renamed), sampling=FrameSampling(**_given(sampling)))
 
     def limited_to(self, max_pixels: int | None) -> VideoSettings:
-        """Return these settings with at most `max_pixels` a frame."""
+        """Return these settings with at most `max_pixels` per frame."""
         if max_pixels is None:
             return self
         tokens = max_pixels // (self.patch_size * self.merge_size) ** 2
         return dataclasses.replace(
             self,
-            # `frame_size` lets a frame have 1.05 times `min_pixels`.
+            # `frame_size` allows a frame 1.05 times `min_pixels`.
             min_pixels=min(self.min_pixels, int(max_pixels / 1.05)),
             max_tokens_per_frame=min(self.max_tokens_per_frame, tokens),
         )
 
     def frame_size(self, n_frames: int, height: int, width: int) -> tuple[int, int]:
-        """Return (height, width) to which each frame of a video is resized.
+        """Return the (height, width) to which each frame of a video is resized.
 
-        The rule of transformers with `cap_pixels_per_frame=True`, which is that of the model's authors:
-        without the cap a short clip costs as many tokens as a long one.
+        This is transformers' rule with `cap_pixels_per_frame=True`, as used by the model's authors: without the cap a
+        short clip costs as many tokens as a long one.
 
         Raises:
             InputError: one side is more than 200 times the other.
@@ -83,7 +83,9 @@ class VideoSettings:
         n_frames = max(n_frames, self.temporal_patch_size)
         factor = self.patch_size * self.merge_size
         if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-            raise InputError(f"a frame of {width} x {height} is more than {MAX_ASPECT_RATIO} times as long as wide")
+            raise InputError(
+                f"a frame of {width} x {height} is more than {MAX_ASPECT_RATIO} times as long as wide; crop the video"
+            )
         if min(height, width) < factor:
             scale = factor / min(height, width)
             height, width = int(height * scale), int(width * scale)
@@ -103,8 +105,8 @@ class VideoSettings:
 def video_tensors(frames: VideoFrames, settings: VideoSettings) -> dict[str, torch.Tensor]:
     """Return `pixel_values_videos` (patches, values) and `video_grid_thw` (1, 3) of a video.
 
-    The order of the values is that of transformers' video processor; a last group that is not full is filled
-    up with its last frame.
+    The order of the values is that of transformers' video processor; an incomplete last group is padded with its last
+    frame.
     """
     patch, merge, group = settings.patch_size, settings.merge_size, settings.temporal_patch_size
     images = frames.images + frames.images[-1:] * (-len(frames.images) % group)
@@ -125,7 +127,7 @@ def video_tensors(frames: VideoFrames, settings: VideoSettings) -> dict[str, tor
 
 
 def group_seconds(frames: VideoFrames, settings: VideoSettings) -> list[float]:
-    """Return the time of each group of frames: the mean of its first and its last."""
+    """Return the time of each frame group: the mean of its first and last frame."""
     group = settings.temporal_patch_size
     seconds = frames.seconds + frames.seconds[-1:] * (-len(frames.seconds) % group)
     return [(seconds[first] + seconds[first + group - 1]) / 2 for first in range(0, len(seconds), group)]
