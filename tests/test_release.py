@@ -53,7 +53,7 @@ def test_the_same_modules_are_plain_again(settings, tmp_path):
     if settings["codec"] == "none":
         assert torch.equal(model.generate(**inputs, **OPTIONS), expected)
     assert optimizer._parts.closed
-    with pytest.raises(ConfigurationError, match="not a model of create_optimized_model"):
+    with pytest.raises(ConfigurationError, match="not an optimized model"):
         release(model)
 
 

@@ -1,4 +1,4 @@
-"""`create_optimized_model`: from a checkpoint, a configuration or a model to one that runs within a budget."""
+"""Turn a checkpoint, a configuration or a model into one that runs within a budget (`create_optimized_model`)."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ from .storage import Checkpoint
 _SETTINGS_KEY = "memory_optimization_config"
 _LEAST_FRAMES_BYTES = 6 * PAGE_BYTES
 _LIBRARIES_BYTES = 170 * 2**20
-"""What importing transformers' model classes and a tokenizer adds to a process that has only torch (measured)."""
+"""Memory that importing transformers' model classes and a tokenizer adds to a process with torch alone (measured)."""
 _IMPORT_CACHE_BYTES = 128 * 2**20
-"""Files that this import reads, as a control group counts them until they are given back (measured)."""
+"""Page cache of that import, charged to the control group until dropped (measured)."""
 _WORTH_READING_BYTES = 256 * 2**20
 _IMPORTING = "libraries to import"
 
@@ -62,27 +62,27 @@ def create_optimized_model(
     model_class: Any = None,
     progress: Progress | None = None,
 ) -> Any:
-    """Return a transformers model whose weights live in the memory hierarchy; it is used exactly like the original.
+    """Return a transformers model whose weights live in the memory hierarchy; use it exactly like the original.
 
     Args:
-        model_config: a Hugging Face directory or hub id, a quantised checkpoint, an adapter or a GGUF file (see
+        model_config: a Hugging Face directory or hub id, a quantized checkpoint, an adapter or a GGUF file (see
             `docs/checkpoints.md`), a configuration such as `Qwen3VLConfig`, or a loaded model (whose weights are taken
-            over; on the meta device they are drawn).
+            over; on the meta device they are initialized).
         memory_config: the keys of `MemoryConfig`, as a dict or an instance. Default: `memory_optimization_config` of
-            the model's configuration, where it has one.
-        assistant: a smaller model with the same vocabulary, in any form that `model_config` takes. It drafts tokens
-            for `generate`, within the same budget; `generate(..., assistant_model=None)` goes without it.
-        dtype: dtype of the computation. Default: fp32 for a checkpoint in fp32, else bf16, or fp32 where that is at
-            least twice as fast on this machine.
-        model_class: what to build of a checkpoint, where it is not the class of transformers but one derived from it.
-        progress: called with a description, the bytes done and the bytes in all while packing and loading.
+            the model's configuration, if present.
+        assistant: a smaller model with the same vocabulary, in any form that `model_config` accepts, for speculative
+            decoding in `generate`, within the same budget; `generate(..., assistant_model=None)` skips it.
+        dtype: compute dtype. Default: fp32 for an fp32 checkpoint; otherwise bf16, or fp32 if that is at least twice
+            as fast on this machine.
+        model_class: the class to build from a checkpoint, derived from its transformers class.
+        progress: called with a description, the bytes done and the total bytes while packing and loading.
 
     Returns:
-        The model, with `.memory_optimizer` and, where one was given, `.assistant`.
+        The model, with `.memory_optimizer` and, if one was given, `.assistant`.
 
     Raises:
-        ConfigurationError: an unknown key, a wrong type or an impossible size; an assistant of another vocabulary.
-        MemoryBudgetExceeded: the budget cannot work; nothing was loaded.
+        ConfigurationError: an unknown key, a wrong type or an invalid size; an assistant with another vocabulary.
+        MemoryBudgetExceeded: the budget is too small to run; nothing was loaded.
         CheckpointError: the checkpoint cannot be used.
     """
     config = configure(memory_config)
@@ -97,7 +97,7 @@ def create_optimized_model(
     source = _source_of(model_config, config, dtype, "model_config", model_class)
     draft = None if assistant is None else _source_of(assistant, config, source.dtype, "assistant")
     with ExitStack() as undo:
-        # Importing transformers takes longer than reading the weights does: both are done at once.
+        # Importing transformers takes longer than reading the weights, so both happen at once.
         ready = all(each is None or each.is_packed for each in (source, draft))
         optimizer = _begin(source, config, progress, undo) if ready else None
         with pause_collection():
@@ -110,7 +110,7 @@ def create_optimized_model(
                 each.pack(config, progress)
         if optimizer is None:
             if config.ram_budget is not None:
-                gc.collect()  # what packing left; imports leave nothing to collect
+                gc.collect()  # left by packing; imports leave nothing to collect
             _release_garbage(config)
             optimizer = undo.enter_context(MemoryOptimizer(memory_config=config))
         for each, name in ((source, ""), (draft, ASSISTANT)):
@@ -129,10 +129,10 @@ def create_optimized_model(
 
 
 def _begin(source: _Source, config: MemoryConfig, progress: Progress | None, undo: ExitStack) -> MemoryOptimizer | None:
-    """Start to read the weights of a packed checkpoint, if the budget has room for them beside what is to come.
+    """Start reading the weights of a packed checkpoint, if the budget has room for them besides the imports.
 
     Args:
-        undo: gets what closes the optimizer.
+        undo: receives the optimizer, to close it.
     """
     room = math.inf if config.ram_budget is None else config.ram_budget - rss_bytes()
     importing = 0 if _is_imported() else _LIBRARIES_BYTES + _IMPORT_CACHE_BYTES
@@ -150,12 +150,12 @@ def _begin(source: _Source, config: MemoryConfig, progress: Progress | None, und
 
 
 def _is_imported() -> bool:
-    """Whether the model classes of transformers are."""
+    """Whether transformers' model classes are imported."""
     return "transformers.modeling_utils" in sys.modules
 
 
 def _carried_settings(given: Any) -> Any:
-    """Return `memory_optimization_config` of what was given for a model, in a form that can be saved with it."""
+    """Return the `memory_optimization_config` of a model argument, in a form that can be saved with it."""
     if isinstance(given, Checkpoint):
         return given.config.get(_SETTINGS_KEY)
     model_config = getattr(given, "config", given)
@@ -167,7 +167,7 @@ def _carried_settings(given: Any) -> Any:
 
 
 def local_directory(name: str | os.PathLike[str]) -> Path:
-    """Return the directory of a checkpoint, fetching it from the hub where `name` is an id and not a path."""
+    """Return the directory of a checkpoint, downloading it from the hub if `name` is an id and not a path."""
     try:
         path = Path(name).expanduser()
     except RuntimeError:  # `~` of a user without a home directory
@@ -182,21 +182,21 @@ def local_directory(name: str | os.PathLike[str]) -> Path:
         return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{text}: neither a directory here nor a model that the hub gives ({type(error).__name__}); "
-            "download it and give its directory",
+            f"{text}: neither a local directory nor a model available from the hub ({type(error).__name__}); "
+            "download it and pass its directory",
             path=path,
         ) from error
 
 
 def _require_workable(config: MemoryConfig) -> None:
-    """Refuse an unknown codec, and a budget that cannot hold the process itself, before anything is loaded."""
+    """Reject an unknown codec, and a budget that cannot hold the process itself, before anything is loaded."""
     create_codec(config.unmeasured_codec())
     tame_allocator()
     least = rss_bytes() + (0 if _is_imported() else _LIBRARIES_BYTES) + FIXED_RESERVE_BYTES + _LEAST_FRAMES_BYTES
     if config.ram_budget is not None and config.ram_budget < least:
         raise MemoryBudgetExceeded(
             f"ram_budget of {format_bytes(config.ram_budget)} cannot work: interpreter, torch, transformers and a "
-            f"working set take at least {format_bytes(least)} here",
+            f"working set need at least {format_bytes(least)} here; raise the budget",
             requested_bytes=least,
             available_bytes=config.ram_budget,
             budget_bytes=config.ram_budget,
@@ -206,16 +206,16 @@ def _require_workable(config: MemoryConfig) -> None:
 
 @dataclass(slots=True)
 class _Source:
-    """A model of which nothing was loaded yet, and where its weights come from.
+    """A model before loading, and the source of its weights.
 
     Attributes:
-        dtype: of the computation.
-        model: a skeleton, once it is built, or (neither `checkpoint` nor `draws`) a model in memory.
+        dtype: compute dtype.
+        model: a skeleton, once built, or (with neither `checkpoint` nor `draws`) a model in memory.
         checkpoint: holds the weights.
-        model_class: what to build of the checkpoint, if not what it says.
-        draws: weights are drawn at random.
-        loader: has begun to load.
-        order: of the weights that it has begun with.
+        model_class: the class to build from the checkpoint, if not its own.
+        draws: initialize weights at random.
+        loader: a loader that has already started.
+        order: the weights it has started to read, in order.
     """
 
     dtype: torch.dtype
@@ -228,7 +228,7 @@ class _Source:
 
     @property
     def is_packed(self) -> bool:
-        """Whether the weights can be loaded as they lie on the disk, with nothing to encode."""
+        """Whether the weights can be loaded as stored, without encoding."""
         return self.checkpoint is not None and self.checkpoint.packed
 
     def build(self) -> None:
@@ -237,14 +237,14 @@ class _Source:
             self.model = build_skeleton(self.checkpoint, self.dtype, self.model_class)
 
     def pack(self, config: MemoryConfig, progress: Progress | None) -> None:
-        """Encode a checkpoint, where its weights are to be and are not."""
+        """Encode a checkpoint, if its weights need encoding and are not encoded yet."""
         if self.checkpoint is None or self.checkpoint.packed:
             return
         if config.weight_codec() != "none" or needs_packing(self.checkpoint):
             self.checkpoint = Checkpoint.open(pack_model(self.checkpoint, config, progress=progress))
 
     def load(self, loader: WeightLoader, config: MemoryConfig) -> None:
-        """Hand the weights over."""
+        """Load the weights into the model."""
         if self.checkpoint is None:
             loader.from_memory(self.model, config.unmeasured_codec(), initialize=self.draws)
         else:
@@ -255,7 +255,7 @@ class _Source:
 def _source_of(
     given: Any, config: MemoryConfig, dtype: torch.dtype | None, argument: str, model_class: Any = None
 ) -> _Source:
-    """Check what was given for a model, and that the budget can work."""
+    """Validate a model argument, and that the budget can work."""
     if isinstance(given, str | os.PathLike):
         given = open_checkpoint(local_directory(given))
     if isinstance(given, Checkpoint):
@@ -268,7 +268,7 @@ def _source_of(
                 "the model is already offloaded by accelerate (it has _hf_hook); load it without device_map"
             )
         if hasattr(given, "memory_optimizer"):
-            raise ConfigurationError("the model is optimized already")
+            raise ConfigurationError("the model is already optimized; use it as it is, or release() it first")
         _require_workable(config)
         stored = str(getattr(given, "dtype", "")).removeprefix("torch.")
         return _Source(compute_dtype(stored, dtype, config), given)
@@ -284,7 +284,7 @@ def _source_of(
 
 
 def _packed_already(checkpoint: Checkpoint, config: MemoryConfig) -> Checkpoint:
-    """Return the packed form of a checkpoint, where it is wanted and is there, else the checkpoint."""
+    """Return the packed form of a checkpoint, if requested and present; otherwise the checkpoint."""
     codec = config.weight_codec()
     if checkpoint.packed or (codec == "none" and not needs_packing(checkpoint)):
         return checkpoint
@@ -299,16 +299,16 @@ def _attach_generation_config(model: Any, directory: Path) -> None:
         path = directory / "generation_config.json"
         try:
             model.generation_config = GenerationConfig.from_pretrained(directory)
-        except Exception as error:  # whatever its classes make of what stands there
+        except Exception as error:  # transformers may raise anything on invalid content
             raise CheckpointError(
-                f"{path}: cannot be used ({type(error).__name__}: {str(error)[:200]}); correct it, or take it away for "
+                f"{path}: cannot be used ({type(error).__name__}: {str(error)[:200]}); correct it, or remove it to use "
                 "the defaults",
                 path=path,
             ) from error
 
 
 def _finish(source: _Source, draft: _Source | None, optimizer: MemoryOptimizer) -> Any:
-    """Attach the optimizer, and the hooks that reserve memory for each forward before it runs."""
+    """Attach the optimizer, and hooks that reserve memory before each forward."""
     model = source.model
     _release_garbage(optimizer.config)
     limited = optimizer.config.ram_budget is not None
@@ -316,7 +316,7 @@ def _finish(source: _Source, draft: _Source | None, optimizer: MemoryOptimizer) 
         optimizer.reserve_activations(FIXED_RESERVE_BYTES)
         optimizer.measure_process()
         optimizer.pager.reserve(_IMPORTING, 0)
-    # They import the caches of transformers, which come with its models.
+    # These import transformers' caches, which come with its models.
     from .model.kv.store import KVStore
     from .model.reuse.prefix import PrefixReuse
     from .model.run.generation import Generation, attach_forward, cache_maker
@@ -377,7 +377,7 @@ def _finish(source: _Source, draft: _Source | None, optimizer: MemoryOptimizer) 
         attach_conversions(each, optimizer)
         attach_saving(each)
     attach_phases(model, optimizer.lifecycle.enter_phase)
-    attach_response_times(model, optimizer.figures.responses)  # last: around all that the others do
+    attach_response_times(model, optimizer.figures.responses)  # last, to wrap everything else
     if identity is not None:
         identity.begin()
     attachment.complete()
@@ -386,22 +386,24 @@ def _finish(source: _Source, draft: _Source | None, optimizer: MemoryOptimizer) 
 
 
 def release(model: Any) -> Any:
-    """Take off a model what `create_optimized_model` attached, and close its optimizer; return the plain model.
+    """Remove what `create_optimized_model` attached to a model, and close its optimizer; return the plain model.
 
-    Weights become parameters in memory that require gradients. Forwards, methods, hooks and the mode
-    (training or not) are those from before. Hooks that others registered stay. A draft is released with its model.
+    Weights become in-memory parameters that require gradients. Forwards, methods, hooks and the training mode are
+    restored. Hooks registered by other code stay. A draft is released with its model.
 
     Args:
-        model: of `create_optimized_model`; changed in place.
+        model: from `create_optimized_model`; changed in place.
 
     Raises:
-        ConfigurationError: it is no optimized model.
+        ConfigurationError: it is not an optimized model.
         MemoryBudgetExceeded: memory has no room for the decoded weights; nothing was changed.
     """
     optimizer = getattr(model, "memory_optimizer", None)
     attachment = getattr(optimizer, "attachment", None)
     if optimizer is None or attachment is None:
-        raise ConfigurationError(f"{type(model).__name__}: not a model of create_optimized_model")
+        raise ConfigurationError(
+            f"{type(model).__name__}: not an optimized model; pass one from create_optimized_model"
+        )
     attachment.require_memory()
     attachment.undo()
     optimizer.attachment = None
@@ -413,10 +415,10 @@ def release(model: Any) -> Any:
 def optimized(
     model: nn.Module, memory_config: Mapping[str, Any] | MemoryConfig | None = None, **options: Any
 ) -> Iterator[Any]:
-    """Optimize a loaded model for a block; afterwards, also after an exception, it is plain again (see `release`).
+    """Optimize a loaded model within a `with` block; it is restored afterwards, even on an exception (see `release`).
 
     Args:
-        model: of transformers, in memory; changed in place.
+        model: a transformers model in memory; changed in place.
         memory_config, options: as for `create_optimized_model`.
     """
     if not isinstance(model, nn.Module):
@@ -429,7 +431,7 @@ def optimized(
 
 
 def _release_garbage(config: MemoryConfig) -> None:
-    """Give back what importing and loading left behind: with a budget for the process each megabyte is weights."""
+    """Return memory left by importing and loading to the system, because within a budget it can hold weights."""
     trim_heap()
     if config.ram_budget is not None:
         release_library_pages()

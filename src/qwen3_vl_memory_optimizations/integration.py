@@ -1,8 +1,8 @@
-"""The classes of section 4.3: Qwen3-VL and its two parts, as transformers ships them, with managed weights.
+"""Provide Qwen3-VL and its two parts as subclasses of the transformers classes, with managed weights (section 4.3).
 
-Nothing is computed here. The classes derive from those of transformers and are built without weights, on the meta
-device; `factory` or `model.loading` put managed weights in. Built inside `torch.device("meta")`, as the factory builds
-the skeleton of a checkpoint, they stay without.
+Nothing is computed here. The classes are built without weights, on the meta device; `factory` or `model.loading` add
+managed weights. Built inside `torch.device("meta")`, as the factory builds the skeleton of a checkpoint, they stay
+without.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _numbers = itertools.count()
 class OptimizedVisionEncoder(Qwen3VLVisionModel):
     """The vision tower of Qwen3-VL with managed weights: `encoder(pixel_values, grid_thw)`.
 
-    The weights of one that is built by itself are drawn as transformers does; `load_state_dict` gives it others.
+    A separately built tower initializes its weights as transformers does; `load_state_dict` replaces them.
 
     Args:
-        config: a `Qwen3VLConfig`, or the `vision_config` of one.
-        memory_optimizer: owns the weights, and outlives them.
+        config: a `Qwen3VLConfig`, or its `vision_config`.
+        memory_optimizer: owns the weights, and must outlive them.
 
     Raises:
         ConfigurationError: `memory_optimizer` is not a `MemoryOptimizer`.
@@ -63,11 +63,11 @@ class OptimizedVisionEncoder(Qwen3VLVisionModel):
 class OptimizedTextDecoder(Qwen3VLTextModel):
     """The text decoder of Qwen3-VL with managed weights: `decoder(input_ids, attention_mask=...)`.
 
-    The weights of one that is built by itself are drawn as transformers does; `load_state_dict` gives it others.
+    A separately built decoder initializes its weights as transformers does; `load_state_dict` replaces them.
 
     Args:
-        config: a `Qwen3VLConfig`, or the `text_config` of one.
-        memory_optimizer: owns the weights, and outlives them.
+        config: a `Qwen3VLConfig`, or its `text_config`.
+        memory_optimizer: owns the weights, and must outlive them.
 
     Raises:
         ConfigurationError: `memory_optimizer` is not a `MemoryOptimizer`.
@@ -91,18 +91,18 @@ class OptimizedTextDecoder(Qwen3VLTextModel):
 
 
 class OptimizedVisionLanguageModel(Qwen3VLForConditionalGeneration):
-    """Qwen3-VL with managed weights, used like the class of transformers that it derives from.
+    """Qwen3-VL with managed weights, used like the transformers class from which it derives.
 
-    The constructor draws weights as transformers does, one module at a time; `from_pretrained` takes those of a
+    The constructor initializes weights as transformers does, one module at a time; `from_pretrained` loads those of a
     checkpoint.
 
     Args:
         config: a `Qwen3VLConfig`. Its `memory_optimization_config` (the keys of `MemoryConfig`, as a dict or an
-            instance) is read; without it the defaults hold.
+            instance) applies; without it the defaults do.
 
     Raises:
-        ConfigurationError: an unknown key, a wrong type or an impossible size.
-        MemoryBudgetExceeded: the budget cannot work.
+        ConfigurationError: an unknown key, a wrong type or an invalid size.
+        MemoryBudgetExceeded: the budget is too small to run.
     """
 
     def __init__(self, config: Any) -> None:
@@ -113,7 +113,7 @@ class OptimizedVisionLanguageModel(Qwen3VLForConditionalGeneration):
             self.model.visual = OptimizedVisionEncoder(config, None)
             self.model.language_model = OptimizedTextDecoder(config, None)
             self.tie_weights()
-        self.loss_type = "ForConditionalGeneration"  # transformers tells it by the name of the class
+        self.loss_type = "ForConditionalGeneration"  # transformers derives it from the class name
         if fills:
             create_optimized_model(self)
 
@@ -132,9 +132,9 @@ class OptimizedVisionLanguageModel(Qwen3VLForConditionalGeneration):
             kwargs: the other arguments of `create_optimized_model`.
 
         Raises:
-            CheckpointError: the checkpoint cannot be used, or is not one of Qwen3-VL.
-            ConfigurationError: an unknown key, a wrong type or an impossible size.
-            MemoryBudgetExceeded: the budget cannot work; nothing was loaded.
+            CheckpointError: the checkpoint cannot be used, or is not a Qwen3-VL checkpoint.
+            ConfigurationError: an unknown key, a wrong type or an invalid size.
+            MemoryBudgetExceeded: the budget is too small to run; nothing was loaded.
         """
         model: OptimizedVisionLanguageModel = create_optimized_model(
             pretrained_model_name_or_path, memory_config, model_class=cls, **kwargs
@@ -143,7 +143,7 @@ class OptimizedVisionLanguageModel(Qwen3VLForConditionalGeneration):
 
     @property
     def memory_optimizer(self) -> MemoryOptimizer:
-        """Owns the weights."""
+        """The owner of the weights."""
         return self.encoder.memory_optimizer
 
     @memory_optimizer.setter
@@ -161,7 +161,7 @@ class OptimizedVisionLanguageModel(Qwen3VLForConditionalGeneration):
         return self.model.language_model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Save decoded weights and configuration, as a checkpoint of the class of transformers."""
+        """Save decoded weights and configuration, as a checkpoint of the transformers class."""
         super().save_pretrained(save_directory, **kwargs)
         self.config.architectures = [Qwen3VLForConditionalGeneration.__name__]
         self.config.save_pretrained(save_directory)
@@ -171,9 +171,9 @@ class OptimizedVisionLanguageModel(Qwen3VLForConditionalGeneration):
 def _on_meta(
     config: Any, stored: torch.dtype | None, memory_config: Mapping[str, Any] | MemoryConfig | None
 ) -> Iterator[bool]:
-    """Build without weights, in the dtype of the computation, which the configuration then says.
+    """Build without weights, in the compute dtype, and set that dtype in the configuration.
 
-    Gives whether they are to be put in: not where a skeleton is under construction already.
+    Yields whether weights must be added afterwards; false while an outer skeleton is being built.
     """
     if torch.get_default_device().type == "meta":
         yield False
@@ -194,7 +194,7 @@ def _on_meta(
 def _fill(
     part: Any, optimizer: MemoryOptimizer | None, activation_bytes: Callable[[tuple[Any, ...], dict[str, Any]], int]
 ) -> None:
-    """Draw the weights of a part that stands by itself, and reserve memory before each of its forwards."""
+    """Initialize the weights of a separately built part, and reserve memory before each of its forwards."""
     if not isinstance(optimizer, MemoryOptimizer):
         raise ConfigurationError(f"memory_optimizer: expected a MemoryOptimizer, got {type(optimizer).__name__}")
     pager = optimizer.pager

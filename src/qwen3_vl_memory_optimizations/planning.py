@@ -1,4 +1,4 @@
-"""`codec="auto"`: a codec for each large weight, chosen by what it does to this model's outputs, and packed so."""
+"""Choose a codec per large weight by its effect on the model's outputs, and pack accordingly (`codec="auto"`)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .storage import Checkpoint
 logger = logging.getLogger(__name__)
 
 _WORTH_MEASURING_BYTES = 64 * 2**20
-"""Measuring how fast the codecs are takes longer than a smaller model takes to load."""
+"""Below this size, loading takes less time than measuring the codec speeds."""
 _SAMPLE_ROWS = 256
 _VOCABULARY_CANDIDATES = ("none", "fp16", "int8_rotated", "int8")
 """Rows of an embedding are looked up one by one."""
@@ -44,22 +44,22 @@ def pack_model(
     calibration: Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Pack a checkpoint as the settings say, once; `codec="auto"` makes a plan first and keeps it (`plan_path`).
+    """Pack a checkpoint once, as configured; `codec="auto"` first makes a plan and stores it (`plan_path`).
 
     Args:
-        directory: a checkpoint, or a path that `open_checkpoint` takes.
-        config: the codec, the budget within which the plan is made, and where packed checkpoints lie.
-        plan: to pack by instead; what was packed by another is replaced.
-        calibration: a directory of images and `.txt` files to make a new plan with (see `make_plan`).
-        progress: called with a description, what is done and what there is.
+        directory: a checkpoint, or a path that `open_checkpoint` accepts.
+        config: the codec, the budget for making the plan, and the location of packed checkpoints.
+        plan: pack by this plan instead; replaces the result of another plan.
+        calibration: a directory of images and `.txt` files for a new plan (see `make_plan`).
+        progress: called with a description, the amount done and the total.
 
     Returns:
-        The directory to load: the packed one, or the source where no weight is encoded. What others quantised is
-        always packed: it cannot be paged from its own files.
+        The directory to load: the packed one, or the source if no weight is encoded. Checkpoints that are already
+        quantized are always packed, because they cannot be paged from their own files.
 
     Raises:
         CheckpointError: the source is not a usable checkpoint.
-        ConfigurationError: the plan is that of another checkpoint, or there is nothing to calibrate on.
+        ConfigurationError: the plan belongs to another checkpoint, or there is nothing to calibrate on.
         InsufficientDiskSpaceError: the result does not fit on the disk.
     """
     config = configure(config)
@@ -74,7 +74,7 @@ def pack_model(
         packed = find_packed(source, "auto", config)
         if packed is not None:
             return packed
-        if path.is_file():  # the packing was interrupted and goes on by it, or the plan was edited since
+        if path.is_file():  # the packing was interrupted and resumes by it, or the plan was edited since
             plan = CompressionPlan.load(path)
     if plan is None:
         plan = make_plan(source, config, calibration=calibration, progress=progress)
@@ -90,20 +90,20 @@ def make_plan(
 ) -> CompressionPlan:
     """Choose a codec for each large weight of a checkpoint (see `CompressionMethodSelector`).
 
-    A few images and a text run once through the model as it is, paged within the budget; then each weight's candidates
-    multiply the inputs it had, and the error of the outputs decides. Where a checkpoint has no tokenizer, is quantised
-    already, or the model does not run within the budget uncompressed, the errors are those of the weights. Of each
-    weight 256 rows are looked at.
+    A few images and a text run once through the unencoded model, paged within the budget. Each weight's candidates then
+    multiply its recorded inputs, and the error of the outputs decides. If a checkpoint has no tokenizer, is already
+    quantized, or does not run unencoded within the budget, the errors of the weights decide. 256 rows per weight are
+    sampled.
 
     Args:
         source: not packed.
-        config: the budget, and switches that leave codecs out.
-        calibration: a directory with images and `.txt` files instead of those of this package.
-        progress: called with a description, what is done and what there is.
+        config: the budget, and switches that exclude codecs.
+        calibration: a directory with images and `.txt` files to use instead of the built-in ones.
+        progress: called with a description, the amount done and the total.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.
-        ConfigurationError: `calibration` has nothing that the model takes.
+        ConfigurationError: `calibration` holds nothing that the model accepts.
     """
     report = progress or (lambda description, done, total: None)
     dtype = compute_dtype_of(source.config, None, config)
@@ -128,7 +128,7 @@ def make_plan(
 def _inputs(
     source: Checkpoint, config: MemoryConfig, dtype: torch.dtype, samples: Path | None, progress: Progress | None
 ) -> tuple[Mapping[str, torch.Tensor], str]:
-    """Return inputs of the layers by the name of the weight, and in words what they came from."""
+    """Return the layers' inputs by weight name, and a description of their source."""
     from .model.checkpoint.calibration import (  # imports transformers
         calibration_batch,
         collect_inputs,
@@ -138,12 +138,12 @@ def _inputs(
     from .model.run.turns import Turns
 
     if needs_packing(source):
-        logger.info("the plan rests on the weights alone: the checkpoint cannot be run as it is")
-        return {}, "nothing: the checkpoint is quantised, and cannot be run as it is"
+        logger.info("planning from the weights alone: the checkpoint cannot run unpacked")
+        return {}, "nothing: the checkpoint is quantized, and cannot run unpacked"
     try:
         batch, description = calibration_batch(source.directory, samples)
     except CheckpointError as error:
-        logger.info("the plan rests on the weights alone: %s", str(error))
+        logger.info("planning from the weights alone: %s", str(error))
         return {}, "nothing: the checkpoint has no tokenizer"
     uncompressed = dataclasses.replace(config, codec="none", enable_cache_hierarchy=False)
     try:
@@ -157,8 +157,8 @@ def _inputs(
             optimizer.pager.refit()
             return collect_inputs(model, batch), description
     except MemoryBudgetExceeded as error:
-        logger.warning("the plan rests on the weights alone: %s", str(error))
-        return {}, "nothing: the budget is too small for the model as it is"
+        logger.warning("planning from the weights alone: %s", str(error))
+        return {}, "nothing: the budget is too small for the unencoded model"
 
 
 def _chosen(

@@ -57,7 +57,7 @@ def test_takes_over_a_loaded_model(tmp_path):
     stats = model.memory_optimizer.get_memory_efficiency_stats()
     assert stats["paging"]["swap_writes"] > 0  # no file holds these weights: they went to the swap file
     model.memory_optimizer.close()
-    with pytest.raises(ConfigurationError, match="optimized already"):
+    with pytest.raises(ConfigurationError, match="already optimized"):
         create_optimized_model(model)
 
 

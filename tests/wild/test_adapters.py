@@ -99,16 +99,16 @@ def test_a_change_of_the_adapter_is_another_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"use_dora": True}, "DoRA, which is not read.*merge_and_unload"),
+        ({"use_dora": True}, "DoRA is not supported.*merge_and_unload"),
         ({"peft_type": "IA3"}, "a PEFT adapter of type IA3"),
         ({"bias": "all"}, "trained biases"),
         ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
         (
             {"base": "Qwen/Qwen3-VL-2B-Instruct"},
-            "an adapter on 'Qwen/Qwen3-VL-2B-Instruct'.*download this model",
+            "the base 'Qwen/Qwen3-VL-2B-Instruct'.*download this model",
         ),
         ({"base": ""}, "base_model_name_or_path is missing"),
-        ({"extra": {"base_model.model.x.weight": torch.zeros(2)}}, "belongs to nothing in the base"),
+        ({"extra": {"base_model.model.x.weight": torch.zeros(2)}}, "matches nothing in the base"),
         ({"extra": {f"base_model.model.{TEXT}9.mlp.up_proj.lora_A.weight": torch.zeros(2, 2)}}, "has no .*up_proj"),
         ({"extra": {f"base_model.model.{TEXT}3.mlp.up_proj.lora_A.weight": torch.zeros(2, 2)}}, "only one of lora_A"),
         ({"r": 0}, "the rank of .* is 0"),
@@ -123,7 +123,7 @@ def test_adapters_that_are_not_read_are_named(settings, said, tmp_path):
 def test_factors_of_another_model_are_named(tmp_path):
     wrong = {f"base_model.model.{TEXT}3.mlp.up_proj.lora_{x}.weight": torch.zeros(4, 4) for x in "AB"}
     adapter(tmp_path / "lora", extra=wrong)
-    with pytest.raises(CheckpointError, match="do not make a matrix"):
+    with pytest.raises(CheckpointError, match="do not form a matrix"):
         open_checkpoint(tmp_path / "lora")
 
 

@@ -172,10 +172,10 @@ def test_what_a_file_does_not_say_is_named(options, said, tmp_path):
 def test_files_that_are_missing_or_too_many_are_named(tmp_path):
     directory = tmp_path / "model"
     write(directory, {})
-    with pytest.raises(CheckpointError, match="holds only the vision tower"):
+    with pytest.raises(CheckpointError, match="contains only the vision tower"):
         open_checkpoint(directory / "mmproj-tiny.gguf")
     shutil.copy(directory / "tiny.gguf", directory / "other.gguf")
-    with pytest.raises(CheckpointError, match=r"2 language models .*give the path of one \.gguf file"):
+    with pytest.raises(CheckpointError, match=r"2 language models .*pass the path of one \.gguf file"):
         open_checkpoint(directory)
     assert open_checkpoint(directory / "other.gguf").name == "other"
     (directory / "mmproj-tiny.gguf").unlink()

@@ -66,7 +66,7 @@ def test_auto_plans_from_the_decoded_weights(tmp_path):
     quantised(tmp_path / "model", *FORMATS["int8 rows"])
     packed = pack_model(tmp_path / "model", MemoryConfig(cache_dir=tmp_path / "cache"))
     plan = json.loads(packed.with_name(f"{packed.name}.plan.json").read_text())
-    assert "quantised" in plan["calibrated_on"] and len(plan["weights"]) > 28
+    assert "quantized" in plan["calibrated_on"] and len(plan["weights"]) > 28
 
 
 def test_weights_are_read_in_the_dtype_of_the_model(tmp_path):

@@ -81,9 +81,9 @@ def test_weights_that_nothing_explains_are_refused(dtype, name, run, tmp_path):
     ("which", "part", "change", "said"),
     [
         ("gptq", "qzeros", None, "qzeros is missing"),
-        ("gptq", "scales", lambda each: each[:-1], "do not belong together"),
+        ("gptq", "scales", lambda each: each[:-1], "do not match"),
         ("gptq order", "g_idx", lambda each: each + 90, "g_idx names groups"),
-        ("awq", "qweight", lambda each: each[:, :-1], "do not belong together"),
+        ("awq", "qweight", lambda each: each[:, :-1], "do not match"),
         ("int8 rows", "weight", lambda each: each.float(), "neither INT8 nor FP8"),
         ("int4 groups", "weight_shape", lambda each: each * 2, "weight_packed has shape"),
         ("int8 rows", "weight_scale", lambda each: each[:-1], "do not fit"),

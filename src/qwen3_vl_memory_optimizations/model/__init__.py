@@ -1,1 +1,1 @@
-"""The integration with transformers: skeletons, packing, loading, inputs."""
+"""Integrate with transformers: skeletons, packing, loading, inputs."""

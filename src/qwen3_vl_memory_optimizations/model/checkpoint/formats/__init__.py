@@ -1,4 +1,4 @@
-"""What a model's weights are read from: plain and quantised checkpoints, GGUF files, adapters on a base."""
+"""Read a model's weights from plain and quantized checkpoints, GGUF files, and adapters on a base."""
 
 from .opening import config_of, files_directory, needs_packing, open_checkpoint, side_files, weights_of
 from .tensors import PLAIN_FLOATS, TORCH_DTYPES, LogicalTensor, PlainTensor

@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT writes them, merged on their base as weights are read."""
+"""Read PEFT LoRA adapters, merged into their base as weights are read."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _EMBEDDING_FACTOR = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<factor>[AB])
 _REFUSED = {
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
-    "lora_bias": "LoRA with biases of its own",
+    "lora_bias": "LoRA with its own biases",
     "fan_in_fan_out": "LoRA of transposed weights (fan_in_fan_out)",
     "layer_replication": "LoRA with replicated layers",
     "trainable_token_indices": "LoRA with trained tokens",
     "target_parameters": "LoRA of parameters outside linear layers (target_parameters)",
     "alora_invocation_tokens": "activated LoRA",
 }
-_REMEDY = "merge it with peft (merge_and_unload), save the result, and give its directory"
+_REMEDY = "merge it with peft (merge_and_unload), save the result, and pass its directory"
 
 
 class AdapterCheckpoint(Checkpoint):
-    """A base and an adapter. Made by `open_adapter`.
+    """A base and an adapter. Created by `open_adapter`.
 
     Attributes:
         base: the checkpoint the adapter was trained on.
@@ -58,7 +58,7 @@ class AdapterCheckpoint(Checkpoint):
             base: the weights of the base.
 
         Raises:
-            CheckpointError: a tensor of the adapter belongs to nothing in the base, or does not fit.
+            CheckpointError: a tensor of the adapter has no counterpart in the base, or does not fit.
         """
         weights = dict(base)
         pairs: dict[tuple[str, bool], dict[str, TensorExtent]] = {}
@@ -70,11 +70,11 @@ class AdapterCheckpoint(Checkpoint):
             elif name in base or name == _HEAD:
                 weights[name] = PlainTensor(extent, name)  # trained whole (modules_to_save)
             else:
-                raise self._error(f"the tensor {stored!r} belongs to nothing in the base {self.base.directory}")
+                raise self._error(f"the tensor {stored!r} matches nothing in the base {self.base.directory}")
         for (module, embedding), factors in pairs.items():
             name = f"{module}.weight"
             adapted = weights.get(name)
-            if adapted is None and name == _HEAD:  # tied in the base: the head alone is adapted
+            if adapted is None and name == _HEAD:  # tied in the base: only the head is adapted
                 adapted = next((weight for key, weight in base.items() if key.endswith(_EMBEDDING)), None)
             if adapted is None:
                 raise self._error(f"{module} is adapted, but the base {self.base.directory} has no {name}")
@@ -85,7 +85,7 @@ class AdapterCheckpoint(Checkpoint):
         return weights
 
     def _keep_head(self, weights: dict[str, LogicalTensor], base: Mapping[str, LogicalTensor]) -> None:
-        """Leave a head that is tied in the base as it was there when the embedding changed: peft runs it so."""
+        """Keep the base's values for a tied head when only the embedding changed, as peft does."""
         name = next((name for name in base if name.endswith(_EMBEDDING)), None)
         tied = bool(self.settings.get("ensure_weight_tying"))
         if name is not None and weights[name] is not base[name] and _HEAD not in weights and not tied:
@@ -108,7 +108,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     """Return `adapter_config.json`.
 
     Raises:
-        CheckpointError: it cannot be read, or describes an adapter that is not read.
+        CheckpointError: it cannot be read, or describes an unsupported adapter.
     """
     path = directory / ADAPTER_CONFIG
     try:
@@ -129,7 +129,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
 
 
 def base_directory(directory: Path, settings: Mapping[str, Any]) -> Path:
-    """Return where the base of an adapter lies.
+    """Return the path of an adapter's base.
 
     Raises:
         CheckpointError: it is not on this machine.
@@ -146,7 +146,7 @@ def base_directory(directory: Path, settings: Mapping[str, Any]) -> Path:
         if base.exists() and base.resolve() != directory.resolve():
             return base
     raise CheckpointError(
-        f"{path}: an adapter on {name!r}, which is not a directory here; download this model and set "
+        f"{path}: the base {name!r} of this adapter is not a directory here; download this model and set "
         "base_model_name_or_path to its directory",
         path=path,
     )
@@ -178,10 +178,10 @@ class MergedMatrix(LogicalTensor):
     Args:
         name: of the weight.
         base: `W`, `[out, in]`.
-        a: `[rank, in]`; of an embedding `[rank, rows]`.
-        b: `[out, rank]`; of an embedding `[columns, rank]`.
+        a: `[rank, in]`; for an embedding `[rank, rows]`.
+        b: `[out, rank]`; for an embedding `[columns, rank]`.
         scale: of the product.
-        embedding: rows are those of a vocabulary: the product is transposed.
+        embedding: rows are those of a vocabulary, and the product is transposed.
     """
 
     def __init__(
@@ -191,15 +191,15 @@ class MergedMatrix(LogicalTensor):
         left, right = (b.shape, a.shape) if not embedding else (a.shape[::-1], b.shape[::-1])
         if len(a.shape) != 2 or len(b.shape) != 2 or left[1] != right[0] or (left[0], right[1]) != base.shape:
             raise CheckpointError(
-                f"{a.path}: the factors of {name}, {list(a.shape)} and {list(b.shape)}, do not make a matrix of "
-                f"{list(base.shape)}; the adapter is that of another model",
+                f"{a.path}: the factors of {name}, {list(a.shape)} and {list(b.shape)}, do not form a matrix of "
+                f"{list(base.shape)}; the adapter belongs to another model",
                 path=a.path,
             )
         self._base, self._a, self._b, self._scale, self._embedding = base, a, b, scale, embedding
         self.held_bytes = base.held_bytes + 4 * (math.prod(a.shape) + math.prod(b.shape))
 
     def reader(self, files: Files) -> Rows:
-        """Return what merges rows, in fp32; both factors are held."""
+        """Return a function that merges rows in fp32; it holds both factors."""
         read = self._base.reader(files)
         a, b = files.whole(self._a).to(torch.float32), files.whole(self._b).to(torch.float32)
         left, right = (a.T, b.T) if self._embedding else (b, a)
@@ -216,4 +216,4 @@ def _of_module(pattern: Any, module: str, otherwise: Any) -> Any:
 
 
 def _refusal(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path}: {what}, which is not read; read is LoRA; {_REMEDY}", path=path)
+    return CheckpointError(f"{path}: {what} is not supported, only LoRA is; {_REMEDY}", path=path)

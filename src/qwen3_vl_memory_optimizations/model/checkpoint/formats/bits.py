@@ -1,19 +1,19 @@
-"""Codes of a few bits, many in an int32 word."""
+"""Unpack codes of a few bits from int32 words."""
 
 from __future__ import annotations
 
 import torch
 
 STREAM_BITS = (2, 3, 4, 8)
-"""Widths that `unpack` reads: what GPTQ writes."""
+"""Bit widths that `unpack` reads: those of GPTQ."""
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return the codes in rows of words, the lowest bits first; a code may run over into the next word.
+    """Return the codes in rows of words, lowest bits first; a code may continue in the next word.
 
     Args:
         words: int32 `[rows, n]`.
-        bits: of a code, one of `STREAM_BITS`.
+        bits: per code, one of `STREAM_BITS`.
 
     Returns:
         Codes from 0 to 2 ** bits - 1: uint8 `[rows, n * 32 // bits]`.

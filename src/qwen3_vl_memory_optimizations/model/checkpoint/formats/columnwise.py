@@ -1,4 +1,4 @@
-"""GPTQ and AWQ: codes of a weight `[out, in]` lie as `[in, out]`, packed, with zero points."""
+"""Read GPTQ and AWQ: packed codes of a weight `[out, in]`, stored as `[in, out]`, with zero points."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .tensors import Files, LogicalTensor, Rows
 
 _AWQ_BITS = 4
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where in a word the code of each of 8 columns lies."""
+"""The position in a word of the code of each of 8 columns."""
 _ONE_IN_EACH = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 
 
 def gptq_matrix(name: str, parts: Parts, settings: Settings) -> LogicalTensor:
-    """Return a weight of GPTQ with 2, 3, 4 or 8 bits.
+    """Return a GPTQ weight with 2, 3, 4 or 8 bits.
 
     Parts: `qweight` int32 `[in * bits / 32, out]`, `qzeros` int32 `[groups, out * bits / 32]` (in the first version of
-    the format one less than the zero points), `scales` `[groups, out]` and, where columns are out of order, `g_idx`.
+    the format the zero points minus one), `scales` `[groups, out]` and, if columns are out of order, `g_idx`.
 
     Raises:
-        UnreadParts: it is not one.
+        UnreadParts: the parts do not form such a weight.
     """
     allow(parts, "qweight", "qzeros", "scales", "g_idx")
     weight, zeros, scales = _words(parts)
@@ -47,7 +47,7 @@ def gptq_matrix(name: str, parts: Parts, settings: Settings) -> LogicalTensor:
     def zero_points(files: Files) -> torch.Tensor:
         words = files.whole(zeros)
         if first_version and bits != 3:
-            # On whole words: a zero point of 0 borrowed from its neighbour when it was stored.
+            # Add to whole words: a zero point of 0 borrowed from its neighbor when it was stored.
             words = words + _ONE_IN_EACH[bits]
         found = unpack(words, bits)
         return (found + 1) & 7 if first_version and bits == 3 else found
@@ -56,12 +56,12 @@ def gptq_matrix(name: str, parts: Parts, settings: Settings) -> LogicalTensor:
 
 
 def awq_matrix(name: str, parts: Parts, settings: Settings) -> LogicalTensor:
-    """Return a weight of AWQ in the GEMM layout.
+    """Return an AWQ weight in the GEMM layout.
 
     Parts: `qweight` int32 `[in, out / 8]`, `qzeros` int32 `[groups, out / 8]` and `scales` `[groups, out]`.
 
     Raises:
-        UnreadParts: it is not one.
+        UnreadParts: the parts do not form such a weight.
     """
     allow(parts, "qweight", "qzeros", "scales")
     weight, zeros, scales = _words(parts)
@@ -96,11 +96,11 @@ def _words(parts: Parts) -> tuple[TensorExtent, TensorExtent, TensorExtent]:
 
 def _misfit(parts: Parts) -> str:
     shapes = ", ".join(f"{part} {list(extent.shape)}" for part, extent in sorted(parts.items()))
-    return f"these shapes do not belong together: {shapes}"
+    return f"these shapes do not match: {shapes}"
 
 
 def _in_order(words: torch.Tensor) -> torch.Tensor:
-    """Return AWQ's codes `[rows, 8 * n]` of words `[rows, n]`."""
+    """Return the codes `[rows, 8 * n]` of AWQ words `[rows, n]`."""
     codes = unpack(words, _AWQ_BITS).view(len(words), -1, 8)
     return codes[..., list(_AWQ_PLACES)].view(len(words), -1)
 

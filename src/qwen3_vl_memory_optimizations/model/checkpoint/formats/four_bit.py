@@ -1,4 +1,4 @@
-"""What bitsandbytes stores in 4 bits: NF4 and FP4, in blocks over the flattened weight."""
+"""Read 4-bit weights of bitsandbytes: NF4 and FP4, in blocks over the flattened weight."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
 
 
 def four_bit_matrix(name: str, parts: Parts, settings: Settings) -> LogicalTensor:
-    """Return a weight of two codes in a byte, the first one in the high bits.
+    """Return a weight with two codes per byte, the first in the high bits.
 
-    Parts: `weight` uint8 `[n / 2, 1]`, `weight.absmax` (the largest value of each block, itself in 8 bits where there
-    is `weight.nested_absmax`), `weight.quant_map` (what the codes mean), and a quant state as JSON in bytes.
+    Parts: `weight` uint8 `[n / 2, 1]`, `weight.absmax` (the largest value per block, itself in 8 bits if there is
+    `weight.nested_absmax`), `weight.quant_map` (the values of the codes), and a quant state as JSON in bytes.
 
     Raises:
-        UnreadParts: it is not one.
+        UnreadParts: the parts do not form such a weight.
     """
     allow(parts, "weight", "weight.absmax", "weight.quant_map", *_NESTED, *_STATES)
     state_part = next((part for part in _STATES if part in parts), _STATES[0])
@@ -76,7 +76,7 @@ class FourBitMatrix(LogicalTensor):
         self.held_bytes = 4 * math.prod(absmax.shape)
 
     def reader(self, files: Files) -> Rows:
-        """Return what decodes rows; the largest values of all blocks are held."""
+        """Return a function that decodes rows; it holds the largest values of all blocks."""
         scales = self._scales(files)
         meaning = files.whole(self._meaning).to(torch.float32)
         columns, block = self.shape[1], self._block

@@ -1,4 +1,4 @@
-"""GGUF files of Qwen3-VL as llama.cpp writes them: the language model in one, the vision tower in another."""
+"""Read llama.cpp's GGUF files of Qwen3-VL: the language model in one, the vision tower in another."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _SPLIT = re.compile(r"v\.blk\.(\d+)\.attn_([qkv])\.(weight|bias)")
 
 
 class GGUFCheckpoint(Checkpoint):
-    """A checkpoint of GGUF files. Made by `open_gguf`; `tensors` has the names of the files."""
+    """A checkpoint of GGUF files. Created by `open_gguf`; `tensors` uses the names in the files."""
 
     def __init__(self, model: Path, config_text: bytes, headers: list[SafetensorsHeader]) -> None:
         tensors = {name: extent for header in headers for name, extent in header.tensors.items()}
@@ -64,12 +64,12 @@ class GGUFCheckpoint(Checkpoint):
 
     @property
     def name(self) -> str:
-        """The name of the file of the language model."""
+        """The name of the language model's file."""
         match = _SHARD.fullmatch(self.model.name)
         return match["stem"] if match else self.model.stem
 
     def weights(self) -> dict[str, LogicalTensor]:
-        """Return the weights by the names of the model.
+        """Return the weights by the model's names.
 
         Raises:
             CheckpointError: a tensor does not belong to this model.
@@ -92,22 +92,22 @@ class GGUFCheckpoint(Checkpoint):
 
 
 def open_gguf(path: Path) -> GGUFCheckpoint:
-    """Open a GGUF file of a language model and the `mmproj` file beside it, or a directory that holds both.
+    """Open a language model's GGUF file and the `mmproj` file beside it, or a directory with both.
 
     Raises:
-        CheckpointError: a file is missing or damaged, it is not clear which is meant, or they are of another model.
+        CheckpointError: a file is missing or damaged, the choice is ambiguous, or the model is not supported.
     """
     directory = path if path.is_dir() else path.parent
     present = sorted(directory.glob(f"*{SUFFIX}"))
     shown = ", ".join(each.name for each in present)
     towers = [each for each in present if "mmproj" in each.name.lower()]
     if path in towers:
-        raise CheckpointError(f"{path}: holds only the vision tower; give the file of the language model", path=path)
+        raise CheckpointError(f"{path}: contains only the vision tower; pass the language model's file", path=path)
     if path.is_dir():
         models = _first_shards([each for each in present if each not in towers])
         if len(models) != 1:
             raise CheckpointError(
-                f"{path}: {len(models)} language models ({shown}); give the path of one .gguf file", path=path
+                f"{path}: {len(models)} language models ({shown}); pass the path of one .gguf file", path=path
             )
         path = models[0]
     if not towers:
@@ -115,21 +115,21 @@ def open_gguf(path: Path) -> GGUFCheckpoint:
             f"{path}: the vision tower is missing; put the mmproj-*.gguf file of the same model into {directory}",
             path=path,
         )
-    tower = max(towers, key=lambda each: each.stat().st_size)  # the most exact one
+    tower = max(towers, key=lambda each: each.stat().st_size)  # the most precise one
     model = [read_gguf_header(each) for each in _shards(path)]
     vision = read_gguf_header(tower)
     settings = model[0].settings
     if settings.get("general.architecture") != _ARCHITECTURE:
         raise CheckpointError(
-            f"{path}: a GGUF file of {settings.get('general.architecture')!r}; of GGUF files those of "
-            f"{_ARCHITECTURE!r} (Qwen3-VL) are read; give a safetensors checkpoint of this model",
+            f"{path}: a GGUF file of {settings.get('general.architecture')!r}; the only supported GGUF architecture is "
+            f"{_ARCHITECTURE!r} (Qwen3-VL); pass a safetensors checkpoint of this model",
             path=path,
         )
     projector = vision.settings.get("clip.vision.projector_type") or vision.settings.get("clip.projector_type")
     if projector != _PROJECTOR:
         raise CheckpointError(
-            f"{tower}: a vision tower of {projector!r}, not of {_PROJECTOR!r} (Qwen3-VL); put the mmproj file of the "
-            "same model there",
+            f"{tower}: a vision tower of {projector!r}, not of {_PROJECTOR!r} (Qwen3-VL); replace it with the mmproj "
+            "file of the same model",
             path=tower,
         )
     headers = [each.tensors for each in [*model, vision]]
@@ -157,7 +157,7 @@ def _shards(path: Path) -> list[Path]:
 
 
 def _model_name(name: str, levels: list[int], path: Path) -> str:
-    """Return what the model calls a tensor."""
+    """Return the model's name for a tensor."""
     if name in _WHOLE:
         return _WHOLE[name]
     stem, _, kind = name.rpartition(".")
@@ -171,13 +171,13 @@ def _model_name(name: str, levels: list[int], path: Path) -> str:
     if len(fields) == 4 and fields[:2] == ["v", "deepstack"] and fields[3] in _DEEPSTACK:
         return f"{_VISION}deepstack_merger_list.{levels.index(int(fields[2]))}.{_DEEPSTACK[fields[3]]}.{kind}"
     raise CheckpointError(
-        f"{path}: the tensor {name!r} does not belong to Qwen3-VL; use a file that llama.cpp's conversion wrote",
+        f"{path}: the tensor {name!r} does not belong to Qwen3-VL; use a file written by llama.cpp's conversion",
         path=path,
     )
 
 
 def _fused(found: dict[str, LogicalTensor]) -> dict[str, LogicalTensor]:
-    """Take the tensors of q, k and v that lie apart in the vision tower, and return them as the model has them."""
+    """Remove the vision tower's separate q, k and v tensors, and return them fused as in the model."""
     apart: dict[tuple[str, str], dict[str, LogicalTensor]] = {}
     for name in list(found):
         match = _SPLIT.fullmatch(name)
@@ -196,21 +196,21 @@ def _logical(extent: TensorExtent, dtype: torch.dtype) -> LogicalTensor:
         return PlainTensor(extent)
     if len(extent.shape) < 2:
         raise CheckpointError(
-            f"{extent.path}: {extent.name!r} is quantised but not a matrix; use a file from llama.cpp's conversion",
+            f"{extent.path}: {extent.name!r} is quantized but not a matrix; use a file from llama.cpp's conversion",
             path=extent.path,
         )
     return BlockMatrix(extent, dtype)
 
 
 class BlockMatrix(LogicalTensor):
-    """A tensor in one of the block formats of GGUF; each row is whole blocks."""
+    """A tensor in a GGUF block format; each row consists of whole blocks."""
 
     def __init__(self, extent: TensorExtent, dtype: torch.dtype) -> None:
         super().__init__(extent.name, extent.path, extent.shape, dtype)
         self._extent = extent
 
     def reader(self, files: Files) -> Rows:
-        """Return what decodes rows, in fp32."""
+        """Return a function that decodes rows in fp32."""
         gguf = import_gguf(self.path)
         type_name = self._extent.dtype.removeprefix(GGUF_PREFIX)
         kind = getattr(gguf.GGMLQuantizationType, type_name, None)
@@ -222,7 +222,7 @@ class BlockMatrix(LogicalTensor):
                 values = gguf.quants.dequantize(data.numpy(), kind)
             except (NotImplementedError, AttributeError, KeyError, TypeError) as error:
                 raise CheckpointError(
-                    f"{self.path}: {self.name}: the installed gguf package does not decode {type_name}; update it: "
+                    f"{self.path}: {self.name}: the installed gguf package cannot decode {type_name}; update it: "
                     "pip install --upgrade gguf",
                     path=self.path,
                 ) from error
@@ -241,6 +241,6 @@ def import_gguf(path: Path) -> Any:
         import gguf
     except ImportError as error:
         raise CheckpointError(
-            f"{path}: reading quantised GGUF files takes the gguf package; pip install gguf", path=path
+            f"{path}: reading quantized GGUF files needs the gguf package; run: pip install gguf", path=path
         ) from error
     return gguf

@@ -1,4 +1,4 @@
-"""`config.json` of Qwen3-VL from the settings in GGUF files."""
+"""Build the `config.json` of Qwen3-VL from the settings in GGUF files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PLAIN_ROPE = (None, "none", "mrope")
 
 
 class _Settings:
-    """Settings of a file; one that is missing is an error that says what to do."""
+    """Settings of a file; a missing one raises an error with the remedy."""
 
     def __init__(self, path: Path, table: Mapping[str, Any], prefix: str) -> None:
         self._path, self._table, self._prefix = path, table, prefix
@@ -32,32 +32,32 @@ class _Settings:
 
 
 def no_config(path: Path, why: str) -> CheckpointError:
-    """Return the error for a file from whose settings no configuration can be made."""
+    """Return the error for a file whose settings do not yield a configuration."""
     return CheckpointError(
-        f"{path}: the configuration cannot be taken from the file: {why}; put {CONFIG_FILE} of the original model "
-        f"into {path.parent}",
+        f"{path}: cannot derive the configuration from the file: {why}; put {CONFIG_FILE} of the original "
+        f"model into {path.parent}",
         path=path,
     )
 
 
 def _as_written(value: float) -> float:
-    """Return the decimal number that an fp32 one was made from: 1e-06, not 9.99999997e-07."""
+    """Return the decimal number behind an fp32 one: 1e-06, not 9.99999997e-07."""
     return float(f"{value:.7g}")
 
 
 def built_config(
     path: Path, model: Mapping[str, Any], vision: Mapping[str, Any], headers: list[SafetensorsHeader]
 ) -> dict[str, Any]:
-    """Return what `config.json` of the original model says, as far as the model depends on it.
+    """Return the original model's `config.json`, as far as the model depends on it.
 
     Args:
         path: the file of the language model.
         model: its settings.
         vision: the settings of the vision tower.
-        headers: where tensors lie; sizes that no setting gives are those of tensors.
+        headers: tensor shapes, for sizes that no setting declares.
 
     Raises:
-        CheckpointError: a setting is missing, or one is not understood.
+        CheckpointError: a setting is missing or not understood.
     """
     text, tower = _Settings(path, model, "qwen3vl"), _Settings(path, vision, "clip.vision")
     shapes = {name: extent.shape for header in headers for name, extent in header.tensors.items()}

@@ -1,4 +1,4 @@
-"""From a path to a checkpoint in any form that is read, its weights and the files beside them."""
+"""Open a checkpoint in any supported form: its weights and the files beside them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _NEEDED = ("config.json", "tokenizer.json", _TOKENIZER, "preprocessor_config.jso
 def open_checkpoint(path: str | Path | Checkpoint) -> Checkpoint:
     """Open a checkpoint directory, an adapter directory, a directory of GGUF files, or a `.gguf` file.
 
-    An opened checkpoint is returned as it is.
+    An already opened checkpoint is returned unchanged.
 
     Raises:
-        CheckpointError: it is none of these, or of a format that is not read.
+        CheckpointError: it is none of these, or in an unsupported format.
     """
     if isinstance(path, Checkpoint):
         return path
@@ -41,23 +41,23 @@ def open_checkpoint(path: str | Path | Checkpoint) -> Checkpoint:
         settings = read_adapter_config(path)
         base = base_directory(path, settings)
         if _is_adapter(base):
-            raise CheckpointError(f"{base}: an adapter as the base of another; merge it with peft first", path=base)
+            raise CheckpointError(f"{base}: an adapter on an adapter; merge this one with peft first", path=base)
         checkpoint = open_adapter(path, open_checkpoint(base), settings)
     elif path.is_dir() and not _has_safetensors(path) and any(path.glob(f"*{SUFFIX}")):
         checkpoint = open_gguf(path)
     else:
         checkpoint = Checkpoint.open(path)
-    weights_of(checkpoint)  # refuses what is not read
+    weights_of(checkpoint)  # rejects unsupported formats
     return checkpoint
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
-    """Return the weights of a checkpoint by the names of the model; no values are read.
+    """Return the weights of a checkpoint by the model's names, without reading values.
 
-    Of a packed checkpoint: its tensors as they are stored.
+    For a packed checkpoint, return its tensors as stored.
 
     Raises:
-        CheckpointError: they are stored in a format that is not read.
+        CheckpointError: they are stored in an unsupported format.
     """
     if isinstance(checkpoint, AdapterCheckpoint):
         return checkpoint.weights(weights_of(checkpoint.base))
@@ -69,7 +69,7 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
 
 
 def needs_packing(checkpoint: Checkpoint) -> bool:
-    """Whether weights cannot be paged from the files: they are quantised by others, or merged as they are read."""
+    """Whether weights cannot be paged from their files, because they are quantized or merged as they are read."""
     if checkpoint.packed:
         return False
     if isinstance(checkpoint, AdapterCheckpoint | GGUFCheckpoint):
@@ -78,7 +78,7 @@ def needs_packing(checkpoint: Checkpoint) -> bool:
 
 
 def config_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Return the `config.json` of the model as it is once packed; `None`: that in the directory, as it is."""
+    """Return the `config.json` of the model once packed; `None`: the directory's file, unchanged."""
     config = plain_config(checkpoint.config)
     if type(checkpoint) is Checkpoint and config == checkpoint.config:
         return None
@@ -88,7 +88,7 @@ def config_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
 def side_files(checkpoint: Checkpoint) -> list[Path]:
     """Return the small files that are not weights: configuration, tokenizer, processors.
 
-    Those of an adapter are its own and, where it has none of that name, those of its base.
+    An adapter's own files take precedence over those of its base.
     """
     if isinstance(checkpoint, AdapterCheckpoint):
         files = {path.name: path for path in side_files(checkpoint.base)}
@@ -103,7 +103,7 @@ def side_files(checkpoint: Checkpoint) -> list[Path]:
 
 
 def files_directory(path: str | Path) -> Path:
-    """Return where the tokenizer and the processors of a model lie, for any path that `open_checkpoint` takes.
+    """Return the directory of a model's tokenizer and processors, for any path that `open_checkpoint` accepts.
 
     Raises:
         CheckpointError: the files are not beside a GGUF file, or an adapter's base is not on this machine.
@@ -117,7 +117,7 @@ def files_directory(path: str | Path) -> Path:
         missing = [name for name in _NEEDED if not (directory / name).is_file()]
         if missing:
             raise CheckpointError(
-                f"{directory}: of GGUF files the tokenizer is not read; put {', '.join(missing)} of the original "
+                f"{directory}: the tokenizer is not read from GGUF files; put {', '.join(missing)} of the original "
                 "model beside them",
                 path=directory,
             )

@@ -1,4 +1,4 @@
-"""Which tensors of a safetensors checkpoint are parts of a quantised weight, and of which one."""
+"""Identify which tensors of a safetensors checkpoint are parts of a quantized weight, and of which one."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _MARKS = (
     "weight_scale_inv", "weight_scale", "weight_packed", "weight_global_scale", "weight_scale_2", "SCB", "qweight",
     "W_q", "codebooks", "weight_blocks", "weight_scales",
 )  # fmt: skip
-"""Parts that no plain module has. Those of the others count only beside one of these."""
+"""Parts that no plain module has. The other parts count only beside one of these."""
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CONFIG_FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 Parts = Mapping[str, TensorExtent]
-"""Part -> where it lies: `qweight`, `weight.absmax`, ...; `weight` where the module has one."""
+"""Part -> its location: `qweight`, `weight.absmax`, ...; `weight` if the module has one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What config.json says about quantised weights.
+    """The declaration of quantized weights in config.json.
 
     Attributes:
         quantization: `quantization_config`.
-        dtype: of the model, as which weights are read; `None`: it is not said.
+        dtype: of the model, in which weights are read; `None`: not declared.
     """
 
     quantization: Mapping[str, Any]
@@ -53,16 +53,16 @@ class Settings:
         return cls(quantization, None)
 
     def dtype_beside(self, scales: TensorExtent) -> torch.dtype:
-        """Return the dtype to read a weight in: that of the model, else of its scales, else bf16."""
+        """Return the dtype to read a weight in: the model's, else that of its scales, else bf16."""
         return self.dtype or FLOATS.get(scales.dtype, torch.bfloat16)
 
 
 class UnreadParts(Exception):
-    """The parts of a weight are not those of a format that is read; says which and why."""
+    """The parts of a weight do not match the format; the message names the part and the reason."""
 
 
 def quantised_modules(tensors: Mapping[str, TensorExtent]) -> dict[str, dict[str, TensorExtent]]:
-    """Return the modules whose weights are quantised, and their parts."""
+    """Return the modules with quantized weights, and their parts."""
     found: dict[str, dict[str, TensorExtent]] = {}
     for name, extent in tensors.items():
         match = _PART.fullmatch(name)
@@ -92,10 +92,10 @@ def require(parts: Parts, *names: str) -> tuple[TensorExtent, ...]:
 
 
 def allow(parts: Parts, *names: str) -> None:
-    """Refuse parts that are not among `names`: a value left out would change the weight.
+    """Reject parts that are not among `names`: ignoring a value would change the weight.
 
     Raises:
-        UnreadParts: there is another.
+        UnreadParts: there is another part.
     """
     other = sorted(parts.keys() - set(names))
     if other:
@@ -103,7 +103,7 @@ def allow(parts: Parts, *names: str) -> None:
 
 
 def matrix_shape(extent: TensorExtent) -> tuple[int, int]:
-    """Return the shape of a part that has to be a matrix.
+    """Return the shape of a part that must be a matrix.
 
     Raises:
         UnreadParts: it is not.

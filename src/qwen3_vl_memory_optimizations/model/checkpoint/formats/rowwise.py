@@ -1,4 +1,4 @@
-"""FP8 and the formats of compressed-tensors: codes in rows, as the weight has them, and scales of any block."""
+"""Read FP8 and compressed-tensors: codes in the weight's own rows, with scales for blocks of any shape."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _PACKED_BITS = (2, 4, 8)
 
 
 def fp8_matrix(name: str, parts: Parts, settings: Settings) -> LogicalTensor:
-    """Return an FP8 weight: `weight` times `weight_scale_inv` (blocks) or `weight_scale` (rows, or one for all).
+    """Return an FP8 weight: `weight` times `weight_scale_inv` (per block) or `weight_scale` (per row, or one for all).
 
     Raises:
-        UnreadParts: it is not one.
+        UnreadParts: the parts do not form such a weight.
     """
     allow(parts, "weight", "weight_scale", "weight_scale_inv")
     (codes,) = require(parts, "weight")
@@ -78,10 +78,10 @@ def compressed_matrix(name: str, parts: Parts, settings: Settings) -> LogicalTen
 
 
 def eight_bit_matrix(name: str, parts: Parts, settings: Settings) -> LogicalTensor:
-    """Return a weight that bitsandbytes stored in 8 bits: INT8 rows, and in `SCB` the largest value of each.
+    """Return an 8-bit weight of bitsandbytes: INT8 rows, and the largest value of each in `SCB`.
 
     Raises:
-        UnreadParts: it is not one, or lies in a layout of old GPUs.
+        UnreadParts: the parts do not form such a weight, or use a layout of old GPUs.
     """
     allow(parts, "weight", "SCB", "weight_format")
     codes, largest = require(parts, "weight", "SCB")
@@ -139,7 +139,7 @@ def _scaled(
 ) -> LogicalTensor:
     rows, columns = shape
     if scale.dtype not in _SCALES:
-        raise UnreadParts(f"the scales are {scale.dtype}; read are {', '.join(_SCALES)}")
+        raise UnreadParts(f"the scales are {scale.dtype}; supported are {', '.join(_SCALES)}")
     grid_shape, block = _block(shape, scale.shape, blocks)
     if order is not None and order.shape != (columns,):
         raise UnreadParts(f"weight_g_idx has shape {list(order.shape)} for {columns} columns")
@@ -150,7 +150,7 @@ def _scaled(
         groups: int | torch.Tensor = block[1]
         if order is not None:
             given = files.whole(order)
-            if not bool((given == -1).all()):  # as it is initialised: columns are in order
+            if not bool((given == -1).all()):  # the initial value: columns are in order
                 groups = stored_groups(given, grid_shape[1])
         return Grid(scales, zeros, block[0], groups)
 
@@ -161,7 +161,7 @@ def _scaled(
 def _block(
     shape: tuple[int, int], scale: tuple[int, ...], declared: Iterable[Any]
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return the scales' shape as a matrix, and the rows and columns that share one.
+    """Return the scales' shape as a matrix, and the rows and columns that share a scale.
 
     Raises:
         UnreadParts: they do not cover the weight.

@@ -1,4 +1,4 @@
-"""Matrices stored as codes with scales: FP8, INT8 and INT4 in all layouts come down to this."""
+"""Decode matrices stored as codes with scales, the common form of FP8, INT8 and INT4 in all layouts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .tensors import Files, LogicalTensor, Rows
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Scales, and zero points where there are any, of blocks of a matrix.
+    """Scales, and optional zero points, of blocks of a matrix.
 
     Attributes:
         scales: fp32 `[row blocks, column groups]`.
         zeros: of the same shape; `None`: codes are signed around zero.
-        rows_per_block: how many rows of the matrix share a row of scales.
-        groups: how many columns make a group, in order; or int64 `[columns]`, the group of each column.
+        rows_per_block: rows of the matrix per row of scales.
+        groups: columns per group, in order; or int64 `[columns]`, the group of each column.
     """
 
     scales: torch.Tensor
@@ -43,16 +43,16 @@ class Grid:
 
 
 class ScaledMatrix(LogicalTensor):
-    """A matrix `[rows, columns]` of which codes and scales are stored.
+    """A matrix `[rows, columns]` stored as codes and scales.
 
     Args:
         name: of the weight.
         path: the file of the codes.
         shape: of the weight.
         dtype: to read it in.
-        codes: given open files, returns what reads rows of codes.
+        codes: given open files, returns a function that reads rows of codes.
         grid: given open files, reads scales and zero points.
-        held_bytes: memory that both hold.
+        held_bytes: memory held by both.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class ScaledMatrix(LogicalTensor):
         self._codes, self._grid, self.held_bytes = codes, grid, held_bytes
 
     def reader(self, files: Files) -> Rows:
-        """Return what decodes rows; scales are held."""
+        """Return a function that decodes rows; it holds the scales."""
         try:
             codes, grid = self._codes(files), self._grid(files)
         except UnreadParts as error:
@@ -78,15 +78,15 @@ class ScaledMatrix(LogicalTensor):
 
 
 def group_size(columns: int, n_groups: int, declared: int | None) -> int:
-    """Return how many columns make a group, in order; the last group may be smaller.
+    """Return the columns per group, in order; the last group may be smaller.
 
     Args:
         columns: of the matrix.
-        n_groups: of them there are scales.
-        declared: the size that config.json gives.
+        n_groups: number of groups with scales.
+        declared: the group size in config.json.
 
     Raises:
-        UnreadParts: so many groups do not cover the columns.
+        UnreadParts: that many groups do not cover the columns.
     """
     if declared is not None and -(-columns // declared) == n_groups:
         return declared
@@ -96,10 +96,10 @@ def group_size(columns: int, n_groups: int, declared: int | None) -> int:
 
 
 def stored_groups(stored: torch.Tensor, n_groups: int) -> int | torch.Tensor:
-    """Return the groups of columns as a checkpoint gives them; their size, where they are in order.
+    """Return the stored groups of columns, or the group size if they are in order.
 
     Raises:
-        UnreadParts: it names a group of which there are no scales.
+        UnreadParts: a group has no scales.
     """
     groups = stored.long()
     if int(groups.min()) < 0 or int(groups.max()) >= n_groups:

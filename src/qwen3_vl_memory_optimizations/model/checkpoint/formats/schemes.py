@@ -1,4 +1,4 @@
-"""Which quantisation a checkpoint declares; weights in formats that are not read are refused by name."""
+"""Detect the quantization that a checkpoint declares; unsupported formats are rejected by name."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ READ = (
     "FP8, compressed-tensors (INT8, INT4, FP8), bitsandbytes (8-bit, NF4, FP4), GPTQ (2, 3, 4, 8 bits), AWQ (GEMM) "
     "and GGUF"
 )
-_REMEDY = f"use the original model in 16 bits, or one in a format that is read: {READ}"
+_REMEDY = f"use the original model in 16 bits, or one in a supported format: {READ}"
 _KEYS = ("quantization_config", "compression_config", "quantization")
-"""Where config.json declares it; the last one is MLX's."""
+"""Keys that declare it in config.json; the last one is MLX's."""
 _COMPRESSED = ("dense", "naive-quantized", "int-quantized", "float-quantized", "pack-quantized", "mixed-precision")
 
 Format = Callable[[str, Parts, Settings], LogicalTensor]
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a `config.json` as that of the model that is not quantised."""
+    """Return a `config.json` without its quantization."""
     plain = {key: value for key, value in config.items() if key not in _KEYS}
     for key, value in plain.items():
         if key.endswith("_config") and isinstance(value, Mapping):
@@ -36,12 +36,12 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def safetensors_weights(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
-    """Return the weights of a checkpoint of safetensors files, by the names of the model.
+    """Return the weights of a checkpoint of safetensors files, by the model's names.
 
-    A module is quantised if its parts are there; config.json says what they mean.
+    A module is quantized if its parts are present; config.json defines their meaning.
 
     Raises:
-        CheckpointError: they are quantised in a format that is not read, or that config.json does not name.
+        CheckpointError: they are quantized in an unsupported format, or one that config.json does not declare.
     """
     path = checkpoint.directory / CONFIG_FILE
     quantization = _declared(checkpoint.config, path)
@@ -49,8 +49,8 @@ def safetensors_weights(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
     if quantization is None and modules:
         module, parts = next(iter(modules.items()))
         raise CheckpointError(
-            f"{path}: has no quantization_config, but {module} is quantised (it has {', '.join(sorted(parts))}), as "
-            f"{len(modules)} modules are; take config.json from where the weights are from",
+            f"{path}: has no quantization_config, but {len(modules)} modules are quantized, among them {module} (with "
+            f"{', '.join(sorted(parts))}); take config.json from the source of the weights",
             path=path,
         )
     weights: dict[str, LogicalTensor] = {}
@@ -72,7 +72,7 @@ def _matrix(
     except UnreadParts as error:
         path = next(iter(parts.values())).path
         raise CheckpointError(
-            f"{path}: {module}: not read as {_method(quantization)}: {error}; {_REMEDY}", path=path
+            f"{path}: {module}: cannot be read as {_method(quantization)}: {error}; {_REMEDY}", path=path
         ) from error
 
 
@@ -102,10 +102,10 @@ def _method(quantization: Mapping[str, Any]) -> str:
 
 
 def _format(quantization: Mapping[str, Any], path: Path) -> Format:
-    """Return what reads the weights of a declared method.
+    """Return the function that reads weights of the declared method.
 
     Raises:
-        CheckpointError: nothing does.
+        CheckpointError: the method is not supported.
     """
     method = _method(quantization)
     if method in ("fp8", "fbgemm_fp8"):
@@ -115,7 +115,7 @@ def _format(quantization: Mapping[str, Any], path: Path) -> Format:
         sparsity = quantization.get("sparsity_config") or {}
         _require(sparsity, path, "format", ("dense",), default="dense", what="compressed-tensors with sparsity")
         if (quantization.get("transform_config") or {}).get("config_groups"):
-            raise _refusal(path, "compressed-tensors with transform_config (weights that are rotated)")
+            raise _refusal(path, "compressed-tensors with transform_config (rotated weights)")
         return compressed_matrix
     if method == "bitsandbytes":
         return _bitsandbytes_matrix
@@ -144,4 +144,4 @@ def _require(
 
 
 def _refusal(path: Path, what: str) -> CheckpointError:
-    return CheckpointError(f"{path}: the weights are quantised with {what}, which is not read; {_REMEDY}", path=path)
+    return CheckpointError(f"{path}: the weights are quantized with {what}, which is not read; {_REMEDY}", path=path)

@@ -1,4 +1,4 @@
-"""`LogicalTensor`: a weight as the model sees it, whatever the file holds instead, read some rows at a time."""
+"""Read weights as the model sees them, in any stored form, some rows at a time (`LogicalTensor`)."""
 
 from __future__ import annotations
 
@@ -31,24 +31,25 @@ TORCH_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""What torch calls the types of safetensors that can be read."""
+"""The torch dtypes of readable safetensors types."""
 _SAFETENSORS_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 PLAIN_FLOATS = ("F64", "F32", "F16", "BF16")
-"""The types of weights that mean what they hold."""
+"""The types of weights stored unquantized."""
 
 Rows = Callable[[int, int], torch.Tensor]
-"""Called with the first row and the one after the last: returns these rows."""
+"""Called with the first row and the one after the last; returns these rows."""
 
 _CHUNK_BYTES = 16 << 20
 _PIECE_BYTES = 1 << 20
 _BLOCK_VALUES = 1 << 18
-"""Decoded at once: codes, scales for each value and the product stay in the cache, and leave no holes in the heap."""
+"""Values decoded at once: codes, scales per value and the product stay in the CPU cache, and do not fragment the heap.
+"""
 
 
 def _torch_dtype(extent: TensorExtent) -> torch.dtype:
     if extent.dtype not in TORCH_DTYPES:
         raise CheckpointError(
-            f"{extent.path}: {extent.name} has the type {extent.dtype}, which is not read; read are "
+            f"{extent.path}: {extent.name} has the unsupported type {extent.dtype}; supported are "
             f"{', '.join(TORCH_DTYPES)}",
             path=extent.path,
         )
@@ -56,19 +57,19 @@ def _torch_dtype(extent: TensorExtent) -> torch.dtype:
 
 
 class Files:
-    """The files of a checkpoint, opened as they are needed and closed together."""
+    """The files of a checkpoint, opened on demand and closed together."""
 
     def __init__(self) -> None:
         self._open: dict[Path, DirectFile] = {}
 
     def rows(self, extent: TensorExtent, start: int, stop: int) -> torch.Tensor:
-        """Return rows of a tensor `[rows, ...]` as they are stored, in memory of their own."""
+        """Return rows of a tensor `[rows, ...]` as stored, in a separate copy."""
         row_bytes = extent.n_bytes // extent.shape[0] if extent.shape[0] else 0
         data = self.data(extent, start * row_bytes, stop * row_bytes)
         return data.view(_torch_dtype(extent)).view(stop - start, *extent.shape[1:])
 
     def whole(self, extent: TensorExtent) -> torch.Tensor:
-        """Return a tensor as it is stored."""
+        """Return a tensor as stored."""
         return self.data(extent, 0, extent.n_bytes).view(_torch_dtype(extent)).view(extent.shape)
 
     def data(self, extent: TensorExtent, begin: int, end: int) -> torch.Tensor:
@@ -97,14 +98,14 @@ class Files:
 
 
 class LogicalTensor(ABC):
-    """A weight of a checkpoint: what it is called, its shape, and its values.
+    """A weight of a checkpoint: its name, shape and values.
 
     Attributes:
-        name: as the model calls it.
-        path: the file it comes from, for errors.
-        shape: as the model has it.
-        dtype: of the values that are read.
-        held_bytes: memory that reading takes beside a few chunks.
+        name: the model's name for it.
+        path: its file, for errors.
+        shape: as in the model.
+        dtype: of the values as read.
+        held_bytes: memory needed for reading, besides a few chunks.
     """
 
     held_bytes = 0
@@ -114,7 +115,7 @@ class LogicalTensor(ABC):
 
     @property
     def stored_as(self) -> str:
-        """The type of what is read, as safetensors spells it."""
+        """The type of the values as read, in safetensors spelling."""
         return _SAFETENSORS_NAMES[self.dtype]
 
     @property
@@ -124,14 +125,15 @@ class LogicalTensor(ABC):
 
     @abstractmethod
     def reader(self, files: Files) -> Rows:
-        """Return what reads rows, in any float dtype, and may hold `held_bytes`; valid while `files` is open.
+        """Return a function that reads rows, in any float dtype; it may hold `held_bytes`, and is valid while `files`
+        is open.
 
         Raises:
             CheckpointError: the parts contradict each other.
         """
 
     def row_chunks(self, row_block: int = 1) -> Iterator[torch.Tensor]:
-        """Yield the tensor some rows at a time, whole blocks of rows; each chunk is valid until the next.
+        """Yield the tensor in whole row blocks, some at a time; each chunk is valid until the next.
 
         Raises:
             CheckpointError: the parts contradict each other.
@@ -155,7 +157,7 @@ class LogicalTensor(ABC):
         return torch.cat([chunk.clone() for chunk in self.row_chunks()]).view(self.shape)
 
     def sample(self, n_rows: int) -> torch.Tensor:
-        """Return about `n_rows` rows of a matrix `[n, columns]`: blocks of 16, from all over it."""
+        """Return about `n_rows` rows of a matrix `[n, columns]`, in blocks of 16 spread over it."""
         rows = self.shape[0]
         n_blocks = min(-(-n_rows // ROW_MULTIPLE), -(-rows // ROW_MULTIPLE))
         with Files() as files:
@@ -166,12 +168,12 @@ class LogicalTensor(ABC):
 
     def error(self, what: str) -> CheckpointError:
         """Return an error about this tensor."""
-        remedy = "the checkpoint is damaged, or config.json is that of another one: download it again"
+        remedy = "the checkpoint is damaged, or its config.json belongs to another one: download it again"
         return CheckpointError(f"{self.path}: {self.name}: {what}; {remedy}", path=self.path)
 
 
 class PlainTensor(LogicalTensor):
-    """A tensor that is stored as it is; of a type that torch lacks, its `dtype` is uint8, and reading fails."""
+    """A tensor stored unchanged; for a type that torch lacks, its `dtype` is uint8, and reading fails."""
 
     def __init__(self, extent: TensorExtent, name: str | None = None) -> None:
         super().__init__(name or extent.name, extent.path, extent.shape, TORCH_DTYPES.get(extent.dtype, torch.uint8))
@@ -179,11 +181,11 @@ class PlainTensor(LogicalTensor):
 
     @property
     def stored_as(self) -> str:
-        """The type in the file, as safetensors spells it."""
+        """The type in the file, in safetensors spelling."""
         return self.extent.dtype
 
     def reader(self, files: Files) -> Rows:
-        """Return what reads rows."""
+        """Return a function that reads rows."""
         if not self.shape:
             return lambda start, stop: files.whole(self.extent)
         return lambda start, stop: files.rows(self.extent, start, stop)
@@ -203,7 +205,7 @@ class PlainTensor(LogicalTensor):
                 offset = extent.offset_bytes + start * row_bytes
                 lead = offset % 4096
                 file.read_into(buffer.address + lead, offset, count * row_bytes)
-                # A copy would double the memory; the view is dropped before the buffer is written again.
+                # A copy would double the memory; the view is dropped before the buffer is overwritten.
                 chunk = torch.frombuffer(buffer.view, dtype=torch.uint8, offset=lead, count=count * row_bytes)
                 if lead % dtype.itemsize:
                     chunk = chunk.clone()
@@ -212,13 +214,13 @@ class PlainTensor(LogicalTensor):
 
 
 class StackedTensor(LogicalTensor):
-    """Small tensors put side by side along one dimension, or along a new one.
+    """Small tensors joined along one dimension, existing or new.
 
     Args:
-        name: of the whole.
+        name: of the result.
         parts: in order.
-        dim: where they are stacked.
-        new: whether this is a dimension that the parts do not have.
+        dim: where they are joined.
+        new: whether the parts lack this dimension.
     """
 
     def __init__(self, name: str, parts: list[LogicalTensor], dim: int, *, new: bool) -> None:
@@ -230,6 +232,6 @@ class StackedTensor(LogicalTensor):
         self.held_bytes = self.n_bytes
 
     def reader(self, files: Files) -> Rows:
-        """Return what reads rows; the whole is held."""
+        """Return a function that reads rows; it holds the whole tensor."""
         values = self._join([part.whole().to(self.dtype) for part in self._parts], dim=self._dim)
         return lambda start, stop: values[start:stop]
