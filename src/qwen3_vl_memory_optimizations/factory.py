@@ -150,7 +150,7 @@ def _begin(source: _Source, config: MemoryConfig, progress: Progress | None, und
 
 
 def _is_imported() -> bool:
-    """Whether transformers' model classes are imported."""
+    """Return whether transformers' model classes are imported."""
     return "transformers.modeling_utils" in sys.modules
 
 

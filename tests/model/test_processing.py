@@ -248,7 +248,7 @@ def test_an_image_that_cannot_be_read_is_named(processor, tmp_path, make, words)
         ({"video": []}, "contains no images"),
         ({"video": "no-such.mp4"}, "no such video"),
         ({"prompt": " "}, "the prompt is empty"),
-        ({"images": [picture()], "max_pixels": 100}, "256 pixels of a token"),
+        ({"images": [picture()], "max_pixels": 100}, "256 pixels of one token"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(processor, arguments, words):

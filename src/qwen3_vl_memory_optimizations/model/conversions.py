@@ -40,7 +40,7 @@ def attach_conversions(model: Any, optimizer: Any) -> None:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate put hooks on a module that load its weights from elsewhere."""
+    """Return whether accelerate put hooks on a module that load its weights from elsewhere."""
     return not isinstance(getattr(module, "_hf_hook", _NotOffloaded()), _NotOffloaded)
 
 

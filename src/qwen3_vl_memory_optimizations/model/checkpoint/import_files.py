@@ -88,7 +88,7 @@ def _files_of_modules() -> Iterator[str]:
 
 
 def _is_cached(path: Path) -> bool:
-    """Whether the beginning of a file is in the system's cache; false if the system does not report it."""
+    """Return whether the beginning of a file is in the system's cache; false if the system does not report it."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:

@@ -154,7 +154,7 @@ def _keep(plan: CompressionPlan | None, path: Path) -> None:
 
 
 def _is_packed(directory: Path, plan: CompressionPlan | None) -> bool:
-    """Whether a directory exists and, given a plan, was packed by it."""
+    """Return whether a directory exists and, given a plan, was packed by it."""
     if not directory.is_dir():
         return False
     return plan is None or Checkpoint.open(directory).metadata.get(PLAN_KEY) == plan.fingerprint()

@@ -91,7 +91,7 @@ class CompressionPlan:
         return hashlib.sha256(json.dumps(codecs, sort_keys=True).encode()).hexdigest()[:16]
 
     def encodes_nothing(self) -> bool:
-        """Whether every weight stays unencoded."""
+        """Return whether every weight stays unencoded."""
         return all(weight.codec == "none" for weight in self.weights.values())
 
     def require_names(self, known: Iterable[str]) -> None:

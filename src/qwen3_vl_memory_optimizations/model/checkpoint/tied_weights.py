@@ -53,7 +53,7 @@ def untie_by_files(model: nn.Module, checkpoint: Checkpoint) -> list[str]:
 
 
 def _are_equal(first: LogicalTensor | None, second: LogicalTensor | None) -> bool:
-    """Whether two tensors of a checkpoint are equal; a missing tensor equals the other."""
+    """Return whether two tensors of a checkpoint are equal; a missing tensor equals the other."""
     if first is None or second is None:
         return True
     if (first.dtype, first.shape) != (second.dtype, second.shape):

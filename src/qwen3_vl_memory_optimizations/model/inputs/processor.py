@@ -240,7 +240,7 @@ class Processor:
         return AnswerStreamer(self.tokenizer, on_text)
 
     def _is_plain(self, *texts: str) -> bool:
-        """Whether no text spells a control token."""
+        """Return whether no text spells a control token."""
         added = self.tokenizer.added_tokens_decoder.values()
         control = {token.content for token in added if token.special}.union(dataclasses.astuple(self.tokens)[:4])
         return not any(token in text for token in control for text in texts)

@@ -87,7 +87,7 @@ class ManagedKVLayer(CacheLayerMixin):
         self._tail: Tail | None = None
         self._fresh: tuple[torch.Tensor, torch.Tensor] | None = None  # `[batch, heads, tokens, head_dim]` each
 
-    # --- what transformers asks --------------------------------------------------------------------------------------
+    # --- transformers' cache interface --------------------------------------------------------------------------------
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -144,7 +144,7 @@ class ManagedKVLayer(CacheLayerMixin):
         return decoded
 
     def _stays_in_tail(self, n_tokens: int) -> bool:
-        """Whether all tokens still fit the tail, where attention is bit-identical to transformers."""
+        """Return whether all tokens still fit the tail, where attention is bit-identical to transformers."""
         short = self.tail_length + n_tokens < self._cache.block_tokens + TAIL_TOKENS
         return short and not self.n_blocks and self.tail_length > 0 and self.tail_dtype == self.dtype
 
@@ -443,7 +443,7 @@ class ManagedKVLayer(CacheLayerMixin):
             sides.append(torch.cat([empty, *parts], dim=2))
         return sides[0], sides[1]
 
-    # --- sequences that rest ------------------------------------------------------------------------------------------
+    # --- resting sequences --------------------------------------------------------------------------------------------
 
     def take_tail(self) -> Tail | None:
         """Give the tail away; the layer must not be used afterwards. `None` if the tail is empty."""

@@ -83,7 +83,7 @@ class KVStore:
         self._files = None if files is None else KVFiles(space, files)
         self._writer = None if files is None else KVWriter(self._write)
 
-    # --- looking up ---------------------------------------------------------------------------------------------------
+    # --- lookup -------------------------------------------------------------------------------------------------------
 
     def find(self, tokens: Sequence[Token], root: str, cache: ManagedKVCache) -> Match:
         """Return the known beginning of a prompt; at least one token is left to compute.

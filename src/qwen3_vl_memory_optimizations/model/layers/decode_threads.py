@@ -1,8 +1,9 @@
 """Limit decode steps to as many threads as there are processors free of other load.
 
-After each product all threads wait for the slowest, and a token has over a hundred products. If another process keeps
-one of two cores busy, a token of the 2B shape takes 164 ms with two threads and 71 ms with one (undisturbed, with two:
-66 ms). Passes of many tokens keep all threads: their products are long, and half a processor helps.
+After each product all threads wait for the slowest, and a decode step has over a hundred products. If another process
+keeps one of two cores busy, a decode step of the 2B shape takes 164 ms with two threads and 71 ms with one
+(undisturbed, with two: 66 ms). Passes of many tokens keep all threads: their products are long, and half a processor
+helps.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Run decoder layers with fewer, larger operations; optionally replaces the forward of transformers.
 
-A token of a small model spends a third of its time between matrix products. Here q, k and v are one product, and so are
-gate and up (see `paging.joined`). Query and key heads are normalized and rotated together, and private results are
-updated in place. Modules, parameters and hooks stay those of transformers. A layer runs transformers' own forward if
-one of its parts was replaced or has hooks (`output_attentions`, a user's own), or if it needs gradients. Results differ
-by rounding.
+A decode step of a small model spends a third of its time between matrix products. Here q, k and v are one product, and
+so are gate and up (see `paging.joined`). Query and key heads are normalized and rotated together, and private results
+are updated in place. Modules, parameters and hooks stay those of transformers. A layer runs transformers' own forward
+if one of its parts was replaced or has hooks (`output_attentions`, a user's own), or if it needs gradients. Results
+differ by rounding.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def fuse_layers(model: nn.Module) -> int:
 
 
 def _can_fuse(layer: Any) -> bool:
-    """Whether this is a known decoder layer, in the configuration of Qwen3-VL."""
+    """Return whether this is a known decoder layer, in the configuration of Qwen3-VL."""
     if type(layer).__name__ != "Qwen3VLTextDecoderLayer" or type(layer).__module__.split(".")[0] != "transformers":
         return False
     attention, mlp = layer.self_attn, layer.mlp
@@ -79,7 +79,7 @@ class _FusedLayer:
         self._head_weight: tuple[Any, Any, torch.Tensor] | None = None
 
     def changed(self) -> bool:
-        """Whether a part of the layer was replaced or has hooks."""
+        """Return whether a part of the layer was replaced or has hooks."""
         for children, name, part, attributes in self._bypassed:
             if children[name] is not part or attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
                 return True

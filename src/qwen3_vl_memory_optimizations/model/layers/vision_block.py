@@ -36,13 +36,13 @@ def step_vision_tower(model: Any) -> int:
 
 
 def _is_known(part: nn.Module, name: str) -> bool:
-    """Whether a part is the transformers class with its original forward."""
+    """Return whether a part is the transformers class with its original forward."""
     kind = type(part)
     return kind.__name__ == name and kind.__module__.split(".")[0] == "transformers" and "forward" not in part.__dict__
 
 
 def _changed(part: nn.Module) -> bool:
-    """Whether a child of a part has hooks or a replaced forward."""
+    """Return whether a child of a part has hooks or a replaced forward."""
     return any(
         child._forward_hooks or child._forward_pre_hooks or "forward" in child.__dict__ for child in part.children()
     )

@@ -84,12 +84,12 @@ class ModelState:
         return names
 
     def same_code(self, other: ModelState) -> bool:
-        """Whether two snapshots saw the same code."""
+        """Return whether two snapshots saw the same code."""
         mine, theirs = self.code, other.code
         return len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
 
     def is_trusted(self) -> bool:
-        """Whether all code is that of Python, torch, transformers and this package, as in their files."""
+        """Return whether all code is that of Python, torch, transformers and this package, as in their files."""
         return all(map(_is_trusted, self.code))
 
     # --- one module ---------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class ModelState:
             found.update(data.reshape(-1).view(torch.uint8).numpy().data)
         return found.hexdigest()
 
-    # --- what modules share -------------------------------------------------------------------------------------------
+    # --- code and settings shared by modules --------------------------------------------------------------------------
 
     def _look_at_classes(self, classes: list[type], first: ModelState | None) -> None:
         files = {"torch.nn.functional": None}
@@ -174,7 +174,7 @@ def _has(classes: Sequence[type], name: str) -> bool:
 
 
 def _is_redirected() -> bool:
-    """Whether torch redirects every module call or every operation."""
+    """Return whether torch redirects every module call or every operation."""
     hooks = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
     modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
     return any(hooks) or modes > 0 or torch.is_autocast_enabled("cpu")
@@ -207,7 +207,7 @@ def text_of(value: Any) -> str:
 
 
 def _is_trusted(code: Any) -> bool:
-    """Whether code comes from a file of a trusted package or of Python; C code is judged by its type."""
+    """Return whether code comes from a file of a trusted package or of Python; C code is judged by its type."""
     while True:
         if isinstance(code, property):
             code = code.fget

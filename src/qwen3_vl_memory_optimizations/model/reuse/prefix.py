@@ -155,7 +155,7 @@ class PrefixReuse:
         return run
 
     def _is_foreign(self, arguments: Mapping[str, Any]) -> bool:
-        """Whether a call uses a generation mode that is left unchanged."""
+        """Return whether a call uses a generation mode that is left unchanged."""
 
         def setting(name: str) -> Any:
             sources = (arguments.get("generation_config"), self._model.generation_config)

@@ -57,7 +57,7 @@ def attach_vision_reuse(
 
 
 def _asks_for_more(base: Any, given: dict[str, Any]) -> bool:
-    """Whether a call, or by default the configuration, asks for a tuple or for outputs that are not kept."""
+    """Return whether a call, or by default the configuration, asks for a tuple or for outputs that are not kept."""
     as_dict = given.get("return_dict")
     as_dict = getattr(base.config, "return_dict", True) if as_dict is None else as_dict
     return not as_dict or any(

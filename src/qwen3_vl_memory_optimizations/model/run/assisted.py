@@ -127,7 +127,7 @@ def _take_the_kwargs_of(model: Any, draft: Any) -> None:
             positions = kwargs.get("position_ids")
             if flat_positions and positions is not None and positions.dim() == 3:
                 kwargs["position_ids"] = positions[0]  # the row that counts tokens
-            if placeholders:  # the draft would look up images for placeholders in its input
+            if placeholders:  # the model would look up images for drafted placeholders
                 from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
                 given = kwargs.get("logits_processor") or []

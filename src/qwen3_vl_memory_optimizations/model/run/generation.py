@@ -68,7 +68,7 @@ def cache_maker(model: Any, codec: str, pager: Pager | None, *, reuses: bool) ->
 
 
 def _has_full_attention(config: Any) -> bool:
-    """Whether every layer attends to all previous tokens, with the kernel that ours replaces."""
+    """Return whether every layer attends to all previous tokens, with the kernel that ours replaces."""
     types = getattr(config, "layer_types", None) or []
     windows = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
     return (
@@ -121,7 +121,7 @@ class Generation:
             setattr(self._model, PREFILL_METHOD, self._timed(getattr(self._model, PREFILL_METHOD)))
 
     def is_running(self) -> bool:
-        """Whether the calling thread is inside a `generate` of the model."""
+        """Return whether the calling thread is inside a `generate` of the model."""
         return getattr(self._local, "active", False)
 
     def _around(self, plain: Any) -> Any:

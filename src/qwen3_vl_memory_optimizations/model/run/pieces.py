@@ -92,7 +92,7 @@ class PieceRunner:
         return self._in_pieces(given, length, min(piece, length), past, skipped)
 
     def _trains(self, given: Mapping[str, Any]) -> bool:
-        """Whether gradients are needed, which keep data of all tokens alive."""
+        """Return whether gradients are needed, which keep data of all tokens alive."""
         if not torch.is_grad_enabled():
             return False
         inputs = (value for value in given.values() if isinstance(value, torch.Tensor))
@@ -158,7 +158,7 @@ class PieceRunner:
             result[self._cache_name] = None
         return result.to_tuple() if as_tuple else result
 
-    # --- pictures -----------------------------------------------------------------------------------------------------
+    # --- images and videos --------------------------------------------------------------------------------------------
 
     def _encoded(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Remove images and videos from the arguments and return their features by modality."""

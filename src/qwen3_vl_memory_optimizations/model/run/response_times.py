@@ -94,7 +94,7 @@ class ResponseTimes:
         with self._lock:
             return self.timer() - min(self._running.values()) if self._running else None
 
-    # --- noted by the hooks -------------------------------------------------------------------------------------------
+    # --- recorded by the hooks ----------------------------------------------------------------------------------------
 
     @property
     def in_generate(self) -> bool:

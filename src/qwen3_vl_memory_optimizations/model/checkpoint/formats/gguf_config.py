@@ -48,7 +48,7 @@ def _as_written(value: float) -> float:
 def built_config(
     path: Path, model: Mapping[str, Any], vision: Mapping[str, Any], headers: list[SafetensorsHeader]
 ) -> dict[str, Any]:
-    """Return the original model's `config.json`, as far as the model depends on it.
+    """Return the entries of the original model's `config.json` that affect the model.
 
     Args:
         path: the file of the language model.

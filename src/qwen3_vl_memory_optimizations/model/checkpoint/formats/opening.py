@@ -69,7 +69,7 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, LogicalTensor]:
 
 
 def needs_packing(checkpoint: Checkpoint) -> bool:
-    """Whether weights cannot be paged from their files, because they are quantized or merged as they are read."""
+    """Return whether weights cannot be paged from their files: they are quantized, or merged as they are read."""
     if checkpoint.packed:
         return False
     if isinstance(checkpoint, AdapterCheckpoint | GGUFCheckpoint):
