@@ -1,4 +1,4 @@
-"""Managed tensors, their residency, the budget, and the only module that moves bytes."""
+"""Managed tensors, their residency, the budget, and all transfers between the SSD and memory."""
 
 from .blocks import Block, BlockSpace, Pinned, page_checksums, stored_bytes
 from .budget.audit import MemoryAudit

@@ -1,7 +1,7 @@
 """Runtime bytes that are written once and then scanned in a cycle, such as the blocks of a KV cache.
 
-A `Block` is a tensor of the Pager: it counts against the budget, leaves for the swap file when room is needed and comes
-back when it is used. `BlockSpace` makes blocks.
+A `Block` is a tensor of the Pager: it counts against the budget, is swapped out when room is needed and read back when
+it is used. `BlockSpace` creates blocks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _numbers = itertools.count()
 
 
 class Block:
-    """Bytes at one address for life. `data` may be touched while the block is held: a new one may have left again.
+    """Bytes at a fixed address. Access `data` only while the block is held: even a new one may have been swapped out.
 
     Attributes:
         data: uint8 `[n_bytes]`.
@@ -47,7 +47,7 @@ class Block:
 
 
 class Pinned:
-    """A block that stays in memory, at its place, until it is let go: by `release`, or when this is collected."""
+    """A block pinned in memory until `release` is called or this object is collected."""
 
     def __init__(self, pager: Pager | None, block: Block) -> None:
         self.block = block
@@ -60,21 +60,21 @@ class Pinned:
                 self._unpin.atexit = False
 
     def release(self) -> Block:
-        """Let the block leave memory from now on; return it."""
+        """Allow the block to leave memory from now on; return it."""
         if self._unpin is not None:
             self._unpin()
         return self.block
 
 
 class BlockSpace:
-    """Makes blocks of one kind.
+    """Creates blocks of one kind.
 
     Args:
         pager: keeps them within the budget; without one they are plain memory.
-        kind: of the tensors.
+        kind: kind of the tensors.
 
     Attributes:
-        encodings: what was encoded into them, for who encodes to note.
+        encodings: record of what was encoded into them, maintained by the code that encodes.
     """
 
     def __init__(self, pager: Pager | None, kind: str = "kv_cache") -> None:
@@ -93,16 +93,16 @@ class BlockSpace:
 
     @property
     def moves(self) -> bool:
-        """Whether blocks may leave memory: they must be held while they are used."""
+        """Return whether blocks may leave memory, so that they must be held while in use."""
         return self.pager is not None and self.pager.ledger.limited
 
     @property
     def held_bytes(self) -> int:
-        """How much may be held at a time; one block may always be."""
+        """Maximum bytes that may be held at a time; one block is always allowed."""
         return self.pager.frames.limit_bytes // _HELD_SHARE if self.pager is not None and self.moves else 1 << 62
 
     def allocate(self, n_bytes: int) -> Block:
-        """Return a block whose contents are the caller's to write (`held`, `written`); freed when it is collected.
+        """Return a block for the caller to write (`held`, `written`); freed when it is collected.
 
         Raises:
             MemoryBudgetExceeded: it does not fit beside what is pinned.
@@ -113,13 +113,13 @@ class BlockSpace:
             return self._add(self.pager, n_bytes, None)
 
     def stored(self, n_bytes: int, file: DirectFile, offset_bytes: int, checksums: tuple[int, ...]) -> Block:
-        """Return a block whose bytes lie in a file, and are read when they are needed.
+        """Return a block whose bytes are in a file and are read when needed.
 
         Args:
-            n_bytes: of the block.
+            n_bytes: size of the block.
             file: holds `stored_bytes(n_bytes)` of it at `offset_bytes`, a multiple of the frame size.
-            offset_bytes: where.
-            checksums: of its pages, see `page_checksums`.
+            offset_bytes: position in the file.
+            checksums: checksums of its pages, see `page_checksums`.
         """
         assert self.pager is not None
         with shield:
@@ -153,7 +153,7 @@ class BlockSpace:
         return block
 
     def pinned(self, block: Block) -> Pinned:
-        """Have a block in memory, to be written to, for as long as what is returned lives.
+        """Pin a block in memory for writing, for as long as the returned object lives.
 
         Raises:
             MemoryBudgetExceeded: it does not fit beside what is pinned.
@@ -161,7 +161,7 @@ class BlockSpace:
         return Pinned(self.pager, block)
 
     def require_room(self, n_bytes: int) -> None:
-        """Refuse what evicting everything that may leave would not make room for; nothing is evicted.
+        """Raise if evicting everything that may leave would not make room; nothing is evicted.
 
         Raises:
             MemoryBudgetExceeded: `n_bytes` do not fit beside what is pinned.
@@ -170,17 +170,17 @@ class BlockSpace:
             self.pager.require_room(n_bytes, self.kind)
 
     def rest(self, blocks: Sequence[Block], *, used: bool) -> None:
-        """Note that blocks are not used in a cycle any more: from now on the victim order of runtime tensors counts.
+        """Record that blocks left their cycle: from now on the eviction order of runtime tensors applies to them.
 
         Args:
-            blocks: of a sequence that rests, or is about to continue.
-            used: this is a use.
+            blocks: blocks of a sequence that is idle, or about to continue.
+            used: whether this counts as a use.
         """
         if self.pager is not None:
             self.pager.runtime.rest([block.entry for block in blocks if block.entry is not None], used=used)
 
     def _range(self, pager: Pager, size: int) -> tuple[int, Callable[[], None]]:
-        """Return an address range, of the pool of this kind while that has one, and what gives it back."""
+        """Return an address range, from this kind's pool while it has room, and a function that gives it back."""
         pool = pager.pools.get(self.kind)
         if pool is not None:
             try:
@@ -199,7 +199,7 @@ class BlockSpace:
 
     @contextmanager
     def held(self, blocks: Sequence[Block], upcoming: Iterable[Block] = ()) -> Iterator[None]:
-        """Have blocks in memory and pinned; blocks that will be used next are read meanwhile.
+        """Hold blocks in memory, pinned, while the blocks used next are prefetched.
 
         Raises:
             MemoryBudgetExceeded: they do not fit beside what is pinned.
@@ -208,13 +208,13 @@ class BlockSpace:
         entries = [block.entry for block in blocks if block.entry is not None]
         if any(entry.freed for entry in entries):
             raise TensorFreedError(f"{self.kind}: the memory optimizer is closed")
-        # Without a budget what was read once stays; what lies in a file has still to be read.
+        # Without a budget, blocks stay once read; blocks stored in a file must still be read.
         if not self.moves and not any(entry.missing for entry in entries):
             yield
             return
         assert self.pager is not None
         ahead = [block.entry for block in upcoming if block.entry is not None]
-        # More would displace what is needed before it.
+        # More would evict what is needed before it.
         ahead_bytes = min(_READ_AHEAD_BYTES, self.held_bytes)
         with shield:
             self.pager.hold(entries, ahead, ahead_bytes)
@@ -224,13 +224,13 @@ class BlockSpace:
                 self.pager.let_go(entries, ahead, ahead_bytes)
 
     def written(self, block: Block) -> None:
-        """Note that a held block was written to: what the swap file has of it is stale."""
+        """Record that a held block was written to and that its copy in the swap file is stale."""
         if self.pager is not None and block.entry is not None:
             self.pager.mark_dirty(block.entry)
 
 
 def stored_bytes(n_bytes: int) -> int:
-    """Return the bytes of whole frames that a block takes, in memory and in a file."""
+    """Return the bytes of whole frames that a block occupies, in memory and in a file."""
     return -(-n_bytes // FRAME_BYTES) * FRAME_BYTES
 
 
@@ -242,7 +242,7 @@ def page_checksums(block: Block) -> tuple[int, ...]:
 
 
 def _drop(pager: Pager, entry: TensorEntry, release: Callable[[], None]) -> None:
-    """The last reference to a block went."""
+    """Free a block after its last reference is gone."""
     if entry.freed:  # with the Pager
         pager.do_later(release)
     else:

@@ -1,7 +1,7 @@
-"""Gradients through products with managed weights, which are frozen: they reach activations and biases.
+"""Gradients through products with managed weights. The weights are frozen; activations and biases get gradients.
 
-Adapters, prompt tuning and attributions need the gradient of what goes into a layer, `grad @ W`: one more product with
-the weight, decoded some rows at a time as they come.
+Adapters, prompt tuning and attributions need the gradient of a layer's input, `grad @ W`: one more product with the
+weight, decoded in ranges of rows.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from .records.entry import TensorEntry
 
 
 def tracks(*tensors: torch.Tensor | None) -> bool:
-    """Whether a gradient is to be computed for any of these."""
+    """Return whether any of these tensors needs a gradient."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def frozen_linear(products: Products, entry: TensorEntry, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return `x @ W.T + bias` with a gradient for `x` and `bias`, and none for `W`."""
+    """Return `x @ W.T + bias` with gradients for `x` and `bias` but not for `W`."""
     out: torch.Tensor = _FrozenLinear.apply(x, bias, products, entry)
     return out
 
@@ -45,7 +45,7 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 def runs_as_written(part: nn.Module, *inputs: torch.Tensor) -> bool:
-    """Whether a part must run operation by operation: autocast chooses their dtypes, or gradients go through them."""
+    """Return whether a part must run op by op, because autocast chooses dtypes or gradients flow through it."""
     if torch.is_autocast_enabled("cpu"):
         return True
     return torch.is_grad_enabled() and (tracks(*inputs) or any(each.requires_grad for each in part.parameters()))

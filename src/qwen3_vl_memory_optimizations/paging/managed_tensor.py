@@ -1,8 +1,8 @@
 """`ManagedTensor`: a `torch.Tensor` whose bytes the optimizer owns.
 
-It takes the place of a parameter inside an unchanged transformers module. `F.linear` and `F.embedding` compute on the
-encoded form; any other operation runs on a decoded copy, or on the bytes themselves where they are stored as they are,
-and then a view keeps them pinned for as long as it lives.
+It replaces a parameter inside an unchanged transformers module. `F.linear` and `F.embedding` compute on the encoded
+form. Any other operation runs on a decoded copy, or on the bytes themselves if they are stored unencoded; a view then
+keeps them pinned for as long as it lives.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .records.entry import PageState, TensorEntry
 
 _Tensor = torch.Tensor
 
-# Questions about a tensor that its metadata answers; no byte is touched.
+# Attributes and methods answered from metadata, without touching any byte.
 _METADATA_ATTRIBUTES = (
     "shape dtype device layout requires_grad is_leaf grad grad_fn ndim names itemsize nbytes is_cpu is_cuda is_meta "
     "is_sparse is_sparse_csr is_quantized is_nested is_mkldnn is_mps is_xla is_xpu is_ipu is_hpu is_mtia is_vulkan "
@@ -53,10 +53,10 @@ _ITSELF = {_Tensor.detach, _Tensor.data.__get__, torch.detach}  # type: ignore[a
 
 
 class ManagedTensor(torch.Tensor):
-    """A tensor in the care of a Pager. Made by `MemoryOptimizer`, not by its constructor.
+    """A tensor managed by a Pager. Created by `MemoryOptimizer`, not by its constructor.
 
     Attributes:
-        pager: who owns the bytes.
+        pager: owner of the bytes.
         entry: the Pager's record of them.
     """
 
@@ -73,12 +73,12 @@ class ManagedTensor(torch.Tensor):
         )
         self.pager, self.entry = pager, entry
         self._owner = pager.owner()
-        self._is_param = entry.kind == "weights"  # `isinstance(weight, nn.Parameter)` asks for it
+        self._is_param = entry.kind == "weights"  # read by `isinstance(weight, nn.Parameter)`
         return self
 
     @property
     def tensor_id(self) -> str:
-        """The name the optimizer knows it by."""
+        """The optimizer's name for the tensor."""
         return self.entry.tensor_id
 
     @property
@@ -88,7 +88,7 @@ class ManagedTensor(torch.Tensor):
 
     @property
     def codec(self) -> str:
-        """The name of the codec of its encoded form."""
+        """The name of its codec."""
         return self.entry.codec.name
 
     @property
@@ -111,7 +111,7 @@ class ManagedTensor(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Route an operation: computed on the encoded form, answered from metadata, or run on the decoded tensor."""
+        """Dispatch an operation: on the encoded form, from metadata, or on the decoded tensor."""
         kwargs = kwargs or {}
         if func is F.linear:
             result = _linear(*args, **kwargs)
@@ -120,17 +120,17 @@ class ManagedTensor(torch.Tensor):
         elif func in _ITSELF and len(args) == 1 and not kwargs:
             return args[0]
         elif func is _Tensor.__getitem__ and args[1] is Ellipsis and type(args[0]) is ManagedTensor:
-            return args[0]  # all of it, which writes reach too
+            return args[0]  # the whole tensor, so that writes reach it
         elif func in _FREEZES and isinstance(args[0], ManagedTensor):
             return _require_frozen(func, *args, **kwargs)
         elif func is _Tensor.data_ptr and isinstance(args[0], ManagedTensor):
             return args[0].entry.address if args[0]._has_no_bytes() else _values_of(args[0]).data_ptr()
         elif func is _Tensor.untyped_storage and isinstance(args[0], ManagedTensor) and args[0]._has_no_bytes():
-            return args[0].entry.lease()[0].untyped_storage()  # only its address says something
+            return args[0].entry.lease()[0].untyped_storage()  # only its address is meaningful
         elif func is _Tensor.is_contiguous and isinstance(args[0], ManagedTensor) and args[0]._has_no_bytes():
             return False
         elif func is _Tensor.contiguous and isinstance(args[0], ManagedTensor):
-            return args[0].decoded()  # safetensors asks for the address of what this gives, and reads there later
+            return args[0].decoded()  # safetensors takes the address of this result and reads there later
         elif func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -146,17 +146,17 @@ class ManagedTensor(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Answer operations that torch starts below its Python interface; there is no encoded form of them."""
+        """Run operations that torch starts below its Python interface; they have no encoded form."""
         return _run_decoded(func, args, kwargs or {})
 
     def convert_(self, dtype: torch.dtype) -> None:
-        """Be seen in another dtype from now on; the encoded form stays as it is."""
+        """Present the tensor in another dtype from now on; the encoded form is unchanged."""
         with torch._C.DisableTorchFunctionSubclass():
             self.data = torch.Tensor._make_wrapper_subclass(ManagedTensor, self.entry.shape, dtype=dtype)
         self.entry.dtype = dtype
 
     def row_parts(self) -> Iterator[torch.Tensor]:
-        """Yield the values, some rows at a time; each part is valid until the next is asked for."""
+        """Yield the values in ranges of rows; each part is valid until the next is requested."""
         if self.entry.rows_per_page is None:
             yield self.decoded()
             return
@@ -164,28 +164,28 @@ class ManagedTensor(torch.Tensor):
             yield rows.view(-1, *self.shape[1:])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        """Return a plain copy with the values: a frozen parameter of a weight."""
+        """Return a plain copy of the values; for a weight, a frozen parameter."""
         if id(self) not in memo:
             copied = self._copied()
             memo[id(self)] = nn.Parameter(copied, requires_grad=False) if self.kind == "weights" else copied
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Be pickled as a plain tensor with the values."""
+        """Pickle as a plain tensor with the values."""
         return self._copied().__reduce_ex__(protocol)
 
     def _has_no_bytes(self) -> bool:
-        """Whether its values are nowhere to be read: they are encoded, or may leave memory.
+        """Return whether no address holds its values, because they are encoded or may leave memory.
 
-        Its address still tells it from others (PEFT compares them). It says that it is not contiguous, and is made so
-        before it is read: safetensors would save what happens to lie there.
+        Its address still distinguishes it from other tensors (PEFT compares them). It reports itself as non-contiguous,
+        so that callers make it contiguous before reading; otherwise safetensors would save whatever is at the address.
         """
         entry = self.entry
         encoded = not isinstance(entry.codec, RawCodec)
         return bool(entry.pages) and (encoded or (entry.kind == "weights" and self.pager.ledger.limited))
 
     def _copied(self) -> torch.Tensor:
-        """Return a plain copy with the values, counted while anybody holds it."""
+        """Return a plain copy of the values, charged to the budget while it is alive."""
         n_bytes = self.nbytes
         self.pager.debit(_COPIES, n_bytes, PROCESS)
         buffer = (ctypes.c_uint8 * n_bytes)()
@@ -236,7 +236,7 @@ def _product_of(weight: ManagedTensor, x: torch.Tensor, bias: torch.Tensor | Non
 
 
 def linear_joined(x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return `x @ W.T` for the rows of several matrices `[n, columns]`, one after the other: `[..., n in all]`."""
+    """Return `x @ W.T` for the rows of several matrices `[n, columns]`, concatenated: `[..., total n]`."""
     first = weights[0]
     if type(first) is ManagedTensor and type(x) is not ManagedTensor:
         entries = [weight.entry for weight in weights if type(weight) is ManagedTensor and weight.pager is first.pager]
@@ -250,11 +250,11 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 @contextmanager
 def whole_linears(linears: Sequence[nn.Linear]) -> Iterator[list[Product] | None]:
-    """Have the weights of linear layers in memory for several products each, as one access to each, in this order.
+    """Hold the weights of linear layers in memory for several products; counts as one access to each, in this order.
 
     Yields:
-        For each layer what gives `x @ W.T + bias` for any rows `x`; `None` where the weights have no room together, or
-        one of them is no plain `nn.Linear`: what stands in its place may compute something else.
+        For each layer a function that returns `x @ W.T + bias` for any rows `x`; `None` if the weights do not fit
+        together, or one layer is not a plain `nn.Linear`, because its replacement may compute something else.
     """
     if any(type(linear) is not nn.Linear for linear in linears):
         yield None
@@ -294,7 +294,7 @@ def _embedding(
     entry = weight.entry
     if entry.rows_per_page is None or input.dtype not in (torch.int32, torch.int64):
         return NotImplemented
-    if entry.codec.row_block(entry.shape) > 1:  # no single rows to look up
+    if entry.codec.row_block(entry.shape) > 1:  # single rows cannot be looked up
         return NotImplemented
     rows, positions = torch.unique(input, return_inverse=True)
     if rows.numel() and not (0 <= int(rows[0]) and int(rows[-1]) < entry.shape[0]):
@@ -305,7 +305,7 @@ def _embedding(
 
 
 def _values_of(managed: ManagedTensor) -> torch.Tensor:
-    """Decode; where the codec keeps the values as they are, alias the bytes and pin them for the alias's life."""
+    """Return the values: decoded, or for a raw codec an alias of the bytes, pinned while the alias lives."""
     pager, entry = managed.pager, managed.entry
     with shield:
         pager.pin(entry)
@@ -322,7 +322,7 @@ def _values_of(managed: ManagedTensor) -> torch.Tensor:
 
 
 def _run_decoded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run any operation on plain tensors; what it wrote to goes back into the managed ones."""
+    """Run any operation on plain tensors; writes are copied back into the managed ones."""
     plain: dict[int, tuple[ManagedTensor, torch.Tensor]] = {}
 
     def unwrap(value: Any) -> Any:
@@ -353,7 +353,7 @@ def _run_decoded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
 
 def _is_written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Any) -> bool:
-    """Whether an operation writes to one of its operands."""
+    """Return whether an operation writes to one of its operands."""
     name = getattr(func, "__name__", "").split(".")[0]  # below the Python interface: `add_.Tensor`
     writes = name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
     writes = writes or (name.startswith("__i") and name not in ("__int__", "__index__", "__invert__"))
@@ -361,29 +361,29 @@ def _is_written(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 
 
 class _Copy:
-    """The decoded values of a managed tensor, of which views are in somebody's hands."""
+    """The decoded values of a managed tensor, of which callers hold views."""
 
     def __init__(self, managed: ManagedTensor, decoded: torch.Tensor) -> None:
         self.managed, self.decoded, self.writes = managed, decoded, managed.entry.writes
 
     def refresh(self) -> None:
-        """Decode anew what was written to through the tensor itself, or through views of another copy."""
+        """Decode again after writes through the tensor itself or through views of another copy."""
         if self.writes != self.managed.entry.writes:
             self.decoded.copy_(_values_of(self.managed))
             self.writes = self.managed.entry.writes
 
     def write_back(self) -> None:
-        """Encode what was written to a view."""
+        """Encode writes made through a view."""
         _write_back(self.managed, self.decoded)
         self.writes = self.managed.entry.writes
 
     def wrap(self, value: torch.Tensor | np.ndarray) -> Any:
-        """Return a result so that what is written to it is not lost, if it is a view of the copy."""
+        """Wrap a result that is a view of the copy, so that writes to it are not lost."""
         start, stop = _address(self.decoded), _address(self.decoded) + self.decoded.untyped_storage().nbytes()
         if not start <= _address(value) < stop or not start:
             return value
         if isinstance(value, np.ndarray):
-            value.flags.writeable = False  # torch does not see what numpy writes
+            value.flags.writeable = False  # torch does not see writes by numpy
             return value
         view = value.as_subclass(ManagedView)
         view.of = self
@@ -391,7 +391,7 @@ class _Copy:
 
 
 class ManagedView(torch.Tensor):
-    """A view of a managed tensor whose codec loses something: what is written to it is encoded again.
+    """A view of a managed tensor with a lossy codec: writes to it are encoded again.
 
     Attributes:
         of: the decoded copy that it is a view of.
@@ -407,7 +407,7 @@ class ManagedView(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run an operation on the values as they are now, and keep what it writes."""
+        """Run an operation on the current values, and keep its writes."""
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             if func in _METADATA:
@@ -438,7 +438,7 @@ def _address(tensor: torch.Tensor | np.ndarray) -> int:
         return tensor.ctypes.data
     try:
         return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # a layout without a storage shares no memory
+    except (RuntimeError, NotImplementedError):  # a layout without storage shares no memory
         return 0
 
 

@@ -1,15 +1,15 @@
-"""The Pager: the face of the only module that moves bytes between the SSD and memory.
+"""The Pager: public interface of the only package that moves bytes between the SSD and memory.
 
-    records/            what is known of each tensor and page; how a tensor comes and goes
-    transfers/          how a page comes and leaves, which pages stay, which are read ahead, which leave first
-    budget/             accounts, what others take, memory that goes back
+    records/            records of tensors and pages; adding and freeing tensors
+    transfers/          page transfers, the resident set, prefetch and eviction
+    budget/             accounts, memory used by others, memory returned to the system
     products.py         products on the encoded form
-    managed_tensor.py   the tensor that stands in a module
-    runtime_tensors.py  all tensors but the weights
-    pager.py            the budget, the end
+    managed_tensor.py   the tensor that replaces a module's parameter
+    runtime_tensors.py  all tensors except weights
+    pager.py            the budget, shutdown
 
-One lock guards pages, frames and the schedule. The Pager makes it and hands it to the other parts: `Access` takes it,
-the rest is used under it. I/O threads take it only to note that a transfer ended. The order of all locks:
+One lock guards pages, frames and the schedule. The Pager creates it and passes it to the other parts: `Access` takes
+it, and the other parts run under it. I/O threads take it only to record that a transfer ended. The order of all locks:
 docs/locking.md.
 """
 
@@ -49,21 +49,21 @@ class Pager:
     """Keeps managed tensors within the budget.
 
     Args:
-        ledger: the budget; page frames take what its accounts leave.
-        swap_dir: where the swap file goes, should dirty pages have to leave; of several directories, the first that
-            accepts a file.
-        swap_bytes: its largest size; `None`: 80 % of what is free on its disk.
-        reuse_frames: keep freed page frames for the next page (memory pooling).
-        order: which runtime tensors leave first; `None`: those that were not used longest.
+        ledger: the budget; page frames use what its accounts leave.
+        swap_dir: directory of the swap file, which is created when dirty pages must leave; of several directories, the
+            first that accepts a file.
+        swap_bytes: maximum size of the swap file; `None`: 80 % of the free space on its disk.
+        reuse_frames: keep freed page frames for later pages (memory pooling).
+        order: eviction order of runtime tensors; `None`: least recently used first.
         timer: a monotonic clock in seconds, for the stall counter and the age of free frames.
 
     Attributes:
-        products: computes with weights.
-        encodings: what was encoded for its tensors; those who encode note it.
-        runtime: the tensors that are no weights.
-        owner: returns what has to stay alive as long as tensors do: with it the Pager is closed.
-        pools: kind -> address ranges for blocks of this kind; changed under `exclusive`. A kind without one, or whose
-            pool is full, gets ranges of its own from the system.
+        products: computes products with weights.
+        encodings: record of the encodings of its tensors, maintained by the code that encodes.
+        runtime: all tensors except weights.
+        owner: returns the object that must live as long as the tensors; the Pager is closed with it.
+        pools: kind -> address ranges for blocks of this kind; changed under `exclusive`. A kind without a pool, or with
+            a full one, gets its own ranges from the system.
     """
 
     def __init__(
@@ -110,12 +110,12 @@ class Pager:
 
     @property
     def schedule(self) -> PassSchedule:
-        """The order of accesses, as far as it is known."""
+        """The learned order of accesses."""
         return self._resident_set.schedule
 
     @property
     def lives(self) -> Lives | None:
-        """Told, under the lock, of runtime tensors that come and go; `None`: nobody."""
+        """Observer of runtime tensors' creation and release, called under the lock; `None`: no observer."""
         return self._tensors.lives
 
     @lives.setter
@@ -124,7 +124,7 @@ class Pager:
 
     @property
     def on_pass(self) -> Callable[[], None] | None:
-        """Called, under the lock, when an access began a pass."""
+        """Hook called under the lock when an access begins a pass."""
         return self._resident_set.on_pass
 
     @on_pass.setter
@@ -133,11 +133,11 @@ class Pager:
 
     @property
     def on_growth(self) -> Callable[[int], None] | None:
-        """Called, under the lock, before pages take memory from the system rather than frames that others left.
+        """Hook called under the lock before pages take new memory from the system instead of reusing frames.
 
-        That is when `frames.committed_bytes` is about to be higher than ever since a refit changed the limit. The hook
-        gets the number of bytes. It may `reserve`: pages then leave before the new one comes. What it raises reaches
-        whoever needs the page; `MemoryBudgetExceeded` stops reads ahead and nothing else.
+        It runs when `frames.committed_bytes` is about to exceed its maximum since the last refit that changed the
+        limit, and receives the number of bytes. It may call `reserve`, which evicts pages before the new one is
+        loaded. An exception reaches the caller that needs the page; `MemoryBudgetExceeded` only stops prefetching.
         """
         return self._mover.on_growth
 
@@ -147,7 +147,7 @@ class Pager:
 
     @contextmanager
     def recording(self, recorder: Callable[[str, int, str], None]) -> Iterator[None]:
-        """Call `recorder` at each access in a block, with the id, the encoded bytes and the kind of the tensor."""
+        """Call `recorder` at each access in a block, with the tensor's id, encoded bytes and kind."""
         with self._lock:
             self._access.recorders = (*self._access.recorders, recorder)
         try:
@@ -157,11 +157,11 @@ class Pager:
                 self._access.recorders = tuple(each for each in self._access.recorders if each is not recorder)
 
     def listen(self, listener: Callable[[str, int, str], None], *, to_all: bool = False) -> None:
-        """Call `listener` at each access to a runtime tensor that is not used in a cycle, as `recording` does.
+        """Call `listener` at each access to a runtime tensor outside a cycle, with the same arguments as `recording`.
 
         Args:
             listener: called under the lock.
-            to_all: at each access to any tensor.
+            to_all: call it at each access to any tensor.
         """
         with self._lock:
             if to_all:
@@ -171,7 +171,7 @@ class Pager:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the lock, with nothing left to do for finalizers: for what `then` of `free` changes, such as a pool."""
+        """Hold the lock with all finalizer actions done, to change what `then` of `free` changes, such as a pool."""
         with self._lock:
             self._finalizers.run()
             yield
@@ -182,41 +182,41 @@ class Pager:
         """Register an entry.
 
         Args:
-            entry: its address space is reserved already.
-            resident: back it with memory now; its contents are the caller's to write, as `writing` or, for those of a
-                cycle, `hold` and `mark_dirty`: it may have left by then. Otherwise its pages are read from its source
-                when they are needed.
+            entry: its address space is already reserved.
+            resident: back it with memory now. The caller writes the contents, using `writing` or, for tensors used in a
+                cycle, `hold` and `mark_dirty`, because it may have left memory by then. Otherwise its pages are read
+                from its source when needed.
 
         Raises:
-            MemoryBudgetExceeded: no room; nothing was changed.
+            MemoryBudgetExceeded: there is no room; nothing was changed.
             TensorFreedError: the Pager is closed; nothing was changed.
         """
         with self._lock:
             self._tensors.add(entry, resident=resident)
 
     def free(self, tensor_id: str, then: Callable[[], None] | None = None) -> None:
-        """Forget a tensor and release its memory; views of it that are alive keep theirs until they die.
+        """Remove a tensor and release its memory; live views keep theirs until they are collected.
 
         Args:
-            tensor_id: the tensor; an unknown one is none of this method's business.
+            tensor_id: the tensor; unknown ids are ignored.
             then: called when the memory is released, to give the address range back.
         """
         with self._lock:
             self._tensors.free(tensor_id, then)
 
     def free_later(self, tensor_id: str, then: Callable[[], None] | None = None) -> None:
-        """Do what `free` does as a finalizer has to: not in the midst of a change, but before room is needed."""
+        """Call `free` from a finalizer: never in the middle of a change, but before room is needed."""
         self._finalizers.add(lambda: self.free(tensor_id, then))
 
     def do_later(self, action: Callable[[], None]) -> None:
-        """Do something under the lock, as a finalizer has to (see `free_later`)."""
+        """Run an action under the lock, from a finalizer (see `free_later`)."""
         self._finalizers.add(action)
 
     def entry(self, tensor_id: str) -> TensorEntry:
         """Return a tensor's record.
 
         Raises:
-            UnknownTensorError: no such tensor.
+            UnknownTensorError: there is no such tensor.
         """
         try:
             return self.entries[tensor_id]
@@ -224,18 +224,19 @@ class Pager:
             raise UnknownTensorError(tensor_id) from None
 
     def record(self, entry: TensorEntry) -> None:
-        """Note an access that does not go through the Pager."""
+        """Record an access that bypasses the Pager."""
         self._access.record(entry)
 
     def read_ahead(self, tensor_ids: Sequence[str], *, gently: bool = False) -> None:
-        """Start to read weights for a first pass, before anybody asks for one; returns at once.
+        """Prefetch weights for a first pass before it starts; return immediately.
 
         Args:
             tensor_ids: weights of one model, in the order in which the pass will use them.
-            gently: one request at a time, while others read from the same disk. Calling again without hurries them.
+            gently: issue one request at a time, while other code reads from the same disk. A later call without it
+                removes that limit.
 
         Raises:
-            UnknownTensorError: no such tensor.
+            UnknownTensorError: there is no such tensor.
         """
         with self._lock:
             for tensor_id in tensor_ids:
@@ -245,10 +246,10 @@ class Pager:
     # --- budget -----------------------------------------------------------------------------------------------------
 
     def reserve(self, owner: str, n_bytes: int) -> None:
-        """Set memory of the process aside for an owner; pages leave for it.
+        """Reserve process memory for an owner, evicting pages for it.
 
         Raises:
-            MemoryBudgetExceeded: it does not fit beside what the weights need at least.
+            MemoryBudgetExceeded: it does not fit beside the minimum that the weights need.
         """
         with self._lock:
             before = self.ledger.held_bytes(owner)
@@ -257,38 +258,38 @@ class Pager:
                 self._refit_for(n_bytes - before, lambda: self.ledger.set(owner, before, PROCESS))
 
     def require_room(self, n_bytes: int, owner: str) -> None:
-        """Refuse what would not fit even if all that is not pinned left; nothing leaves.
+        """Raise if `n_bytes` would not fit even with all unpinned pages evicted; nothing is evicted.
 
         Raises:
-            MemoryBudgetExceeded: with what could be had.
+            MemoryBudgetExceeded: states how many bytes could be made available.
         """
         with self._lock:
             self._room.check_fits(n_bytes, owner)
 
     def spare_bytes(self) -> int:
-        """Return what of the budget is left when all managed tensors are in memory; negative where they do not fit."""
+        """Return the budget left when all managed tensors are in memory; negative if they do not fit."""
         with self._lock:
             self._finalizers.run()
-            # A freed tensor that a view still holds cannot even leave.
+            # A freed tensor that a view still holds cannot even be evicted.
             return self.ledger.frames_limit_bytes() - sum(entry.frames_bytes for entry in self._tensors.all())
 
     def lend(self, owner: str, n_bytes: int) -> bool:
-        """Add to what an owner holds, if all managed tensors still fit beside it; or, below zero, take it back.
+        """Add to an owner's account if all managed tensors still fit beside it; a negative size takes it back.
 
         Returns:
-            Whether it was added. Nothing leaves memory for it.
+            Whether it was added. Nothing is evicted for it.
         """
         with self._lock:
             if n_bytes > 0 and n_bytes > self.spare_bytes():
                 return False
             try:
                 self.debit(owner, n_bytes)
-            except MemoryOptimizationError:  # a tensor that is about to come has the room
+            except MemoryOptimizationError:  # the room belongs to a tensor that is being added
                 return False
             return True
 
     def _refit_for(self, growth_bytes: int, undo: Callable[[], None]) -> None:
-        """Refit after an account grew; call `undo` if that is refused. One that shrank is never refused."""
+        """Refit after an account grew, and call `undo` if that fails. A shrunken account never fails."""
         try:
             self.refit()
         except BaseException as error:
@@ -296,7 +297,7 @@ class Pager:
                 undo()
                 self._room.undo_refit()
                 raise
-            if not isinstance(error, MemoryOptimizationError):  # else it is for those who asked for too much
+            if not isinstance(error, MemoryOptimizationError):  # else the error is for callers that asked for too much
                 raise
 
     def refit(self) -> None:
@@ -311,39 +312,39 @@ class Pager:
             self.frames.trim()
 
     def compact(self, idle_s: float) -> int:
-        """Return page frames that nobody took for so many seconds to the system; return their bytes."""
+        """Return frames that were free for `idle_s` seconds to the system; return their size in bytes."""
         with self._lock:
             self._finalizers.run()
             return self.frames.compact(idle_s)
 
     @property
     def read_ahead_bytes(self) -> int:
-        """How much that leaves after its use may be in memory before it, or on its way there."""
+        """Maximum size of prefetched pages that leave after use, in memory or being read."""
         return self._resident_set.read_ahead_bytes
 
     def set_read_ahead(self, n_bytes: int | None) -> None:
-        """Choose how much of the weights is read ahead: what that takes is not kept from pass to pass.
+        """Set the read-ahead window. Memory for prefetched pages is not available to keep weights from pass to pass.
 
         Args:
-            n_bytes: at least the largest page, and at most half of the memory for weights, is used; `None`: chosen by
-                the memory there is.
+            n_bytes: clamped between the largest page and half of the memory for weights; `None`: chosen from the
+                available memory.
 
         Raises:
             ConfigurationError: below one byte.
         """
         if n_bytes is not None and n_bytes < 1:
-            raise ConfigurationError(f"read_ahead: {n_bytes} bytes; give at least one, or None")
+            raise ConfigurationError(f"read_ahead: {n_bytes} bytes; use at least one byte, or None")
         with self._lock:
             self._resident_set.set_read_ahead(n_bytes)
 
     def usage(self) -> list[TensorUse]:
-        """Return what each tensor holds."""
+        """Return the memory held by each tensor."""
         with self._lock:
             self._finalizers.run()
             return [describe_use(entry) for entry in self.entries.values()]
 
     def page_map(self) -> list[TensorPages]:
-        """Return where the pages of each tensor are: those of weights in the order of a pass, then runtime tensors."""
+        """Return the page states of each tensor: weights in pass order, then runtime tensors."""
         with self._lock:
             self._finalizers.run()
             weights = [entry for entry in self.entries.values() if entry.kind == "weights"]
@@ -352,7 +353,7 @@ class Pager:
 
     @property
     def closed(self) -> bool:
-        """Whether nothing comes or leaves any more."""
+        """Return whether the Pager is closed, so that no page moves any more."""
         return self._mover.closed
 
     @property
@@ -368,28 +369,28 @@ class Pager:
 
     @property
     def swap_free_bytes(self) -> int:
-        """How many more bytes the swap file may take now, by its limit and by what is free on its disk; about 10 us."""
+        """Bytes the swap file can still take, given its limit and the free space on its disk; takes about 10 us."""
         return self._swap.free_bytes
 
     @property
     def swap_dir(self) -> Path:
-        """Where the swap file lies or, before there is one, where it is expected to."""
+        """Directory of the swap file or, before it exists, its expected directory."""
         return self._swap.directory
 
     # --- computing on tensors ---------------------------------------------------------------------------------------
 
     @property
     def scratch(self) -> Scratch:
-        """Workspace of the calling thread; what it grows by is debited, and given back when the thread ends."""
+        """Workspace of the calling thread; its growth is debited, and returned when the thread ends."""
         return self._workspaces.of_this_thread()
 
     def debit(self, owner: str, n_bytes: int, scope: str = TENSORS) -> None:
-        """Add to what an owner holds beside pages (or subtract), before the memory is taken; pages leave for it.
+        """Add to (or subtract from) an owner's account outside pages, before the memory is taken; evicts pages for it.
 
         Args:
             owner: the account.
-            n_bytes: what comes or, negative, goes.
-            scope: `TENSORS`, or `PROCESS` for what is no managed tensor.
+            n_bytes: bytes to add; negative to subtract.
+            scope: `TENSORS`, or `PROCESS` for memory that is not a managed tensor.
 
         Raises:
             MemoryBudgetExceeded: it does not fit beside what is pinned; nothing was changed.
@@ -400,15 +401,15 @@ class Pager:
             self._refit_for(n_bytes, lambda: self.ledger.add(owner, -n_bytes, scope))
 
     def debit_later(self, owner: str, n_bytes: int, scope: str = TENSORS) -> None:
-        """Do what `debit` does with fewer bytes, as a finalizer has to (see `free_later`)."""
+        """Call `debit` with a negative size, from a finalizer (see `free_later`)."""
         self._finalizers.add(lambda: self.ledger.add(owner, n_bytes, scope))
 
     def row_ranges(self, entry: TensorEntry) -> Iterator[tuple[int, int]]:
-        """Yield ranges of rows, in order, each resident and pinned until the next is asked for."""
+        """Yield ranges of rows in order, each resident and pinned until the next is requested."""
         return self._access.row_ranges(entry)
 
     def read_rows(self, entry: TensorEntry, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the encoded segments of some rows (int64 `[n]`): from memory, or single rows from the SSD."""
+        """Return the encoded segments of some rows (int64 `[n]`), from memory or as single rows from the SSD."""
         return self._access.read_rows(entry, rows)
 
     def pin(self, entry: TensorEntry) -> None:
@@ -424,16 +425,16 @@ class Pager:
         self._access.unpin(entry)
 
     def unpin_later(self, entry: TensorEntry) -> None:
-        """Undo one `pin`, as a finalizer has to (see `free_later`)."""
+        """Undo one `pin`, from a finalizer (see `free_later`)."""
         self._finalizers.add(lambda: self._access.unpin(entry))
 
     def hold(self, entries: Sequence[TensorEntry], upcoming: Sequence[TensorEntry], ahead_bytes: int) -> None:
-        """Pin runtime tensors that are used in a cycle, and read ahead those that are used next.
+        """Pin runtime tensors that are used in a cycle, and prefetch those that are used next.
 
         Args:
-            entries: they are pinned, in memory.
-            upcoming: in the order of their use.
-            ahead_bytes: how much of `upcoming` may wait in memory before it is used.
+            entries: tensors to load and pin.
+            upcoming: tensors used next, in order of use.
+            ahead_bytes: how much of `upcoming` may be in memory before it is used.
 
         Raises:
             MemoryBudgetExceeded: they do not fit beside what is pinned; nothing is pinned.
@@ -443,31 +444,31 @@ class Pager:
         self._access.pin_all(entries, lambda: self._resident_set.read_cycle_ahead(wanted, ahead_bytes))
 
     def let_go(self, entries: Sequence[TensorEntry], upcoming: Sequence[TensorEntry], ahead_bytes: int) -> None:
-        """Undo one `hold`, and go on to read ahead into the room that this leaves."""
+        """Undo one `hold`, and prefetch into the room that this leaves."""
         self._access.unpin_all(entries, lambda: self._resident_set.read_cycle_ahead(upcoming, ahead_bytes))
 
     def zero(self, entry: TensorEntry) -> None:
-        """Fill a runtime tensor that is stored as it is with zeros.
+        """Fill a runtime tensor that is stored unencoded with zeros.
 
         Raises:
-            MemoryBudgetExceeded: it left meanwhile, and does not fit beside what is pinned.
+            MemoryBudgetExceeded: it has left memory since, and does not fit beside what is pinned.
         """
         with self.writing(entry):
             alias_memory(entry.address, entry.n_bytes).zero_()
 
     def mark_dirty(self, entry: TensorEntry) -> None:
-        """Note that a pinned tensor was written to: its source no longer holds it."""
+        """Record that a pinned tensor was written to and no longer equals its source."""
         self._access.mark_dirty(entry)
 
     def check(self) -> None:
-        """Assert that counters, pages, frames and the swap file agree; at any time, from any thread."""
+        """Assert that counters, pages, frames and the swap file agree. Can be called at any time from any thread."""
         with self._lock:
             complete = not self._tensors.adding
             check(self._tensors.all(), self.frames, self._mover, self._swap, complete=complete)
 
     @contextmanager
     def writing(self, entry: TensorEntry) -> Iterator[None]:
-        """Have a whole tensor in memory, to be written to in a block.
+        """Hold a whole tensor in memory for writing in a block.
 
         Raises:
             MemoryBudgetExceeded: it does not fit beside what is pinned.
@@ -477,16 +478,16 @@ class Pager:
             try:
                 yield
             finally:
-                self.mark_dirty(entry)  # also what was written halfway
+                self.mark_dirty(entry)  # also after a partial write
                 self.unpin(entry)
 
     # --- end --------------------------------------------------------------------------------------------------------
 
     def close(self) -> bool:
-        """Stop the I/O threads, release all memory, remove the swap file. Managed tensors are unusable afterwards.
+        """Stop the I/O threads, release all memory and remove the swap file. Managed tensors become unusable.
 
         Returns:
-            Whether all memory was released now: not where views of managed tensors are still alive.
+            Whether all memory was released now; `False` if views of managed tensors are still alive.
         """
         with self._lock:
             if self._mover.closed:
@@ -501,6 +502,6 @@ class Pager:
             entries = list(self.entries.values())
             for entry in entries:
                 self.free(entry.tensor_id)
-            self.frames.set_limit(0)  # also for what views release later
+            self.frames.set_limit(0)  # also for memory that views release later
         self._swap.close()
         return all(page.state is PageState.FREED for entry in entries for page in entry.pages)

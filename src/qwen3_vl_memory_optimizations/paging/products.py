@@ -1,4 +1,4 @@
-"""`Products`: products with weights, computed on the encoded form while its pages are in memory."""
+"""`Products`: compute products with weights on the encoded form while its pages are in memory."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _WHOLE_SHARE = 4
 
 
 class Products:
-    """Computes with the weights of a Pager.
+    """Computes products with the weights of a Pager.
 
     Args:
-        access: finds their pages in memory, pinned.
-        frames: whose limit says what may be in memory whole.
-        scratch: returns the workspace of the calling thread.
+        access: pins their pages in memory.
+        frames: their limit decides which tensors may be in memory whole.
+        scratch: returns the calling thread's workspace.
     """
 
     def __init__(self, access: Access, frames: FramePool, scratch: Callable[[], Scratch]) -> None:
@@ -34,7 +34,7 @@ class Products:
         self._local = threading.local()
 
     def linear(self, entry: TensorEntry, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Return `x @ W.T + bias`, computed on the encoded form, rows of W as they become resident."""
+        """Return `x @ W.T + bias`, computed on the encoded form in ranges of rows of W as they become resident."""
         left, held = self._left_operand(x), (entry,)
         with shield:
             if self._access.hold(held):
@@ -53,9 +53,10 @@ class Products:
         return out if x.dim() == 2 else out.view(*x.shape[:-1], entry.rows)
 
     def linear_transposed(self, entry: TensorEntry, grad: torch.Tensor) -> torch.Tensor:
-        """Return `grad @ W` for `[..., rows]`, in its dtype: the gradient of what `linear` was given, `[..., columns]`.
+        """Return `grad @ W` for `[..., rows]`, in the dtype of `grad`: the gradient of the input of `linear`.
 
-        W is decoded some rows at a time as they become resident; the sum is in fp32, or fp64 for a `grad` in it.
+        The result is `[..., columns]`. W is decoded in ranges of rows as they become resident. The sum is in fp32, or
+        fp64 if `grad` is fp64.
         """
         columns, dtype = columns_of(entry.shape), grad.dtype
         grad2d = grad.reshape(-1, entry.rows)
@@ -67,9 +68,9 @@ class Products:
         return out.to(dtype).view(*grad.shape[:-1], columns)
 
     def decoded_parts(self, entry: TensorEntry, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
-        """Yield all rows, some at a time: the number of the first, and their values `[n, columns]` in a workspace.
+        """Yield all rows in parts: the number of the first row, and the values `[n, columns]` in a workspace.
 
-        They are valid until the next are asked for.
+        The values are valid until the next part is requested.
         """
         columns, block = columns_of(entry.shape), entry.codec.row_block(entry.shape)
         step = max(1, self._scratch().slot_bytes // (columns * dtype.itemsize) // block) * block
@@ -80,9 +81,9 @@ class Products:
                 yield start, entry.codec.decode(entry.encoded(start, stop), rows)
 
     def linear_joined(self, entries: Sequence[TensorEntry], x: torch.Tensor) -> torch.Tensor:
-        """Return `x @ W.T` for the rows of several tensors, one after the other: one product where they are joined.
+        """Return `x @ W.T` for the rows of several tensors, concatenated: one product if they are joined (see `join`).
 
-        (See `join`.) Where one of them is not in memory, each is computed by itself as its rows come.
+        If any of them is not in memory, each product is computed separately as its rows are loaded.
         """
         joined = entries[0].joined
         if joined is not None and joined.entries == tuple(entries):
@@ -97,10 +98,10 @@ class Products:
 
     @contextmanager
     def whole(self, entries: Sequence[TensorEntry]) -> Iterator[bool]:
-        """Have tensors in memory whole for several products, as one access to each, in this order.
+        """Hold whole tensors in memory for several products; counts as one access to each, in this order.
 
         Yields:
-            Whether they are: not where they would displace too much of what else is there.
+            Whether they are in memory; `False` if they would displace too much other data.
         """
         missing_bytes = sum(entry.n_bytes for entry in entries if entry.missing)
         if missing_bytes > self._frames.limit_bytes // _WHOLE_SHARE:
@@ -113,13 +114,13 @@ class Products:
             yield True
 
     def linear_of_whole(self, entry: TensorEntry, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Return `x @ W.T + bias` within `whole`, which counted the access."""
+        """Return `x @ W.T + bias` inside `whole`, which already counted the access."""
         out = entry.codec.linear(self._left_operand(x), entry.encoded(0, entry.rows), bias, self._scratch())
         return out if x.dim() == 2 else out.view(*x.shape[:-1], entry.rows)
 
     def _left_operand(self, x: torch.Tensor) -> LinearInput:
-        """Return what was derived from `x` for the product before, if that had the same input (q, k, v; gate, up)."""
-        if x.is_inference():  # has no version: it may have been written to since
+        """Return `x` prepared as a left operand, reusing the previous product's if its input was the same (q, k, v)."""
+        if x.is_inference():  # has no version counter: it may have been written to since
             return LinearInput(x)
         last = getattr(self._local, "left", None)
         if last is not None and last[0]() is x and last[1] == x._version:
@@ -129,7 +130,7 @@ class Products:
         return left
 
     def _fits_whole(self, entry: TensorEntry) -> bool:
-        """Whether a tensor may displace others to be in memory whole; a larger one would displace most of them."""
+        """Return whether a tensor may evict others to be in memory whole; a larger one would evict most of them."""
         return entry.missing == 0 or entry.n_bytes <= self._frames.limit_bytes // _WHOLE_SHARE
 
     def _linear_in_ranges(self, entry: TensorEntry, left: LinearInput, bias: torch.Tensor | None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`RuntimeTensors`: all tensors but the weights, as the policies see them that decide which leave and come back."""
+"""`RuntimeTensors`: all tensors except weights, as seen by the policies that swap them out and back in."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .transfers.resident_set import ResidentSet
 
 
 class RuntimeTensors:
-    """Looks, lets leave, and brings back. Takes the Pager's lock itself.
+    """Inspects runtime tensors, swaps them out and brings them back. Takes the Pager's lock itself.
 
     Args:
         lock: the Pager's.
         entries: the tensors, by id.
         frames: the memory of the pages.
-        mover: moves them.
-        resident_set: says who leaves first, and whether there is room.
+        mover: moves the pages.
+        resident_set: decides the eviction order, and whether there is room.
         access: records uses.
-        finalizers: what they left is done first.
+        finalizers: their queued actions run first.
     """
 
     def __init__(
@@ -49,27 +49,27 @@ class RuntimeTensors:
         return (entry for entry in self._entries.values() if entry.kind != "weights")
 
     def fill(self) -> float:
-        """Return the share of the page frames that is in use; 0 without a limit."""
+        """Return the share of the page frames in use; 0 without a limit."""
         with self._lock:
             return self._frames.used_bytes / max(self._frames.limit_bytes, 1)
 
     def last_accesses(self) -> dict[str, int]:
-        """Return when each was used last, counted in accesses; 0: never."""
+        """Return when each tensor was last used, counted in accesses; 0: never."""
         with self._lock:
             self._finalizers.run()
             return {entry.tensor_id: max((p.last_access for p in entry.pages), default=0) for entry in self._all()}
 
     def idle_bytes(self) -> dict[str, int]:
-        """Return the bytes in memory of each that nobody holds and that is not on its way."""
+        """Return the resident bytes of each tensor that is neither held nor moving."""
         with self._lock:
             self._finalizers.run()
             held = {entry.tensor_id: sum(p.n_bytes for p in entry.pages if p.resident) for entry in self._all()}
             return {name: n_bytes for name, n_bytes in held.items() if n_bytes and self._is_idle(self._entries[name])}
 
     def send_out(self, tensor_id: str) -> int:
-        """Let one leave for the SSD; return the bytes that leave. Returns at once: they are written meanwhile.
+        """Swap out one tensor and return the bytes that leave. Returns immediately; writes run in the background.
 
-        Returns 0 for one that is held or unknown, and once the Pager is closed. Where the SSD has no room, it stays.
+        Returns 0 for a held or unknown tensor, and once the Pager is closed. If the SSD is full, the tensor stays.
         """
         with self._lock:
             entry = self._entries.get(tensor_id)
@@ -79,12 +79,12 @@ class RuntimeTensors:
             try:
                 for page in entry.pages:
                     self._mover.evict(page)
-            except MemoryOptimizationError:  # the checkpoint or the swap file; what is in memory stays valid
+            except MemoryOptimizationError:  # of the checkpoint or the swap file; the copy in memory stays valid
                 return 0
             return before - sum(page.n_bytes for page in entry.pages if page.resident)
 
     def rest(self, entries: Sequence[TensorEntry], *, used: bool) -> None:
-        """Note that tensors are not used in a cycle any more, and whether this is a use of each."""
+        """Record that tensors left their cycle, and whether this counts as a use of each."""
         with self._lock:
             for entry in entries:
                 self._resident_set.rested(entry)
@@ -92,10 +92,10 @@ class RuntimeTensors:
                     self._access.note_use(entry)
 
     def keep_in_file(self, entry: TensorEntry, source: FileSource) -> bool:
-        """Note that a file holds what a tensor does: from now on it leaves memory without being written.
+        """Use a file that holds a tensor's contents as its source, so that it can be dropped without a write.
 
         Returns:
-            `False`, with nothing changed, if it was freed, or written to meanwhile.
+            `False`, with nothing changed, if the tensor was freed or written to meanwhile.
         """
         with self._lock:
             if entry.freed or self._mover.closed or entry.source is not None:
@@ -111,39 +111,39 @@ class RuntimeTensors:
             return True
 
     def is_stored(self, tensor_id: str) -> bool:
-        """Return whether a file holds all of a tensor, so that it leaves memory without being written."""
+        """Return whether a file holds all of a tensor, so that it can be dropped without a write."""
         with self._lock:
             entry = self._entries.get(tensor_id)
             return entry is not None and entry.source is not None and not any(page.dirty for page in entry.pages)
 
     def resident_bytes(self, entries: Sequence[TensorEntry]) -> int:
-        """Return how much of some tensors is in memory."""
+        """Return how many bytes of some tensors are in memory."""
         with self._lock:
             return sum(page.n_bytes for entry in entries for page in entry.pages if page.resident)
 
     def swap_ahead(self, share: float) -> int:
-        """Let some leave until they fill at most a share of the memory; what is used in a cycle stays.
+        """Swap tensors out until they fill at most a share of the memory; tensors used in a cycle stay.
 
         Returns:
-            The bytes that leave. Returns at once: they are written meanwhile.
+            The bytes that leave. Returns immediately; writes run in the background.
         """
         with self._lock:
             return 0 if self._mover.closed else self._resident_set.swap_ahead(share)
 
     def swapped_out(self) -> list[str]:
-        """Return the ids of those of which nothing is in memory."""
+        """Return the ids of tensors that are entirely out of memory."""
         with self._lock:
             away = (entry for entry in self._all() if all(page.state is PageState.SWAPPED for page in entry.pages))
             return [entry.tensor_id for entry in away]
 
     def bring(self, tensor_ids: Sequence[str]) -> list[str]:
-        """Read some into memory that nobody uses, one page at a time and behind all other reads.
+        """Prefetch tensors into unused memory, one page at a time and at the lowest read priority.
 
         Args:
-            tensor_ids: in the order in which they are wanted; unknown ones are skipped.
+            tensor_ids: in the order in which they are wanted; unknown ids are ignored.
 
         Returns:
-            Those that are on their way: none where weights still wait for room.
+            The tensors whose reads were started; none while weights still wait for room.
         """
         with self._lock:
             self._finalizers.run()

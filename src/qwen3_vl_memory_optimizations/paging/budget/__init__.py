@@ -1,1 +1,1 @@
-"""The budget: accounts, what others take of it, and memory that goes back."""
+"""The budget: accounts, memory used by others, and memory returned to the system."""

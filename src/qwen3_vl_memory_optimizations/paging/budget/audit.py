@@ -1,8 +1,8 @@
-"""`MemoryAudit`: a check mode that compares the resident set with the ledger at each pass.
+"""`MemoryAudit`: a check mode that compares the process's resident set size with the ledger at each pass.
 
-It is on where the environment variable `QWEN3VL_MEM_AUDIT` is set. What the process used at most since the pass before
-is what the kernel says (its high-water mark, which is set back); what was announced is what the accounts hold. What is
-over is named by the pass and its phase, and is logged.
+It is enabled by the environment variable `QWEN3VL_MEM_AUDIT`. Peak use since the previous pass is the kernel's
+high-water mark, which is then reset; declared use is the sum of the accounts. Any excess is logged with the pass and
+its phase.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ ENVIRONMENT_VARIABLE = "QWEN3VL_MEM_AUDIT"
 _LEAST_BYTES = 1 << 20
 _MOST_FOUND = 1024
 _MEASURED = ("process", "system")
-"""Accounts that follow what is measured: to compare with them would explain everything."""
+"""Accounts that are set from measurements; comparing with them would explain any growth."""
 
 
 @dataclass(frozen=True, slots=True)
 class Undeclared:
-    """Memory that no account had announced.
+    """Memory that no account declared.
 
     Attributes:
-        passes: how many passes there were.
-        phase: what was computed before this was seen.
-        n_bytes: above what was announced, and above what was found before.
-        accounts: what was announced, by owner.
+        passes: number of passes so far.
+        phase: what was being computed before this was seen.
+        n_bytes: bytes above the declared use and above earlier findings.
+        accounts: the declared use, by owner.
     """
 
     passes: int
@@ -43,15 +43,15 @@ class Undeclared:
 
 
 class MemoryAudit:
-    """Looks at each pass. Used under the Pager's lock.
+    """Checks each pass. Used under the Pager's lock.
 
     Args:
-        pager: whose ledger it is.
+        pager: owner of the ledger.
         phase: returns what is being computed.
 
     Attributes:
-        found: undeclared growth, the latest last.
-        baseline_bytes: of the process besides what is announced; set by `begin`.
+        found: undeclared growth, latest last.
+        baseline_bytes: use of the process beyond the declared use; set by `begin`.
     """
 
     def __init__(self, pager: Pager, phase: Callable[[], str]) -> None:
@@ -66,24 +66,24 @@ class MemoryAudit:
 
     @staticmethod
     def is_on() -> bool:
-        """Whether the environment asks for it."""
+        """Return whether the environment enables the audit."""
         return bool(os.environ.get(ENVIRONMENT_VARIABLE))
 
     def begin(self, baseline_bytes: int) -> None:
-        """Take what the process uses now, besides what is announced, as explained: between runs it is the caller's."""
+        """Take the current undeclared use as the baseline: between runs it belongs to the caller."""
         self.baseline_bytes = max(baseline_bytes, self.baseline_bytes or 0)
         self._remember()
         reset_peak_rss()
 
     def rest_bytes(self) -> int:
-        """Return the resident memory that nothing explains, after what the allocator keeps was given back."""
+        """Return the unexplained resident memory, after the allocator's free memory was released."""
         trim_heap()
         accounts = self._accounts()
         explained = self._pager.touched_bytes + sum(accounts.values()) - accounts.get("activations", 0)
         return process_memory().anonymous_bytes - explained
 
     def look(self) -> None:
-        """Compare what was used at most since the last look with what was announced then and now."""
+        """Compare peak use since the last check with the use declared then and now."""
         if self.baseline_bytes is None:
             return
         now = self._accounts()

@@ -1,4 +1,4 @@
-"""`Compactor`: free page frames that nobody takes go back to the system."""
+"""`Compactor`: return idle page frames to the system."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from ..pager import Pager
 
 
 class Compactor:
-    """A thread that gives each free frame a residence time: after a whole interval without an owner it goes back.
+    """A thread that returns frames to the system after they have been free for a whole interval.
 
-    Frames move between addresses, so memory is never free in the wrong place; what a pool holds too much of is free
-    frames. The frames freed last are taken first, which leaves those beyond what is needed untouched.
+    Frames can move between addresses, so free memory is never fragmented; a pool's surplus is free frames. The most
+    recently freed frames are reused first, which leaves the surplus untouched.
 
     Args:
-        pager: whose frames; when it is collected, the thread ends.
-        interval_s: the residence time, and the pause between two looks, in seconds.
+        pager: owner of the frames; when it is collected, the thread ends.
+        interval_s: the idle time, and the pause between two checks, in seconds.
 
     Raises:
-        ConfigurationError: an interval that is not above zero.
+        ConfigurationError: the interval is not above zero.
     """
 
     def __init__(self, pager: Pager, interval_s: float) -> None:
@@ -35,7 +35,7 @@ class Compactor:
 
     @property
     def interval_s(self) -> float:
-        """The residence time in seconds."""
+        """The idle time in seconds."""
         return self._periodic.interval_s
 
     @interval_s.setter
@@ -47,5 +47,5 @@ class Compactor:
         self._periodic.start()
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._periodic.close()

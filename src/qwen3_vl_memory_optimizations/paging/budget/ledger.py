@@ -1,4 +1,4 @@
-"""The budget: what each owner holds, and what that leaves for page frames."""
+"""The budget: what each owner holds, and what remains for page frames."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _UNLIMITED = 1 << 62
 class Ledger:
     """Accounts by owner under two limits.
 
-    `ram_budget_bytes` bounds the whole process (accounts of both scopes); `tensor_budget_bytes` bounds the managed
-    tensors, their resident segments and their workspace (scope `tensors`). Page frames take what the accounts leave.
+    `ram_budget_bytes` bounds the whole process (accounts of both scopes). `tensor_budget_bytes` bounds the managed
+    tensors, their resident segments and their workspace (scope `tensors`). Page frames use what the accounts leave.
 
     Args:
-        ram_budget_bytes: limit of the process, `None` for none.
-        tensor_budget_bytes: limit of the managed tensors, `None` for none.
+        ram_budget_bytes: limit of the process, `None` for no limit.
+        tensor_budget_bytes: limit of the managed tensors, `None` for no limit.
     """
 
     def __init__(self, ram_budget_bytes: int | None, tensor_budget_bytes: int | None) -> None:
@@ -29,7 +29,7 @@ class Ledger:
 
     @property
     def limited(self) -> bool:
-        """Whether any limit was set."""
+        """Return whether any limit is set."""
         return self.ram_budget_bytes is not None or self.tensor_budget_bytes is not None
 
     def held_bytes(self, owner: str) -> int:
@@ -37,7 +37,7 @@ class Ledger:
         return sum(accounts.get(owner, 0) for accounts in self._accounts.values())
 
     def accounts(self, scope: str | None = None) -> dict[str, int]:
-        """Return owner -> bytes, of one scope or of both."""
+        """Return owner -> bytes, for one scope or both."""
         return {**self._accounts[PROCESS], **self._accounts[TENSORS]} if scope is None else {**self._accounts[scope]}
 
     def frames_limit_bytes(self) -> int:
@@ -45,7 +45,7 @@ class Ledger:
         return max(0, self._left_bytes())
 
     def _left_bytes(self) -> int:
-        """What the accounts leave; negative where they hold more than a limit."""
+        """Return what the accounts leave; negative if they exceed a limit."""
         tensors = sum(self._accounts[TENSORS].values())
         process = sum(self._accounts[PROCESS].values())
         of_tensors = _UNLIMITED if self.tensor_budget_bytes is None else self.tensor_budget_bytes - tensors
@@ -53,7 +53,7 @@ class Ledger:
         return min(of_tensors, of_process)
 
     def most_bytes(self, owner: str) -> int:
-        """Return the most that an owner could hold, if page frames shrank to what they need.
+        """Return the most that an owner could hold if page frames shrank to their minimum.
 
         `tensor_budget` does not bound owners of scope `PROCESS`.
         """
@@ -63,10 +63,10 @@ class Ledger:
         return self.held_bytes(owner) + max(0, left - self.frames_floor_bytes)
 
     def set(self, owner: str, n_bytes: int, scope: str = TENSORS) -> None:
-        """Set what an owner holds; to be called before the memory is taken.
+        """Set what an owner holds; call it before the memory is taken.
 
         Raises:
-            MemoryBudgetExceeded: it would leave less for page frames than they need; nothing was changed.
+            MemoryBudgetExceeded: page frames would have less than their minimum; nothing was changed.
         """
         before = self._accounts[scope].get(owner, 0)
         self._accounts[scope][owner] = n_bytes
@@ -86,5 +86,5 @@ class Ledger:
             )
 
     def add(self, owner: str, n_bytes: int, scope: str = TENSORS) -> None:
-        """Add to what an owner holds (or subtract)."""
+        """Add to what an owner holds; negative subtracts."""
         self.set(owner, self._accounts[scope].get(owner, 0) + n_bytes, scope)

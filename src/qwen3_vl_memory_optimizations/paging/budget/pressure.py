@@ -1,8 +1,8 @@
-"""`PressureMonitor`: gives memory up when somebody else takes it, and takes it back when it is free again.
+"""`PressureMonitor`: give memory up when other code takes it, and take it back when it is free again.
 
-What a forward needs is set aside before it runs (`accounts.py`). What the application takes between forwards (a photo
-that is decoded), and what other processes take, nobody announces. When a control group is full to the brim with memory
-that cannot be dropped, the kernel drops the code that runs, again and again: computing a second takes a minute.
+The memory of a forward pass is reserved before it runs (`accounts.py`). Memory taken by the application between
+forwards (to decode a photo, say) and by other processes is not announced. When a control group is full of memory that
+cannot be dropped, the kernel repeatedly drops the code that is running: one second of computing takes a minute.
 """
 
 from __future__ import annotations
@@ -21,43 +21,43 @@ from ..pager import Pager
 logger = logging.getLogger(__name__)
 
 OWNER = "pressure"
-"""The account of the ledger that holds what was given up."""
+"""The ledger account that holds the memory given up."""
 
 _PERIOD_S = 0.1
 _CLOSE_LOOKS = 10
-"""After memory was short, so many looks come five times as fast."""
+"""After memory was short, this many checks run at five times the rate."""
 _MOST_FACTOR = 4
-"""Short again at the next look, twice as much is given up, and then four times: who takes is fast."""
+"""If memory is still short at the next check, twice as much is given up, then four times."""
 _CALM_S = 1.0
 _LEAST_ROOM_BYTES = 40 << 20
-"""For the code of libraries that runs (about 35 MB), and what the kernel reads around it."""
+"""For library code that runs (about 35 MB), and the kernel's readahead around it."""
 _LEAST_AVAILABLE_BYTES = 256 << 20
-"""Of the machine: with less, systems begin to swap others out."""
+"""Of the machine: with less, systems begin to swap out other processes."""
 _ROOM_SHARE = 32
-"""In small groups, and on small machines, the least room is one part in 32."""
+"""In small groups, and on small machines, the minimum room is 1/32 of the memory."""
 _MORE_SHARE = 2
-"""Half as much again is given up, so that it is not asked for again at once."""
+"""Half as much again is given up, to avoid an immediate second request."""
 _FULL_BYTES = 16 << 20
-"""A group with less than this left is full: the kernel drops a page of a file for each that it brings."""
+"""A group with less than this left is full: the kernel drops one file page for each that it reads."""
 _MANY_FAULTS_A_S = 100
 _LONG_STALL_SHARE = 0.1
-"""Of the time somebody waits for memory: then it is short, whatever the figures say."""
+"""Share of time stalled on memory above which memory is short, whatever the other figures say."""
 _SETTLE_S = 0.5
 _MOST_ROOM_SHARE = 8
-"""Faults teach that more room is needed: 32 MiB more, up to one part in 8 of the group."""
+"""Faults raise the required room: by 32 MiB each time, up to 1/8 of the group."""
 _LEARNT_STEP_BYTES = 32 << 20
 _LEFT_BYTES = 64 << 20
-"""Weights keep so much, however little room there is."""
+"""Weights always keep this much, however little room there is."""
 
 
 class _Rate:
-    """A count that has grown fast lately, and in the half second before too: once is no sign.
+    """Growth rate of a counter; `is_fast` is true after two consecutive fast half-seconds.
 
-    After the first pass, for one, code is given back on purpose, and what is needed comes again.
+    One fast half-second is not enough: after the first pass, for example, code is released on purpose and read again.
 
     Args:
-        read: returns the count; `None`: there is none.
-        most_a_s: what is fast.
+        read: returns the count; `None`: not available.
+        most_a_s: the rate per second above which growth is fast.
         timer: a monotonic clock in seconds.
     """
 
@@ -67,7 +67,7 @@ class _Rate:
         self._was_fast = False
 
     def is_fast(self) -> bool:
-        """Look again, if half a second has passed."""
+        """Return whether growth is fast; sample again if half a second has passed."""
         now_s, (before_s, before) = self._timer(), self._before
         if now_s - before_s < _SETTLE_S:
             return False
@@ -79,23 +79,24 @@ class _Rate:
 
 
 class PressureMonitor:
-    """A thread that looks ten times a second how much room is left for files, and reserves what is missing.
+    """A thread that checks ten times per second how much room is left for files, and reserves what is missing.
 
     Args:
-        pager: lets pages leave; when it is collected, the thread ends.
-        budget_bytes: of the process.
-        also: called with the Pager at each look.
-        period_s: between two looks.
+        pager: evicts pages; when it is collected, the thread ends.
+        budget_bytes: budget of the process.
+        also: called with the Pager at each check.
+        period_s: time between two checks.
         timer: a monotonic clock in seconds.
-        major_faults: returns how often this process has waited for a page of a file so far.
-        stalls: returns how long its group and the machine have waited for memory so far; default: as the system says.
-        root: of the system's files.
+        major_faults: returns how often this process has waited for a file page so far.
+        stalls: returns how long its group and the machine have waited for memory so far; default: as reported by the
+            system.
+        root: root of the system's files.
 
     Attributes:
-        reliefs: how often memory was given up.
-        given_up_bytes: the most that was at a time.
-        failures: how often a look raised what it should not; it is logged, and the next look is taken.
-        last_error: what it raised last; `None`: it never did.
+        reliefs: number of times memory was given up.
+        given_up_bytes: the most that was given up at any time.
+        failures: number of checks that raised an unexpected error; it is logged, and checks continue.
+        last_error: the latest such error; `None`: none so far.
     """
 
     def __init__(
@@ -132,11 +133,11 @@ class PressureMonitor:
         self._thread = threading.Thread(target=self._watch, name="memory-pressure", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start watching."""
         self._thread.start()
 
     def close(self) -> None:
-        """Stop watching; what was given up stays with the Pager's account."""
+        """Stop watching; memory already given up stays in the Pager's account."""
         self._ended.set()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
@@ -149,13 +150,13 @@ class PressureMonitor:
             except Exception as error:
                 self.failures += 1
                 self.last_error = error.with_traceback(None)
-                logger.exception("memory-pressure: failed (%d times so far); it goes on", self.failures)
+                logger.exception("memory-pressure: check failed (%d times so far); checks continue", self.failures)
 
     def look(self) -> bool:
-        """Look once, and give memory up or take it back.
+        """Check once, and give memory up or take it back.
 
         Returns:
-            Whether there is still something to watch for.
+            Whether there is still a Pager to watch.
         """
         pager = self._pager()
         if pager is None:
@@ -171,14 +172,14 @@ class PressureMonitor:
                 self._give_up(pager, short * min(_MOST_FACTOR, 1 << (self._streak - 1)))
             elif pager.ledger.held_bytes(OWNER):
                 self._take_back(pager, spare)
-        except MemoryOptimizationError as error:  # pinned, or closed meanwhile; the next look is soon
+        except MemoryOptimizationError as error:  # pinned, or closed meanwhile; the next check is soon
             logger.debug("no memory could be given up: %s", str(error))
         return True
 
     def _room(self) -> tuple[int, int]:
-        """Return by how much the room is too small, and how much there is beyond what is comfortable."""
+        """Return how many bytes of room are missing, and how many are left beyond a comfortable margin."""
         short, spare = 0, self._budget_bytes
-        starved = any([self._faults.is_fast(), self._group_stalls.is_fast()])  # both look each time
+        starved = any([self._faults.is_fast(), self._group_stalls.is_fast()])  # a list, so that both are sampled
         for group in limiting_groups(root=self._root):
             least = max(self._learnt_bytes, min(_LEAST_ROOM_BYTES, group.limit_bytes // _ROOM_SHARE))
             room = group.limit_bytes - group.used_bytes + group.files_bytes
@@ -188,8 +189,8 @@ class PressureMonitor:
             short, spare = _worse(short, spare, room, least)
         total, available = usable_memory(root=self._root, groups=False)
         least = min(_LEAST_AVAILABLE_BYTES, total // _ROOM_SHARE)
-        # What is available is an estimate; where others wait for memory, it is too high. The groups of others that are
-        # full wait too, with any amount of it: that is theirs.
+        # Available memory is an estimate; it is too high if other processes stall on memory. Processes in other full
+        # groups stall too, however much is available; that is not our shortage.
         least *= 2 if self._system_stalls.is_fast() else 1
         return _worse(short, spare, available, least)
 
@@ -203,7 +204,7 @@ class PressureMonitor:
             logger.info("memory is short: %s given up, %s in all", format_bytes(wanted - held), format_bytes(wanted))
 
     def _take_back(self, pager: Pager, spare: int) -> None:
-        """Take back what is spare, after some time in which nothing was short; what was learnt is doubted then."""
+        """Take back spare memory after a while without shortage; the learned room is lowered then too."""
         now_s = self._timer()
         if self._calm_since_s is None:
             self._calm_since_s = now_s

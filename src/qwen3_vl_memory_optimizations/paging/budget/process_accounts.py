@@ -1,4 +1,4 @@
-"""`ProcessAccounts`: what the process and the system around it take of `ram_budget`, measured as it changes."""
+"""`ProcessAccounts`: charge `ram_budget` for what the process and the system around it use, as measured."""
 
 from __future__ import annotations
 
@@ -21,52 +21,52 @@ logger = logging.getLogger(__name__)
 
 _SLACK_BYTES = 8 * 2**20
 _KERNEL_SHARE = 64
-"""One part in 64 of the budget is for page tables and file buffers that the kernel holds for the process; control
-groups count them, the resident set does not. Where there is a group, what it says counts."""
+"""Reserve 1/64 of the budget for page tables and file buffers that the kernel holds for the process. Control groups
+count them, the resident set size does not. In a control group, its own figure is used instead."""
 _LEAST_CODE_BYTES = 48 * 2**20
 _CODE_SHARE = 32
-"""Of the code of libraries that computing runs (35 to 45 MB), or one part in 32 of a small budget."""
+"""Library code that computing runs (35 to 45 MB), or 1/32 of a small budget."""
 _CACHE_SHARE = 16
-"""Cached files that a group holds count up to this part of the budget: more of them is left to the kernel to drop."""
+"""A group's file cache is charged up to this share of the budget; the kernel can drop the rest."""
 _CACHE_SLACK_BYTES = 16 * 2**20
 
 
 class ProcessAccounts:
-    """Keeps the accounts `process`, `system` and `activations` of a Pager's ledger, and gives back what is not needed.
+    """Keeps the accounts `process`, `system` and `activations` of a Pager's ledger, and releases unneeded memory.
 
     Args:
-        pager: its hooks `on_pass` and `on_growth` are taken.
-        budget_bytes: the most the process may use.
-        baseline_bytes: what it uses now, before any tensor.
+        pager: its hooks `on_pass` and `on_growth` are set.
+        budget_bytes: maximum memory of the process.
+        baseline_bytes: memory the process uses now, before any tensor.
 
     Raises:
-        MemoryBudgetExceeded: nothing would be left.
+        MemoryBudgetExceeded: the budget leaves nothing for tensors.
     """
 
     def __init__(self, pager: Pager, budget_bytes: int, baseline_bytes: int) -> None:
         self._pager = pager
         self._budget_bytes = budget_bytes
         self.audit: MemoryAudit | None = None
-        self._least_cached_bytes: dict[int, int] = {}  # by limit of the group
+        self._least_cached_bytes: dict[int, int] = {}  # by group limit
         pager.reserve("process", baseline_bytes)
         pager.reserve("system", self._system_bytes())
         pager.on_pass = self._on_pass
         pager.on_growth = self._before_growth
 
     def reserve_activations(self, n_bytes: int) -> None:
-        """Set memory aside for the transient tensors of a forward that is about to run.
+        """Reserve memory for the transient tensors of a forward pass that is about to run.
 
         Raises:
-            MemoryBudgetExceeded: it does not fit beside what the weights need at least.
+            MemoryBudgetExceeded: it does not fit beside the minimum that the weights need.
         """
         self._pager.reserve("activations", n_bytes)
         self._before_growth(n_bytes)
 
     def measure(self) -> int:
-        """Account for what the process uses by now, libraries that were imported included; return it.
+        """Charge what the process uses now, including imported libraries, and return it.
 
         Raises:
-            MemoryBudgetExceeded: it does not fit beside what the weights need at least.
+            MemoryBudgetExceeded: it does not fit beside the minimum that the weights need.
         """
         unmanaged = self._unmanaged_bytes()
         self._account("process", unmanaged)
@@ -76,15 +76,17 @@ class ProcessAccounts:
         return unmanaged
 
     def _on_pass(self) -> None:
-        """At the start of each pass: what the process uses besides managed memory may have grown or shrunk."""
+        """Update the accounts at the start of each pass: unmanaged memory may have grown or shrunk."""
         if self.audit is not None:
             self.audit.look()
         if self._unmanaged_bytes() > self._pager.ledger.held_bytes("process") + _SLACK_BYTES:
             trim_heap()
         read_again_bytes = 0
         if self._pager.schedule.passes == 1:
-            release_library_pages()  # what only the prefill of the first prompt ran
-            read_again_bytes = self._budget_bytes // _CACHE_SHARE  # in this pass: what is needed, and is read around it
+            release_library_pages()  # code that only the first prompt's prefill ran
+            read_again_bytes = (
+                self._budget_bytes // _CACHE_SHARE
+            )  # needed code, with its readahead, returns in this pass
         for owner, n_bytes in (
             ("process", self._unmanaged_bytes()),
             ("system", self._system_bytes() + read_again_bytes),
@@ -92,8 +94,8 @@ class ProcessAccounts:
             try:
                 self._account(owner, n_bytes)
             except MemoryBudgetExceeded as error:
-                # The memory is in use already, and an admitted run finishes: evict as much as can leave.
-                logger.warning("more memory is used than the budget has room for: %s", str(error))
+                # The memory is already in use, and an admitted run finishes: evict as much as possible.
+                logger.warning("memory use exceeds the budget; evicting as much as possible: %s", str(error))
                 self._pager.reserve(owner, self._pager.ledger.most_bytes(owner))
 
     def _account(self, owner: str, n_bytes: int) -> None:
@@ -103,12 +105,12 @@ class ProcessAccounts:
     def _unmanaged_bytes(self) -> int:
         ledger = self._pager.ledger
         counted = sum(ledger.held_bytes(owner) for owner in ("small weights", "workspace", "kv_cache", "cache"))
-        # Right after library code was given back hardly any is there: what will be needed again counts already.
+        # Right after library code is released hardly any is resident: charge in advance for what will return.
         missing_code = max(0, min(_LEAST_CODE_BYTES, self._budget_bytes // _CODE_SHARE) - mapped_file_bytes())
         return max(0, rss_bytes() + missing_code - self._pager.touched_bytes - counted)
 
     def _system_bytes(self) -> int:
-        """What the kernel and others in the control group of the process take, as far as the budget is less for it."""
+        """Budget withheld for the kernel and for other processes in our control group."""
         budget, rss = self._budget_bytes, rss_bytes()
         held, counted = budget // _KERNEL_SHARE, budget // _CACHE_SHARE
         for group in limiting_groups():
@@ -120,14 +122,14 @@ class ProcessAccounts:
         return held
 
     def _before_growth(self, n_bytes: int) -> None:
-        """Keep a control group that is as small as the budget from running into its limit."""
-        margin = self._budget_bytes // _CACHE_SHARE  # activations grow meanwhile, and do not ask
+        """Keep a control group that is as small as the budget from reaching its limit."""
+        margin = self._budget_bytes // _CACHE_SHARE  # activations grow meanwhile, without calling this hook
         for group in limiting_groups():
             if group.used_bytes + n_bytes + margin > group.limit_bytes:
                 self._without_read_ahead(group)
 
     def _without_read_ahead(self, group: GroupMemory) -> GroupMemory:
-        """Drop the code of libraries that was read ahead, once enough of it has gathered; return what then holds."""
+        """Drop library code that was read ahead, once enough has accumulated; return the group's new figures."""
         least = self._least_cached_bytes.get(group.limit_bytes, 0)
         if group.cached_bytes > least + _CACHE_SLACK_BYTES:
             drop_cached_libraries()

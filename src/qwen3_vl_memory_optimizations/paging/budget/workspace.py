@@ -1,4 +1,4 @@
-"""`Workspaces`: scratch memory of each thread that computes, debited as it grows."""
+"""`Workspaces`: scratch memory per computing thread, debited as it grows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LEAST_SLOT_BYTES = 1 << 16
 
 
 class Account(Protocol):
-    """What is debited: a Pager."""
+    """The account that is debited: a Pager."""
 
     frames: FramePool
 
@@ -23,14 +23,14 @@ class Account(Protocol):
         """Add to what an owner holds, before the memory is taken."""
 
     def debit_later(self, owner: str, n_bytes: int) -> None:
-        """Subtract from what an owner holds, from a finalizer."""
+        """Subtract from what an owner holds; safe to call from a finalizer."""
 
 
 class Workspaces:
-    """Gives each thread one workspace; what it holds is given back when the thread ends.
+    """Gives each thread one workspace; its memory is credited back when the thread ends.
 
     Args:
-        pager: is debited (account `workspace`).
+        pager: debited through its account `workspace`.
     """
 
     def __init__(self, pager: Account) -> None:
@@ -60,7 +60,7 @@ class Workspaces:
 
 
 def _give_back(pager: weakref.ref[Account], held: list[int]) -> None:
-    """The thread that had a workspace ended."""
+    """Credit a workspace back after its thread ended."""
     alive = pager()
     if alive is not None and held[0]:
         alive.debit_later(_OWNER, -held[0])

@@ -1,1 +1,1 @@
-"""What the Pager knows of each tensor and page."""
+"""The Pager's records of tensors and pages."""

@@ -1,4 +1,4 @@
-"""`check`: whether what the Pager counts is what there is; for tests, and to look into a problem afterwards."""
+"""`check`: compare the Pager's counters with the actual state, for tests and for diagnosis."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .entry import IN_MEMORY, Page, PageState, TensorEntry
 def check(
     entries: Iterable[TensorEntry], frames: FramePool, mover: PageMover, swap: SwapFile, *, complete: bool
 ) -> None:
-    """Assert that counters, pages, frames and the swap file agree. Used under the Pager's lock.
+    """Assert that counters, pages, frames and the swap file agree. Called under the Pager's lock.
 
     Args:
-        entries: all that have memory, freed ones that somebody still holds too.
-        frames, mover, swap: what they use.
-        complete: no tensor is about to come, whose frames count already.
+        entries: all tensors that have memory, including freed ones that callers still hold.
+        frames, mover, swap: what the tensors use.
+        complete: no tensor whose frames already count is about to be added.
     """
     entries = list(entries)
     for entry in entries:
@@ -33,19 +33,19 @@ def check(
         between = sum(len(entry.shared_frames()) for entry in entries) * FRAME_BYTES
         _equal("bytes of frames", frames.used_bytes, _bytes_of(there) + between)
         extents = [page.swap_offset for page in pages if page.swap_offset is not None]
-        assert len(extents) == len(set(extents)), "two pages have one extent of the swap file"
+        assert len(extents) == len(set(extents)), "two pages share one extent of the swap file"
         _equal("extents of the swap file", set(swap.extents()), set(extents))
     units = {unit for page in there for unit in units_of(page.frames_start, page.n_bytes)}
-    assert not units & set(frames.free_units()), "a free frame is part of a page in memory"
+    assert not units & set(frames.free_units()), "a free frame belongs to a page in memory"
     moving = Counter(page.state for page in pages)
     _equal("transfers", mover.moving, moving[PageState.LOADING] + moving[PageState.WRITING])
-    _equal("bytes that leave", mover.leaving_bytes, _bytes_of(p for p in there if p.state is PageState.WRITING))
-    _equal("bytes read ahead", mover.ahead_bytes, _bytes_of(p for p in there if p.unused and not p.kept))
+    _equal("bytes being written out", mover.leaving_bytes, _bytes_of(p for p in there if p.state is PageState.WRITING))
+    _equal("prefetched bytes", mover.ahead_bytes, _bytes_of(p for p in there if p.unused and not p.kept))
     if complete:
         weights = (page for page in there if page.entry.kind == "weights")
         _equal("bytes of weights", mover.weights_resident_bytes, _bytes_of(weights))
     loading = (page for page in there if page.state is PageState.LOADING)
-    _equal("bytes not touched yet", mover.untouched_bytes, sum(page.untouched_bytes for page in loading))
+    _equal("untouched bytes", mover.untouched_bytes, sum(page.untouched_bytes for page in loading))
     swap.check()
 
 

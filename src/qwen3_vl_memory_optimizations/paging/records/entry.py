@@ -1,4 +1,4 @@
-"""`Page` and `TensorEntry`: what the Pager knows of a managed tensor."""
+"""`Page` and `TensorEntry`: the Pager's records of a managed tensor."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TRANSITIONS = {
 
 @dataclass(frozen=True, slots=True)
 class FileSource:
-    """Where clean pages are read from: the paged segment lies at `offset_bytes` of `file`."""
+    """Source of clean pages: the paged segment starts at `offset_bytes` of `file`."""
 
     file: DirectFile
     offset_bytes: int
@@ -55,19 +55,19 @@ class FileSource:
 
 @dataclass(slots=True, eq=False)
 class Page:
-    """A range of a tensor that moves as one: one request to the SSD.
+    """A range of a tensor that moves as a unit, in one SSD request.
 
     Attributes:
         start_bytes, stop_bytes: its range in the paged segment.
-        frames_start, frames_stop: addresses of the page frames that come and go with it. A frame that two pages share
-            (segments read in place need not start on a frame) belongs to neither and stays.
-        pins: a pinned page is not moved.
-        awaited: threads that wait for it; once it is there it stays until they go on.
-        kept: part of the resident subset; other pages leave as soon as they were used.
-        dirty: its source and its swap extent, if any, do not hold its contents.
-        aliased: views were handed out; they may have written to it.
+        frames_start, frames_stop: addresses of the page frames that move with it. A frame shared by two pages
+            (segments read in place need not start on a frame boundary) belongs to neither and stays.
+        pins: number of pins; a pinned page is not moved.
+        awaited: number of threads waiting for it; once loaded, it stays until they continue.
+        kept: part of the resident subset; other pages are dropped right after use.
+        dirty: neither its source nor its swap extent, if any, holds its contents.
+        aliased: views were handed out and may have written to it.
         unused: loaded, and not accessed since.
-        untouched_bytes: while it is read: memory that its frames have yet to take from the system.
+        untouched_bytes: while it is being read: memory its frames have not yet taken from the system.
     """
 
     entry: TensorEntry
@@ -93,7 +93,7 @@ class Page:
 
     @property
     def resident(self) -> bool:
-        """Whether its bytes are in memory and complete."""
+        """Return whether its bytes are in memory and complete."""
         return self.state is PageState.RESIDENT
 
     @property
@@ -106,18 +106,18 @@ class TensorEntry:
     """The record of one managed tensor: codec, address, pages, segments.
 
     Args:
-        tensor_id: unique in one Pager; where it has a `/`, what is before that names the model (see `model_of`).
+        tensor_id: unique within one Pager; the part before a `/`, if any, names the model (see `model_of`).
         kind: `weights`, `kv_cache`, `vision_features`, `text_embeddings` or `general`.
-        shape, dtype: the logical ones, as seen by the model.
+        shape, dtype: logical shape and dtype, as seen by the model.
         codec: how `segments` encode it.
-        address: of the paged segment, in reserved address space.
+        address: address of the paged segment, in reserved address space.
         paged: dtype and shape of the paged segment.
-        resident: the other segments, by name; those in the attribute `shared` belong to all rows.
-        rows_per_page: rows a page (weights), or `None`: pages of `page_bytes` whatever the rows.
+        resident: the other segments, by name; those named in the attribute `shared` apply to all rows.
+        rows_per_page: rows per page (weights), or `None`: pages of `page_bytes` regardless of rows.
 
     Attributes:
-        largest_page_bytes: what must fit for it to be used.
-        writes: how often it was written to, as far as that is told: not what views of it write.
+        largest_page_bytes: size of its largest page, which must fit for the tensor to be used.
+        writes: number of reported writes; writes through views are not counted.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class TensorEntry:
         self.joined: JoinedEntries | None = None
         data = alias_memory(address, self.n_bytes).view(paged_dtype).view(rows, columns)
         segments = codec.segments(shape, dtype)
-        self._segments = {segments[0].name: data, **resident}  # the paged one first
+        self._segments = {segments[0].name: data, **resident}  # the paged segment first
         self.shared = frozenset(segment.name for segment in segments if segment.shared)
         self._ranges: dict[tuple[int, int], dict[str, torch.Tensor]] = {(0, rows): self._segments}
 
@@ -168,7 +168,7 @@ class TensorEntry:
 
     @property
     def frames_bytes(self) -> int:
-        """Size of all its frames, those between pages included."""
+        """Size of all its frames, including those between pages."""
         start, end = self.address, self.address + self.n_bytes
         return -(-end // FRAME_BYTES) * FRAME_BYTES - start // FRAME_BYTES * FRAME_BYTES
 
@@ -179,11 +179,11 @@ class TensorEntry:
 
     @property
     def aliased(self) -> bool:
-        """Whether views of it were handed out that may have written to it."""
+        """Return whether views that may have written to it were handed out."""
         return any(page.aliased for page in self.pages)
 
     def shared_frames(self) -> list[int]:
-        """Return the addresses of frames between pages that belong to none of them."""
+        """Return the addresses of the frames between pages, which belong to no page."""
         return [
             frame
             for left, right in zip(self.pages, self.pages[1:], strict=False)
@@ -191,14 +191,14 @@ class TensorEntry:
         ]
 
     def row_range(self, first: int, last: int) -> tuple[int, int]:
-        """Return the rows of the pages `first` (inclusive) to `last` (exclusive)."""
+        """Return the row range of the pages `first` (inclusive) to `last` (exclusive)."""
         if first == 0 and last == len(self.pages):
             return 0, self.rows
         assert self.rows_per_page is not None
         return first * self.rows_per_page, min(last * self.rows_per_page, self.rows)
 
     def encoded(self, start: int, stop: int) -> dict[str, torch.Tensor]:
-        """Return the segments of a range of rows, as views that are made once."""
+        """Return the segments of a range of rows, as cached views."""
         views = self._ranges.get((start, stop))
         if views is None:
             views = {
@@ -210,35 +210,35 @@ class TensorEntry:
         return views
 
     def share_segments(self, joined: JoinedEntries, resident: dict[str, torch.Tensor]) -> None:
-        """Become one of several tensors that are seen as one: its small segments are part of theirs."""
+        """Join several tensors that are treated as one: the small segments become part of theirs."""
         assert set(resident) == set(list(self._segments)[1:])
         self.joined = joined
         self._segments.update(resident)
         self._ranges = {(0, self.rows): self._segments}
 
     def holds(self, address: int) -> bool:
-        """Whether an address is in the paged segment."""
+        """Return whether an address is in the paged segment."""
         return self.address <= address < self.address + self.n_bytes
 
     def mark_aliased(self) -> None:
-        """Note that views were handed out; what they may write is looked for when a page leaves."""
+        """Record that views were handed out; pages are checked for writes when they leave memory."""
         for page in self.pages:
             page.aliased = True
 
     def lease(self) -> tuple[torch.Tensor, object]:
-        """Return the paged segment as a fresh uint8 tensor and the object that lives as long as any view of it."""
+        """Return the paged segment as a new uint8 tensor and the object that lives as long as any view of it."""
         buffer = (ctypes.c_uint8 * self.n_bytes).from_address(self.address)
         return _bytes_of(buffer), buffer
 
 
 class JoinedEntries:
-    """Tensors whose rows follow each other in memory, seen as one; each stays a tensor of its own for paging.
+    """Tensors with consecutive rows in memory, treated as one; each is still paged separately.
 
-    Made by `joined.join`.
+    Created by `joined.join`.
 
     Attributes:
-        entries: the tensors, in the order of their addresses.
-        rows: of all together.
+        entries: the tensors, in address order.
+        rows: total number of rows.
         encoded: the segments of all rows.
     """
 

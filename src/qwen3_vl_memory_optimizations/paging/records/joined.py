@@ -1,4 +1,4 @@
-"""Weights that are multiplied by the same input, side by side in memory: one product instead of several."""
+"""Join weights that share an input and are adjacent in memory, so that one product replaces several."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .entry import JoinedEntries, TensorEntry, alias_memory
 
 
 def join(entries: Sequence[TensorEntry]) -> bool:
-    """Let `Pager.linear_joined` compute on these tensors as one, if they lie so and have the same codec.
+    """Let `Pager.linear_joined` compute on these tensors as one if they are adjacent and share a codec.
 
     Returns:
-        Whether they do; otherwise nothing was changed.
+        Whether they were joined; otherwise nothing was changed.
     """
     first = entries[0]
     views = [entry.encoded(0, entry.rows) for entry in entries]
@@ -22,7 +22,7 @@ def join(entries: Sequence[TensorEntry]) -> bool:
     end = first.address
     for entry, view in zip(entries, views, strict=True):
         alike = entry.codec is first.codec and entry.dtype == first.dtype and not entry.shared
-        if entry.codec.row_block(entry.shape) > 1:  # the form of a row depends on which tensor it is of
+        if entry.codec.row_block(entry.shape) > 1:  # the encoding of a row depends on its tensor
             return False
         if not alike or view[paged].shape[1:] != views[0][paged].shape[1:] or entry.address != end:
             return False

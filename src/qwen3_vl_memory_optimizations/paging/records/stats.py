@@ -1,4 +1,4 @@
-"""Counters of the Pager, apart from its logic."""
+"""Counters of the Pager, separate from its logic."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import asdict, dataclass
 
 @dataclass(slots=True)
 class PagingStats:
-    """What happened since the start.
+    """Counters since the Pager started.
 
     Attributes:
-        hits: page accesses that found bytes kept from an earlier access.
-        misses: page accesses whose bytes had been read from the SSD since the access before.
+        hits: page accesses whose bytes were still in memory from an earlier access.
+        misses: page accesses whose bytes were read from the SSD since the previous access.
         faults: misses that had to wait.
-        stall_s: seconds waited.
-        reading_s: seconds with at least one read of a page under way.
+        stall_s: seconds spent waiting.
+        reading_s: seconds during which at least one page read was in progress.
         hit_bytes, miss_bytes: the same accesses, by size.
-        prefetches: pages read before they were asked for; `prefetches_used`: those accessed afterwards.
-        bytes_read, bytes_written: traffic with the SSD (checkpoint and swap file).
-        row_bytes_read: single rows read for embedding look-ups.
-        page_reads: pages that came into memory from the SSD.
-        evictions: clean pages dropped; swap_writes, swap_reads: pages through the swap file.
+        prefetches: pages read before they were needed; `prefetches_used`: those that were accessed afterwards.
+        bytes_read, bytes_written: SSD traffic (checkpoint and swap file).
+        row_bytes_read: bytes of single rows read for embedding look-ups.
+        page_reads: pages loaded from the SSD.
+        evictions: clean pages dropped; swap_writes, swap_reads: pages moved through the swap file.
     """
 
     hits: int = 0
@@ -41,7 +41,7 @@ class PagingStats:
     swap_reads: int = 0
 
     def as_dict(self, passes: int) -> dict[str, float | int | None]:
-        """Return the counters and the ratios that follow; a ratio of nothing is `None`."""
+        """Return the counters and the ratios derived from them; a ratio with a zero denominator is `None`."""
         accesses = self.hit_bytes + self.miss_bytes
         return {
             **asdict(self),

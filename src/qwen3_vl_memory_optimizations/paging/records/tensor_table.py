@@ -1,4 +1,4 @@
-"""`TensorTable`: how a tensor comes, with memory or without, and goes once nobody holds its pages."""
+"""`TensorTable`: adds tensors, with or without memory, and frees them once no caller holds their pages."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .entry import PageState, TensorEntry
 
 
 class Lives(Protocol):
-    """What follows the lives of runtime tensors; it must not ask the Pager anything, nor wait."""
+    """Observer of runtime tensors' lifetimes. It must neither call the Pager nor wait."""
 
     def born(self, key: str, kind: str, n_bytes: int, creator: str, *, owned: bool) -> object:
-        """Note that a tensor came."""
+        """Record that a tensor was created."""
 
     def died(self, key: str) -> None:
-        """Note that it is gone."""
+        """Record that a tensor was freed."""
 
 
 class TensorTable:
@@ -30,16 +30,16 @@ class TensorTable:
 
     Args:
         changed: the condition of that lock.
-        ledger: gets the floor of the page frames.
-        entries: the tensors, by id; they are added and removed here alone.
+        ledger: receives the minimum size of the page frames.
+        entries: the tensors, by id; only this class adds and removes them.
         frames: the memory of their pages.
         mover: releases pages.
-        resident_set: is told of all that come and go.
-        room: makes room for those that come with memory.
+        resident_set: notified of every tensor added or removed.
+        room: makes room for tensors that are added with memory.
 
     Attributes:
         adding: tensors that have memory and are not in `entries` yet.
-        lives: told of runtime tensors that come and go; `None`: nobody.
+        lives: notified when runtime tensors are created and freed; `None`: no observer.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class TensorTable:
         self._mover = mover
         self._resident_set = resident_set
         self._room = room
-        self._lingering: dict[TensorEntry, None] = {}  # freed, and somebody still holds or moves their pages
+        self._lingering: dict[TensorEntry, None] = {}  # freed, but their pages are still held or moving
 
     def all(self) -> Iterator[TensorEntry]:
-        """Return all that have memory: freed ones that somebody still holds, too."""
+        """Return all tensors that have memory, including freed ones that callers still hold."""
         return itertools.chain(self._entries.values(), self._lingering)
 
     def add(self, entry: TensorEntry, *, resident: bool) -> None:
-        """Do what `Pager.add` says."""
+        """Implement `Pager.add`."""
         self._mover.check_open()
         self.adding += 1
         try:
@@ -86,12 +86,12 @@ class TensorTable:
             self.lives.born(entry.tensor_id, entry.kind, entry.n_bytes, entry.kind, owned=True)
 
     def _back(self, entry: TensorEntry, resident: bool) -> None:
-        """Put memory behind the frames of an entry that always stay, and behind its pages if they are `resident`."""
+        """Back an entry's permanent frames with memory, and its pages too if they are `resident`."""
         shared = entry.shared_frames()
         resident_bytes = sum(page.n_bytes for page in entry.pages) if resident else 0
         self._room.check_fits(resident_bytes + len(shared) * FRAME_BYTES, entry.kind)
         units = {unit for page in entry.pages for unit in units_of(page.frames_start, page.n_bytes)}
-        self._frames.forget(entry.address, entry.n_bytes, keep=units)  # of the tensor that was here before
+        self._frames.forget(entry.address, entry.n_bytes, keep=units)  # of the previous tensor at this address
         backed: list[tuple[int, int]] = []
         try:
             for frame in shared:
@@ -117,7 +117,7 @@ class TensorTable:
             page.pins = 0
 
     def free(self, tensor_id: str, then: Callable[[], None] | None) -> None:
-        """Do what `Pager.free` says."""
+        """Implement `Pager.free`."""
         entry = self._entries.pop(tensor_id, None)
         if entry is None:
             return
@@ -134,13 +134,13 @@ class TensorTable:
         self.release(entry)
 
     def _lower_floor(self, freed_bytes: int) -> None:
-        """Once a weight is gone, ask for no more room than the largest page of those that are left."""
+        """After a weight is freed, lower the floor to the largest remaining page."""
         if freed_bytes == self._ledger.frames_floor_bytes:
             weights = (entry for entry in self._entries.values() if entry.kind == "weights")
             self._ledger.frames_floor_bytes = max((entry.largest_page_bytes for entry in weights), default=0)
 
     def release(self, entry: TensorEntry) -> None:
-        """Release a freed tensor once nothing holds or moves its pages; never waits."""
+        """Release a freed tensor once its pages are neither held nor moving; never wait."""
         moving = (PageState.LOADING, PageState.WRITING)
         if entry not in self._lingering or any(page.pins or page.state in moving for page in entry.pages):
             return

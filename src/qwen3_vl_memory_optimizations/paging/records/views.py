@@ -1,4 +1,4 @@
-"""What is where, for those who look: `TensorUse` what a tensor holds, `TensorPages` where each of its pages is."""
+"""Snapshots for inspection: `TensorUse` (memory held by a tensor) and `TensorPages` (state of each page)."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ PAGE_LETTERS = {
     PageState.SWAPPED: "s",
     PageState.FREED: "f",
 }
-"""The letter of each state. A resident page that is in use is `PINNED` instead."""
+"""One letter per state. A resident page that is in use is `PINNED` instead."""
 
 PINNED = "p"
 
 
 @dataclass(frozen=True, slots=True)
 class TensorUse:
-    """What one tensor holds.
+    """Memory held by one tensor.
 
     Attributes:
-        lossless: whether its codec gives the same bits back.
-        logical_bytes: its size as the model sees it; `encoded_bytes`: that of what is paged of its encoded form.
-        beside_bytes: of the rest of it, such as scales, which stays in memory.
-        resident_bytes: how much of that is in memory.
-        undroppable_bytes: how much of that cannot leave at once: it is in use, or would have to be written first.
+        lossless: whether its codec reproduces the same bits.
+        logical_bytes: its size as the model sees it; `encoded_bytes`: size of the paged part of its encoded form.
+        beside_bytes: size of the remaining part, such as scales, which stays in memory.
+        resident_bytes: how much of the paged part is in memory.
+        undroppable_bytes: how much of that cannot be dropped immediately, because it is in use or dirty.
     """
 
     tensor_id: str
@@ -45,11 +45,11 @@ class TensorUse:
 
 @dataclass(frozen=True, slots=True)
 class TensorPages:
-    """One tensor and the states of its pages, in the order of their addresses.
+    """One tensor and the states of its pages, in address order.
 
     Attributes:
-        n_bytes: of what is paged of its encoded form.
-        states: a letter a page, see `PAGE_LETTERS`.
+        n_bytes: size of the paged part of its encoded form.
+        states: one letter per page, see `PAGE_LETTERS`.
     """
 
     tensor_id: str
@@ -60,7 +60,7 @@ class TensorPages:
 
 
 def describe_use(entry: TensorEntry) -> TensorUse:
-    """Return what a tensor holds now. Needs the Pager's lock."""
+    """Return the memory a tensor holds now. Needs the Pager's lock."""
     there = [page for page in entry.pages if page.state in IN_MEMORY]
     return TensorUse(
         entry.tensor_id,
@@ -76,7 +76,7 @@ def describe_use(entry: TensorEntry) -> TensorUse:
 
 
 def describe_pages(entries: Iterable[TensorEntry]) -> list[TensorPages]:
-    """Return the pages of tensors as they are now; about 0.3 us a page. Needs the Pager's lock."""
+    """Return the current page states of tensors; takes about 0.3 us per page. Needs the Pager's lock."""
     return [
         TensorPages(
             entry.tensor_id, entry.kind, entry.codec.name, entry.n_bytes, "".join(_letter(page) for page in entry.pages)

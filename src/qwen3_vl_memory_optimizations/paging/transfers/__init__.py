@@ -1,1 +1,1 @@
-"""Moving pages between the SSD and memory, and choosing which stay."""
+"""Page transfers between the SSD and memory, and the choice of pages that stay."""

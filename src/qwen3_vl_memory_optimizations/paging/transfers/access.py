@@ -1,4 +1,4 @@
-"""`Access`: what is done with the bytes of a tensor finds them in memory, pinned, or waits for them."""
+"""`Access`: make a tensor's bytes resident and pinned for the code that uses them, waiting if necessary."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _ROW_READ_COST_BYTES = 1 << 16
 
 
 class Access:
-    """Pins pages for those who compute on them. Takes the lock itself, and gives it up while somebody computes.
+    """Pins pages for code that computes on them. Takes the lock itself, and releases it during the computation.
 
     Args:
         lock: the Pager's.
         changed: its condition.
         mover: moves the pages.
         room: makes room for them.
-        resident_set: is told of each access.
-        stats: hits, misses, faults and stalls are counted here.
-        release: called with a freed tensor when a pin of it went.
+        resident_set: notified of each access.
+        stats: receives hits, misses, faults and stalls.
+        release: called with a freed tensor when one of its pins is removed.
         timer: a monotonic clock in seconds, for the stall counter.
 
     Attributes:
-        recorders: called at each access with the id, the encoded bytes and the kind of the tensor, under the lock.
-        listeners: the same for runtime tensors that are not used in a cycle.
+        recorders: called under the lock at each access, with the tensor's id, encoded bytes and kind.
+        listeners: the same, for runtime tensors that are not used in a cycle.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Access:
         release: Callable[[TensorEntry], None],
         timer: Callable[[], float],
     ) -> None:
-        self._lock = lock  # `with` costs less than through the condition
+        self._lock = lock  # `with` on the lock is cheaper than on the condition
         self._changed = changed
         self._mover = mover
         self._room = room
@@ -62,7 +62,7 @@ class Access:
         self.listeners: tuple[Callable[[str, int, str], None], ...] = ()
 
     def record(self, entry: TensorEntry) -> None:
-        """Note an access that needs no byte."""
+        """Record an access that needs no bytes."""
         with self._lock:
             self._clock += 1
             for page in entry.pages:
@@ -71,7 +71,7 @@ class Access:
                 self._resident_set.mentioned(entry)
 
     def note_use(self, entry: TensorEntry) -> None:
-        """Note a use of a runtime tensor, wherever it is. Used under the lock."""
+        """Record a use of a runtime tensor, resident or not. Called under the lock."""
         self._clock += 1
         for page in entry.pages:
             page.last_access = self._clock
@@ -83,7 +83,7 @@ class Access:
             self._resident_set.used_away(entry)
 
     def row_ranges(self, entry: TensorEntry) -> Iterator[tuple[int, int]]:
-        """Yield ranges of rows, in order, each resident and pinned until the next is asked for."""
+        """Yield ranges of rows in order, each resident and pinned until the next is requested."""
         pages = entry.pages
         first, n_pages = 0, len(pages)
         while first < n_pages:
@@ -105,7 +105,7 @@ class Access:
             first = last
 
     def _enter(self) -> None:
-        """Note that this thread computes on pinned pages."""
+        """Record that this thread computes on pinned pages."""
         computing, thread = self._room.computing, threading.get_ident()
         computing[thread] = computing.get(thread, 0) + 1
 
@@ -117,7 +117,7 @@ class Access:
         self._changed.notify_all()
 
     def _used(self, entry: TensorEntry, first: int, last: int) -> None:
-        """Unpin pages of a tensor that were computed on."""
+        """Unpin pages of a tensor after computing on them."""
         for page in entry.pages[first:last]:
             if page.unused:
                 self._mover.touch(page)
@@ -129,10 +129,10 @@ class Access:
         self._resident_set.advance(entry, last)
 
     def hold(self, entries: Sequence[TensorEntry]) -> bool:
-        """Pin tensors that are in memory whole, as an access to each, while somebody computes on them.
+        """Pin tensors that are entirely in memory during a computation; counts as an access to each.
 
         Returns:
-            `False`, with nothing done, if a page of them is not there.
+            `False`, with nothing done, if any of their pages is missing.
         """
         with self._lock:
             for entry in entries:
@@ -183,7 +183,7 @@ class Access:
                 raise
 
     def unpin(self, entry: TensorEntry) -> None:
-        """Undo one `pin`; never waits."""
+        """Undo one `pin`; never wait."""
         with self._lock:
             for page in entry.pages:
                 page.pins -= 1
@@ -195,8 +195,8 @@ class Access:
         """Make runtime tensors resident and pin them.
 
         Args:
-            entries: in the order of their use.
-            read_ahead: starts the reads of those that are missing, and of what is used next.
+            entries: in order of use.
+            read_ahead: starts the reads of missing pages and of what is used next.
 
         Raises:
             MemoryBudgetExceeded: they do not fit beside what is pinned; nothing is pinned.
@@ -230,7 +230,7 @@ class Access:
             self._enter()
 
     def unpin_all(self, entries: Sequence[TensorEntry], read_ahead: Callable[[], None]) -> None:
-        """Undo one `pin_all`, then call `read_ahead`; never waits."""
+        """Undo one `pin_all`, then call `read_ahead`; never wait."""
         with self._lock:
             self._leave()
             for entry in entries:
@@ -243,7 +243,7 @@ class Access:
             read_ahead()
 
     def mark_dirty(self, entry: TensorEntry) -> None:
-        """Note that a pinned tensor was written to: its source no longer holds it."""
+        """Record that a pinned tensor was written to and no longer equals its source."""
         with self._lock:
             entry.writes += 1
             for page in entry.pages:
@@ -251,10 +251,10 @@ class Access:
                 self._mover.forget_swapped(page)
 
     def read_rows(self, entry: TensorEntry, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the encoded segments of some rows (int64 `[n]`): from memory, or single rows from the SSD.
+        """Return the encoded segments of some rows (int64 `[n]`), from memory or as single rows from the SSD.
 
-        An embedding look-up touches few rows of the largest tensor of all; loading it whole would be waste.
-        Precondition: pages of whole rows.
+        An embedding look-up touches few rows of the largest tensor; loading all of it would be wasteful.
+        Precondition: pages hold whole rows.
         """
         assert entry.rows_per_page is not None
         with self._lock:
@@ -263,7 +263,7 @@ class Access:
         views = entry.encoded(0, entry.rows)
         data_name, data = next(iter(views.items()))
         picked = data.new_empty((len(rows), data.shape[1]))
-        # A read of the whole tensor is cheaper than very many of single rows.
+        # Reading the whole tensor is cheaper than very many single rows.
         few = len(rows) * _ROW_READ_COST_BYTES < entry.n_bytes
         for position, row in enumerate(rows.tolist()):
             page = entry.pages[row // entry.rows_per_page]
@@ -275,7 +275,7 @@ class Access:
                         self._mover.touch(page)
                         picked[position] = data[row]
                         break
-                    if stored is not None:  # and what was read without the lock still holds
+                    if stored is not None:  # and the row that was read without the lock is still current
                         picked[position] = stored
                         self._stats.row_bytes_read += stored.nbytes
                         break
@@ -286,7 +286,7 @@ class Access:
         }
 
     def _read_row(self, entry: TensorEntry, row: int, dtype: torch.dtype) -> torch.Tensor:
-        """Read a row from the source; the lock is free meanwhile."""
+        """Read a row from the source, with the lock released meanwhile."""
         assert entry.source is not None
         n_bytes = entry.n_bytes // entry.rows
         raw = entry.source.file.read_bytes(entry.source.offset_bytes + row * n_bytes, n_bytes)
@@ -310,13 +310,13 @@ class Access:
             recorder(entry.tensor_id, entry.n_bytes, entry.kind)
         if entry.kind == "weights":
             self._resident_set.record(entry)
-        elif not in_cycle:  # what is used in a cycle needs no prediction, and a token uses thousands of them
+        elif not in_cycle:  # cyclic tensors need no prediction, and each token accesses thousands of them
             for listener in self.listeners:
                 listener(entry.tensor_id, entry.n_bytes, entry.kind)
             self._resident_set.used(entry)
 
     def _await(self, page: Page) -> None:
-        """Wait until a page is resident; start its load where nobody has."""
+        """Wait until a page is resident; start its load if no other thread has."""
         if page.state is PageState.RESIDENT:
             return
         self._stats.faults += 1
@@ -330,18 +330,18 @@ class Access:
                 if self._mover.closed or page.state is PageState.FREED:
                     raise _freed(page.entry)
                 if page.state is PageState.SWAPPED:
-                    # It may have waited, and another loaded the page.
+                    # This may have waited, and another thread may have loaded the page.
                     if not self._room.make(page.n_bytes, page.entry.kind):
                         self._mover.load(page, DEMAND)
                     continue
                 self._mover.hurry(page)
                 self._wait(page)
         finally:
-            self._changed.notify_all()  # those who waited for this thread to go on
+            self._changed.notify_all()  # for threads that waited for this one to continue
         self._stats.stall_s += self._timer() - start
 
     def _wait(self, page: Page) -> None:
-        """Wait for a change. A page that came stays for this thread: others that lack room would take it unused."""
+        """Wait for a change. A loaded page stays for this thread; others that lack room would evict it unused."""
         page.awaited += 1
         self._room.awaiting += 1
         try:
@@ -352,7 +352,7 @@ class Access:
 
 
 def _only_in_source(page: Page) -> bool:
-    """Whether the bytes of a page are where its tensor came from, and neither in memory nor in the swap file."""
+    """Return whether a page's bytes are only in its tensor's source, not in memory or the swap file."""
     away = page.state is PageState.SWAPPED or page.state is PageState.LOADING
     return away and page.entry.source is not None and page.swap_offset is None and not page.dirty
 

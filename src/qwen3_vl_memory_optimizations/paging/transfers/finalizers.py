@@ -1,4 +1,4 @@
-"""`FinalizerQueue`: what finalizers ask for is done when no state is half changed."""
+"""`FinalizerQueue`: run the actions of finalizers when no state is half changed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ...interrupts import ShieldedLock
 
 
 class FinalizerQueue:
-    """Actions of finalizers, done under the Pager's lock.
+    """Actions of finalizers, run under the Pager's lock.
 
-    The collector runs finalizers anywhere: in a thread that walks the tensors, that has moved half a page, or that
-    holds a lock which comes after the Pager's. So a finalizer neither waits for the lock nor acts in a thread that has
-    it. What it leaves is done by whoever makes room next, which is when it matters.
+    The collector can run a finalizer in any thread: one that iterates over the tensors, has moved half a page, or holds
+    a lock that comes after the Pager's. So a finalizer never waits for the lock, and never acts in a thread that holds
+    it. Its queued action runs when a caller next makes room, which is when it matters.
 
     Args:
         lock: the Pager's.
@@ -24,7 +24,7 @@ class FinalizerQueue:
         self._actions: deque[Callable[[], None]] = deque()
 
     def add(self, action: Callable[[], None]) -> None:
-        """Do something at once if the lock is free, else later. Never waits."""
+        """Run an action at once if the lock is free, else later; never wait."""
         self._actions.append(action)
         if not self._lock.is_owned() and self._lock.acquire(blocking=False):
             try:
@@ -33,10 +33,10 @@ class FinalizerQueue:
                 self._lock.release()
 
     def run(self) -> bool:
-        """Do what was left. Precondition: the lock is held, and nothing relies on what it guards to stay the same.
+        """Run the queued actions. Precondition: the lock is held, and the caller allows the guarded state to change.
 
         Returns:
-            Whether there was something.
+            Whether any action ran.
         """
         found = bool(self._actions)
         while self._actions:

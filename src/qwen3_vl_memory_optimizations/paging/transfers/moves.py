@@ -1,7 +1,7 @@
-"""`PageMover`: transfers of pages between the SSD and memory, and the states that pages pass through.
+"""`PageMover`: transfers of pages between the SSD and memory, and their state transitions.
 
-Transfers have two phases: frames are taken and the page marked under the lock, the bytes move outside it, and the end
-is noted under the lock again; a failed transfer leaves the old copy valid.
+Transfers have two phases: frames are taken and the page is marked under the lock, and the bytes move outside it. The
+end is recorded under the lock again. A failed transfer leaves the old copy valid.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ _IO_THREADS = 4
 
 
 class PageMover:
-    """Moves pages; which ones, and when, is decided elsewhere.
+    """Moves pages; other classes decide which ones, and when.
 
     Its methods and attributes are used under the Pager's lock, except `close`. Its I/O threads take the lock only to
-    note that a transfer ended.
+    record that a transfer ended.
 
     Args:
-        changed: the condition of the Pager's lock; notified when a page came, left or could not.
+        changed: the condition of the Pager's lock; notified when a page was loaded, left or failed to move.
         frames: the memory of the pages.
-        swap: where dirty pages go.
-        stats: its counters of traffic are kept here.
+        swap: the swap file for dirty pages.
+        stats: receives the traffic counters.
         on_end: called with the tensor of each page whose transfer ended.
         timer: a monotonic clock in seconds, for the counter of reading time.
 
     Attributes:
-        moving: transfers under way.
-        leaving_bytes: frames of pages that are being written; they are about to be free.
-        ahead_bytes: frames of pages that are read ahead of their first use and leave after it.
+        moving: transfers in progress.
+        leaving_bytes: frames of pages that are being written; they will soon be free.
+        ahead_bytes: frames of pages that were prefetched and will leave after their first use.
         weights_resident_bytes: frames behind weights.
-        untouched_bytes: frames of reads under way that the system has not been asked for yet.
-        failures: transfers whose end could not be noted as it should; logged, and the page is where it was before.
-        write_error: why a page could not leave; it is for whoever needs the room.
-        closed: nothing comes or leaves any more.
+        untouched_bytes: frames of reads in progress that have not yet taken memory from the system.
+        failures: transfers whose end could not be recorded; logged, and the page stays where it was.
+        write_error: why a page could not leave; raised to the caller that needs the room.
+        closed: no page moves any more.
         on_growth: see `Pager.on_growth`.
-        on_left: called with the tensor of each page that is not in memory any more, or could not come.
+        on_left: called with the tensor of each page that left memory or could not be loaded.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class PageMover:
             self.weights_resident_bytes += n_bytes
 
     def touch(self, page: Page) -> None:
-        """Note that a resident page was used."""
+        """Record that a resident page was used."""
         if page.unused:
             page.unused = False
             if not page.kept:
@@ -110,7 +110,7 @@ class PageMover:
                 page.prefetched = False
 
     def discard(self, page: Page) -> None:
-        """Release all that a page of a freed tensor holds. Precondition: it is neither pinned nor moving."""
+        """Release everything that a page of a freed tensor holds. Precondition: it is neither pinned nor moving."""
         if page.state is PageState.RESIDENT:
             self._count_resident(page, -page.n_bytes)
             self._frames.release(page.frames_start, page.n_bytes)
@@ -118,7 +118,7 @@ class PageMover:
         page.state = PageState.FREED
 
     def forget_swapped(self, page: Page) -> None:
-        """Give back the swap extent of a page, if it has one."""
+        """Free the swap extent of a page, if it has one."""
         if page.swap_offset is not None:
             self._swap.free(page.swap_offset)
             page.swap_offset = None
@@ -126,10 +126,10 @@ class PageMover:
     # --- into memory ------------------------------------------------------------------------------------------------
 
     def announce(self, n_bytes: int) -> bool:
-        """Call `on_growth` if backing so many bytes takes memory from the system that frames did not hold before.
+        """Call `on_growth` if backing `n_bytes` takes memory from the system beyond what frames held before.
 
         Returns:
-            Whether it was called: then it may have given the lock up, and taken the room.
+            Whether it was called; it may then have released the lock and used up the room.
         """
         if self.on_growth is None:
             return False
@@ -138,12 +138,12 @@ class PageMover:
         if growth <= 0 or committed <= self._frames.high_bytes:
             return False
         self.on_growth(growth)
-        # Now, not when it is backed: a hook that changes the limit would be asked about the same bytes again and again.
+        # Set now, not when the memory is backed: a hook that changes the limit would be called again for these bytes.
         self._frames.high_bytes = max(self._frames.high_bytes, committed)
         return True
 
     def load(self, page: Page, priority: int) -> None:
-        """Start to read a page. Precondition: it is swapped, and there is room for it."""
+        """Start reading a page. Precondition: it is swapped out, and there is room for it."""
         page.untouched_bytes = max(0, self._frames.growth_bytes(page.n_bytes))
         self._frames.back(page.frames_start, page.n_bytes, owner=page.entry.kind)
         self.untouched_bytes += page.untouched_bytes
@@ -167,7 +167,7 @@ class PageMover:
             raise
 
     def hurry(self, page: Page, priority: int = DEMAND) -> None:
-        """Let a read that waits in the queue pass those that are less urgent."""
+        """Raise the priority of a queued read."""
         if page.ticket is not None:
             self._queue.promote(page.ticket, priority)  # type: ignore[arg-type]
 
@@ -176,14 +176,14 @@ class PageMover:
         n_read = 0
         try:
             n_read = self._transfer_in(page)
-        except Exception as caught:  # handed to whoever waits for the page
+        except Exception as caught:  # passed to the thread that waits for the page
             error = caught
         with self._changed:
             self.moving -= 1
             try:
                 self._end_read(page, n_read, error)
                 self._on_end(page.entry)
-            except Exception as caught:  # whoever waits for the page gets it, instead of waiting for ever
+            except Exception as caught:  # passed to the waiting thread, which would otherwise wait forever
                 self._note_failure("read", page, caught)
                 if page.state is PageState.LOADING:
                     page.state = PageState.SWAPPED
@@ -217,7 +217,7 @@ class PageMover:
     def _note_failure(self, action: str, page: Page, error: Exception) -> None:
         self.failures += 1
         name = f"{page.entry.tensor_id}, page {page.index}"
-        logger.error("%s: the end of a %s could not be noted: %r", name, action, error, exc_info=error)
+        logger.error("%s: could not record the end of a %s: %r", name, action, error, exc_info=error)
 
     def _transfer_in(self, page: Page) -> int:
         if page.swap_offset is not None:
@@ -243,7 +243,7 @@ class PageMover:
     # --- out of memory ----------------------------------------------------------------------------------------------
 
     def evict(self, page: Page) -> None:
-        """Let a page leave: a clean one is gone at once, a dirty one after it was written. A pinned one stays."""
+        """Evict a page: a clean one is dropped at once, a dirty one is written first, a pinned one stays."""
         if page.state is not PageState.RESIDENT or page.pins or page.awaited or self.closed:
             return
         if page.aliased:
@@ -262,7 +262,7 @@ class PageMover:
         try:
             if page.swap_offset is None:
                 page.swap_offset = self._swap.allocate(page.n_bytes)
-        except StorageError as error:  # the page stays; the error reaches whoever needs the room
+        except StorageError as error:  # the page stays; the error is raised to the caller that needs the room
             self.write_error = error
             return
         self._set_state(page, PageState.WRITING)
@@ -281,7 +281,7 @@ class PageMover:
         error: Exception | None = None
         try:
             self._swap.write(page.swap_offset, page.frames_start, page.n_bytes)
-        except Exception as caught:  # the copy in memory stays valid; the error reaches whoever needs the room
+        except Exception as caught:  # the copy in memory stays valid; the caller that needs the room gets the error
             error = caught
         with self._changed:
             self.moving -= 1
@@ -289,7 +289,7 @@ class PageMover:
             try:
                 self._end_write(page, error)
                 self._on_end(page.entry)
-            except Exception as caught:  # whoever waits for the room gets it
+            except Exception as caught:  # passed to the caller that waits for the room
                 self._note_failure("write", page, caught)
                 if page.state is PageState.WRITING:
                     page.state = PageState.RESIDENT
@@ -311,30 +311,30 @@ class PageMover:
             self.write_error = error
 
     def _unchanged(self, page: Page) -> bool:
-        """Whether a page that views were handed out of still equals its source.
+        """Return whether a page whose views were handed out still equals its source.
 
-        This reads the SSD under the lock. Views of weights that have a source are rare, and a page that leaves through
-        the I/O queue instead would come too late for those who evict in order to read ahead.
+        This reads the SSD under the lock. Views of weights that have a source are rare, and going through the I/O queue
+        instead would free the page too late for evictions that make room for prefetches.
         """
         source = page.entry.source
         if source is None or page.swap_offset is not None:
             return False
         try:
             stored = source.file.read_bytes(source.offset_bytes + page.start_bytes, page.stop_bytes - page.start_bytes)
-        except Exception:  # who evicts has more pages to unpin; the swap file keeps what the source may not hold
+        except Exception:  # the evicting code has more pages to unpin; the swap file keeps this page's contents
             return False
         data = alias_memory(page.entry.address + page.start_bytes, page.stop_bytes - page.start_bytes)
         return bool(data.numpy().data == memoryview(stored))
 
     def check_open(self) -> None:
-        """Refuse what needs pages to come or leave once nothing does.
+        """Raise if pages cannot move any more.
 
         Raises:
-            TensorFreedError: the Pager is closed, or about to be.
+            TensorFreedError: the Pager is closed or closing.
         """
         if self.closed:
             raise TensorFreedError("the memory optimizer is closed")
 
     def close(self) -> None:
-        """End the transfers under way. The lock must be free, because their ends are noted under it."""
+        """Finish the transfers in progress. The lock must be free, because their ends are recorded under it."""
         self._queue.close()

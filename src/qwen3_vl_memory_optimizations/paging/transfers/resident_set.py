@@ -1,4 +1,4 @@
-"""`ResidentSet`: which pages of the weights stay, which are read ahead, and who leaves first."""
+"""`ResidentSet`: which pages of the weights stay, which are prefetched, and which are evicted first."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from .moves import PageMover
 READ_AHEAD_BYTES = 5 * PAGE_BYTES
 _READ_AHEAD_SHARE = 8
 _MOST_READ_AHEAD_SHARE = 2
-"""Of the memory for weights, where somebody chose."""
+"""Maximum share of the memory for weights, if the window is set explicitly."""
 _LOOK_AHEAD_TENSORS = 64
 
 
 class VictimOrder(Protocol):
-    """Which of the runtime tensors in memory leave first (`swapping.SwappingAlgorithm` has the rules)."""
+    """Eviction order of resident runtime tensors (rules: `swapping.SwappingAlgorithm`)."""
 
     n_bytes: dict[Hashable, int]
 
     def insert(self, key: Hashable, n_bytes: int) -> None:
-        """Note that a tensor came into memory because it is used."""
+        """Record that a tensor was loaded because it is used."""
 
     def touch(self, key: Hashable) -> None:
-        """Note a use."""
+        """Record a use."""
 
     def left(self, key: Hashable) -> None:
-        """Note that a tensor left memory."""
+        """Record that a tensor left memory."""
 
     def remove(self, key: Hashable) -> None:
         """Forget a tensor."""
 
     def order(self) -> Iterator[Hashable]:
-        """Yield the tensors in memory, first to leave first."""
+        """Yield the resident tensors in eviction order."""
 
 
 class ResidentSet:
-    """Follows the accesses to weights and lets pages come and go by what is expected next.
+    """Follows the accesses to weights, and prefetches and evicts pages by their expected next use.
 
     Its methods and attributes are used under the Pager's lock.
 
@@ -50,12 +50,12 @@ class ResidentSet:
         entries: the tensors, by id; the Pager adds and removes them.
         frames: the memory of the pages.
         mover: moves them.
-        order: of runtime tensors that are not used in a cycle; `None`: the longest unused leave first.
+        order: eviction order of runtime tensors that are not used in a cycle; `None`: least recently used first.
 
     Attributes:
-        schedule: the order of accesses, as far as it is known.
-        on_pass: called when an access began a pass.
-        read_ahead_bytes: how much that leaves after its use may be in memory before it, or on its way there.
+        schedule: the learned order of accesses.
+        on_pass: called when an access begins a pass.
+        read_ahead_bytes: maximum size of prefetched pages that leave after use, in memory or being read.
     """
 
     def __init__(
@@ -84,12 +84,12 @@ class ResidentSet:
         self._cycle: dict[Page, None] = {}  # pages of tensors that are used in a cycle, by last use
 
     def add(self, entry: TensorEntry) -> None:
-        """Expect a weight to be used, after those that were added before."""
+        """Add a weight to the expected order, after those added before."""
         self._order.append(entry.tensor_id)
         self._order_changed = True
 
     def remove(self, entry: TensorEntry) -> None:
-        """Forget a weight, and that some of it was read ahead."""
+        """Remove a weight and its prefetched pages from the bookkeeping."""
         self._order.remove(entry.tensor_id)
         for page in entry.pages:
             if page.unused and not page.kept:
@@ -97,7 +97,7 @@ class ResidentSet:
             page.kept = True
 
     def start(self, order: Sequence[str], priority: int) -> None:
-        """Read ahead for a first pass in this order: all that will stay, and the first of what will not."""
+        """Prefetch for a first pass in this order: all pages that will stay, and the first of the others."""
         self._follow_order()
         self.schedule.expect(order)
         self._replan()
@@ -110,13 +110,13 @@ class ResidentSet:
                 self._mover.hurry(page, priority)
 
     def _follow_order(self) -> None:
-        """Begin to learn anew where weights were added."""
+        """Restart learning if weights were added."""
         if self._order_changed:
             self.schedule = PassSchedule(self._order, lambda name: model_of(str(name)))
             self._order_changed, self._plan_state = False, ()
 
     def record(self, entry: TensorEntry) -> None:
-        """Note that an access to a weight begins, and read ahead: its own pages first, then what comes next."""
+        """Record the start of an access to a weight, and prefetch: its own pages first, then the next weights."""
         self._follow_order()
         began = self.schedule.record(entry.tensor_id)
         self._current, self._next_page = entry, 0
@@ -128,7 +128,7 @@ class ResidentSet:
         self.prefetch()
 
     def advance(self, entry: TensorEntry, next_page: int) -> None:
-        """Note that the pages of a tensor before `next_page` were used; read ahead into the room that they leave."""
+        """Record that the pages of a tensor before `next_page` were used; prefetch into the room they leave."""
         if entry is self._current:
             self._next_page = next_page
         self.prefetch()
@@ -136,7 +136,7 @@ class ResidentSet:
     # --- what stays -------------------------------------------------------------------------------------------------
 
     def _replan(self) -> None:
-        """Choose the pages to keep, when the known passes or the memory for them changed."""
+        """Choose the pages to keep after the known passes or the memory for them changed."""
         weights_limit = self._frames.limit_bytes - (self._frames.used_bytes - self._mover.weights_resident_bytes)
         state = (self.schedule.revision, weights_limit, len(self._order))
         if state == self._plan_state:
@@ -184,18 +184,18 @@ class ResidentSet:
                 self._mover.ahead_bytes += page.n_bytes
 
     def set_read_ahead(self, n_bytes: int | None) -> None:
-        """Choose how much is read ahead, in bytes; `None`: what suits the memory there is."""
+        """Set the read-ahead window in bytes; `None`: chosen from the available memory."""
         self._chosen_read_ahead_bytes = n_bytes
-        self.read_ahead_bytes = n_bytes or READ_AHEAD_BYTES  # until weights are there that do not fit
+        self.read_ahead_bytes = n_bytes or READ_AHEAD_BYTES  # until there are weights that do not fit
         self._plan_state = ()
         self._replan()
 
     # --- what comes -------------------------------------------------------------------------------------------------
 
     def prefetch(self) -> None:
-        """Start reads for what is needed next, as far as frames and the read-ahead window allow."""
+        """Start reads for what is needed next, within the frames and the read-ahead window."""
         if self._mover.weights_resident_bytes >= self._expected_bytes:
-            return  # all there, or on its way
+            return  # everything is loaded or being read
         if self._mover.ahead_bytes + self._least_streamed_bytes > self.read_ahead_bytes:
             return
         for page in self._expected_pages():
@@ -208,11 +208,11 @@ class ResidentSet:
             self._mover.load(page, PREFETCH)
 
     def _has_place(self, page: Page) -> bool:
-        """Whether a page stays, or the read-ahead window has room for it."""
+        """Return whether a page is kept, or the read-ahead window has room for it."""
         return page.kept or self._mover.ahead_bytes + page.n_bytes <= self.read_ahead_bytes
 
     def _expected_pages(self) -> Iterator[Page]:
-        """Yield pages in the order of their next use: the rest of this tensor, then tensors that miss some."""
+        """Yield pages by next use: the rest of this tensor, then tensors with missing pages."""
         if self._current is not None and self._current.missing:
             yield from self._current.pages[self._next_page :]
         for name in itertools.islice(self.schedule.upcoming(), _LOOK_AHEAD_TENSORS):
@@ -221,7 +221,7 @@ class ResidentSet:
                 yield from entry.pages
 
     def _make_room_ahead(self, page: Page) -> bool:
-        """Return whether a page can be loaded before anybody needs it."""
+        """Return whether a page can be prefetched, after making room for it."""
         if self._mover.closed:
             return False
         if page.n_bytes > self._frames.available_bytes and not self._evict_for_prefetch(page):
@@ -230,16 +230,16 @@ class ResidentSet:
             if not self._mover.announce(page.n_bytes):
                 return True
         except MemoryBudgetExceeded:
-            return False  # whoever needs the page will be told
+            return False  # the caller that needs the page gets the error
         return self._still_fits(page)
 
     def _still_fits(self, page: Page) -> bool:
-        """Whether a page can be loaded now. What asks for room may have given the lock up."""
+        """Return whether a page can be loaded now. Making room may have released the lock."""
         away = page.state is PageState.SWAPPED and not self._mover.closed
         return away and page.n_bytes <= self._frames.available_bytes
 
     def _evict_for_prefetch(self, wanted: Page) -> bool:
-        """Make room by dropping pages that are not part of the kept subset, or not expected again."""
+        """Make room by dropping pages that are not kept, or not expected again."""
         idle = [
             page
             for name in self._order
@@ -253,7 +253,7 @@ class ResidentSet:
         return wanted.n_bytes <= self._frames.available_bytes
 
     def _drop_unexpected(self) -> None:
-        """Drop what was read ahead for a pass that did not come: it would fill the read-ahead window for good."""
+        """Drop pages prefetched for a pass that did not come; they would block the read-ahead window forever."""
         soon = {self._current.tensor_id} if self._current is not None else set()
         soon.update(str(name) for name in itertools.islice(self.schedule.upcoming(), _LOOK_AHEAD_TENSORS))
         for name in self._order:
@@ -263,11 +263,11 @@ class ResidentSet:
                         self._mover.evict(page)
 
     def read_cycle_ahead(self, upcoming: Sequence[TensorEntry], ahead_bytes: int) -> None:
-        """Start reads for runtime tensors that are used in a cycle, in the order of their use.
+        """Prefetch runtime tensors that are used in a cycle, in order of use.
 
         Args:
-            upcoming: what is used next.
-            ahead_bytes: how much of it may be in memory unused, or on its way there.
+            upcoming: tensors used next.
+            ahead_bytes: how much of it may be in memory before use, or being read.
         """
         for page in (page for entry in upcoming for page in entry.pages):
             away = page.state is PageState.SWAPPED
@@ -279,13 +279,13 @@ class ResidentSet:
                 self._mover.load(page, PREFETCH)
 
     def used_in_cycle(self, entry: TensorEntry) -> None:
-        """Note that a runtime tensor was used which will be again after all others of its cycle."""
+        """Record a use of a runtime tensor whose next use is after all others of its cycle."""
         for page in entry.pages:
             self._cycle.pop(page, None)
             self._cycle[page] = None
 
     def used(self, entry: TensorEntry) -> None:
-        """Note a use of a runtime tensor."""
+        """Record a use of a runtime tensor."""
         if self._runtime is not None:
             if entry.tensor_id in self._runtime.n_bytes:
                 self._runtime.touch(entry.tensor_id)
@@ -293,34 +293,34 @@ class ResidentSet:
                 self._runtime.insert(entry.tensor_id, entry.n_bytes)
 
     def rested(self, entry: TensorEntry) -> None:
-        """Note that a runtime tensor is not used in a cycle any more."""
+        """Record that a runtime tensor left its cycle."""
         for page in entry.pages:
             self._cycle.pop(page, None)
 
     def used_away(self, entry: TensorEntry) -> None:
-        """Note a use of a runtime tensor that brings nothing of it into memory yet."""
+        """Record a use of a runtime tensor that does not load it yet."""
         self.used(entry)
         self._left(entry)
 
     def mentioned(self, entry: TensorEntry) -> None:
-        """Note a use of a runtime tensor for which it need not be in memory."""
+        """Record a use of a runtime tensor for which it need not be in memory."""
         if self._runtime is not None and entry.tensor_id in self._runtime.n_bytes:
             self._runtime.touch(entry.tensor_id)
 
     def _left(self, entry: TensorEntry) -> None:
-        """Note that a page left memory."""
+        """Record that a page left memory."""
         if self._runtime is not None and entry.missing == len(entry.pages) and entry.tensor_id in self._runtime.n_bytes:
             self._runtime.left(entry.tensor_id)
 
     def forget(self, entry: TensorEntry) -> None:
-        """Expect a runtime tensor no more."""
+        """Stop expecting a runtime tensor."""
         if self._runtime is not None:
             self._runtime.remove(entry.tensor_id)
         for page in entry.pages:
             self._cycle.pop(page, None)
 
     def _make_room_in_cycle(self, wanted: Page) -> bool:
-        """Make room by dropping what was used last: in a cycle it is needed again last."""
+        """Make room by dropping the most recently used pages: in a cycle they are needed last."""
         if self._mover.closed:
             return False
         while wanted.n_bytes > self._frames.available_bytes + self._mover.leaving_bytes:
@@ -334,16 +334,16 @@ class ResidentSet:
         try:
             self._mover.announce(wanted.n_bytes)
         except MemoryBudgetExceeded:
-            return False  # whoever needs the page will be told
+            return False  # the caller that needs the page gets the error
         return self._still_fits(wanted)
 
     # --- what leaves ------------------------------------------------------------------------------------------------
 
     def victims(self) -> list[Page]:
-        """Return what may leave, best first.
+        """Return the eviction candidates, best victim first.
 
-        Streamed pages, then idle tensors by the rule for them, those used in a cycle by farthest next use, and weights
-        by farthest next use.
+        Streamed pages, then idle runtime tensors in their eviction order, then tensors used in a cycle by farthest next
+        use, and weights by farthest next use.
         """
         distances = self.schedule.distances()
         ranks = self._runtime_ranks()
@@ -363,7 +363,7 @@ class ResidentSet:
         return sorted((p for p in pages if p.state is PageState.RESIDENT and not (p.pins or p.awaited)), key=rank)
 
     def bring(self, entry: TensorEntry) -> bool:
-        """Start to read a runtime tensor into memory that is free; return whether all of it is on its way."""
+        """Start reading a runtime tensor into free memory; return whether all of it is loaded or being read."""
         away = [page for page in entry.pages if page.state is PageState.SWAPPED and page.error is None]
         needed = sum(page.n_bytes for page in away)
         if not away or self._mover.closed or self._mover.weights_resident_bytes < self._expected_bytes:
@@ -381,7 +381,7 @@ class ResidentSet:
         return True
 
     def swap_ahead(self, share: float) -> int:
-        """Let runtime tensors leave until they fill at most a share of the memory; return the bytes that leave."""
+        """Swap runtime tensors out until they fill at most a share of the memory; return the bytes that leave."""
         in_memory = (PageState.RESIDENT, PageState.LOADING)
         runtime = (page for entry in self._entries.values() if entry.kind != "weights" for page in entry.pages)
         over = sum(page.n_bytes for page in runtime if page.state in in_memory) - int(share * self._frames.limit_bytes)
@@ -391,11 +391,11 @@ class ResidentSet:
                 break
             if page.entry.kind != "weights" and page not in self._cycle:
                 self._mover.evict(page)
-                leaving += 0 if page.resident else page.n_bytes  # it stays where the SSD has no room
+                leaving += 0 if page.resident else page.n_bytes  # it stays if the SSD is full
         return leaving
 
     def _runtime_ranks(self) -> dict[Hashable, int]:
-        """Return the place of each runtime tensor in the order of leaving; empty: the longest unused leave first."""
+        """Return each runtime tensor's place in the eviction order; empty: least recently used first."""
         if self._runtime is None:
             return {}
         return {key: rank for rank, key in enumerate(self._runtime.order())}

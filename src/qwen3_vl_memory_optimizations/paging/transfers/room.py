@@ -1,4 +1,4 @@
-"""`Room`: makes room for pages under the limit that the ledger leaves, or refuses."""
+"""`Room`: make room for pages under the ledger's limit, or refuse."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .resident_set import ResidentSet
 
 
 class Room:
-    """Lets pages leave until others fit. Used under the Pager's lock.
+    """Evicts pages until others fit. Used under the Pager's lock.
 
     Args:
-        changed: the condition of the Pager's lock; waiting on it gives the lock up.
-        ledger: what the page frames are limited by.
+        changed: the condition of the Pager's lock; waiting on it releases the lock.
+        ledger: limits the page frames.
         entries: the tensors, by id; the Pager adds and removes them.
         frames: the memory of the pages.
         mover: moves them.
-        resident_set: says who leaves first.
-        finalizers: may have memory to give back.
+        resident_set: decides the eviction order.
+        finalizers: may have memory to release.
 
     Attributes:
         computing: thread -> ranges of pages that it computes on.
-        awaiting: threads that wait for a page, and go on once it is there.
+        awaiting: threads that wait for a page, and continue once it is loaded.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class Room:
         """Evict until `n_bytes` fit, and announce what they take from the system.
 
         Returns:
-            Whether the lock may have been given up meanwhile.
+            Whether the lock may have been released meanwhile.
 
         Raises:
-            MemoryBudgetExceeded: what is pinned leaves too little.
-            TensorFreedError: closed, and nothing leaves any more.
+            MemoryBudgetExceeded: pinned pages leave too little room.
+            TensorFreedError: the Pager is closed, and no page leaves any more.
         """
         waited = self._evict_until(n_bytes, owner)
         while self._mover.announce(n_bytes):
@@ -71,7 +71,7 @@ class Room:
     def _evict_until(self, n_bytes: int, owner: str) -> bool:
         frames, mover = self._frames, self._mover
         waited = False
-        mover.write_error = None  # of an attempt that nobody waited for
+        mover.write_error = None  # left by an attempt that no thread waited for
         while n_bytes > frames.available_bytes:
             mover.check_open()
             if self._finalizers.run():
@@ -95,10 +95,10 @@ class Room:
         return waited
 
     def check_fits(self, n_bytes: int, owner: str) -> None:
-        """Refuse what evicting everything would not make room for, before anything is evicted.
+        """Raise if evicting everything would not make room, before anything is evicted.
 
         Raises:
-            MemoryBudgetExceeded: what is pinned leaves too little.
+            MemoryBudgetExceeded: pinned pages leave too little room.
         """
         self._finalizers.run()
         if n_bytes <= self._frames.available_bytes or self._others_compute():
@@ -114,7 +114,7 @@ class Room:
         """Bring the frames under the limit that the ledger now leaves.
 
         Raises:
-            MemoryBudgetExceeded: what is pinned leaves too little.
+            MemoryBudgetExceeded: pinned pages leave too little room.
         """
         frames = self._frames
         limit = self._limit_bytes()
@@ -127,18 +127,18 @@ class Room:
             except BaseException:
                 frames.limit_bytes = frames.used_bytes
                 raise
-            limit = self._limit_bytes()  # the lock may have been given up: others refit too
+            limit = self._limit_bytes()  # the lock may have been released, and other threads refit too
         frames.set_limit(limit)
 
     def undo_refit(self) -> None:
-        """After a refit that failed, and once the ledger is as it was: allow what it leaves again."""
+        """Restore the frames' limit after a failed refit, once the ledger is restored."""
         self._frames.limit_bytes = max(self._limit_bytes(), self._frames.used_bytes)
 
     def _limit_bytes(self) -> int:
         return self._ledger.frames_limit_bytes() // FRAME_BYTES * FRAME_BYTES
 
     def _others_compute(self) -> bool:
-        """Whether other threads compute on pages, or soon will, which they unpin without waiting for this one."""
+        """Return whether other threads compute, or soon will, on pages that they unpin without waiting for this one."""
         return self.awaiting > 0 or (bool(self.computing) and threading.get_ident() not in self.computing)
 
     def _does_not_fit(self, n_bytes: int, available: int, owner: str) -> MemoryBudgetExceeded:
