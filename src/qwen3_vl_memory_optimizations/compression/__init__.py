@@ -1,4 +1,4 @@
-"""Codecs: tensor <-> encoded rows, and products computed on the encoded form. Pure: no file, no pool, no policy."""
+"""Codecs: tensor <-> encoded rows, and products computed on the encoded form. No files, pools or policies."""
 
 from .base import ROW_MULTIPLE, Codec, LinearInput, Scratch, Segment, columns_of
 from .fp16 import FP16Codec

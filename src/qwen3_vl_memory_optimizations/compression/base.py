@@ -1,9 +1,9 @@
-"""What every codec is: a row-wise mapping between a matrix and its encoded segments.
+"""The codec interface: a row-wise mapping between a matrix and its encoded segments.
 
-A tensor of shape `[rows, ...]` is seen as a matrix `[rows, columns]`. A codec describes its encoded form as *segments*;
-the first one is paged (moved between tiers by ranges of rows), the others are small and stay resident. Because every
-segment is indexed by row, any range of rows can be encoded, decoded and multiplied on its own: a weight larger than the
-memory is computed on piece by piece.
+A tensor of shape `[rows, ...]` is treated as a matrix `[rows, columns]`. A codec describes its encoded form as
+*segments*. The first segment is paged (moved between tiers in ranges of rows); the others are small and stay resident.
+Every segment is indexed by row, so any range of rows can be encoded, decoded and multiplied independently. A weight
+larger than memory is therefore computed in parts.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import torch.nn.functional as F
 from ..errors import CodecError
 
 ROW_MULTIPLE = 16
-"""Weights are cut between rows at multiples of this: torch's fp32 products sum in another order in a narrower rest.
-(With several rows of activations some libraries do so in any cut: see `Codec.wants_whole`.)"""
+"""torch's fp32 GEMM sums a narrower tail in another order, so weights are split only at multiples of this many rows.
+(With several rows of activations some libraries do so at any split: see `Codec.wants_whole`.)"""
 
 STEP_ELEMENTS = 1 << 18
-"""How many values to work on at a time, so that intermediate results stay in the processor's cache."""
+"""Values to process at a time, so that intermediate results stay in the processor's cache."""
 
 Encoded = Mapping[str, torch.Tensor]
-"""Segment name -> tensor, all with the same leading number of rows."""
+"""Segment name -> tensor, all with the same number of rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One part of an encoded form: `shape[0]` is the number of rows of the tensor, unless all rows share the part."""
+    """One part of an encoded form: `shape[0]` is the tensor's number of rows, unless all rows share the part."""
 
     name: str
     dtype: torch.dtype
@@ -48,13 +48,13 @@ class Segment:
 
 
 class Scratch:
-    """Reusable memory for transient results; grows to the largest request and is then only reused.
+    """Reusable memory for transient results; grows to the largest request and is then reused.
 
-    One slot a purpose: two slots are alive at the same time, two requests for one slot are not.
+    Use one slot per purpose: two slots can be in use at once, two requests for the same slot cannot.
 
     Args:
         on_grow: called with the additional bytes *before* they are allocated; may raise to refuse them.
-        slot_bytes: the size a user of a slot should keep to, by working in several steps.
+        slot_bytes: the size that users of a slot should stay within, by working in steps.
     """
 
     def __init__(self, on_grow: Callable[[int], None] | None = None, slot_bytes: int = 16 * 2**20) -> None:
@@ -74,7 +74,7 @@ class Scratch:
             if self._on_grow is not None:
                 self._on_grow(n_bytes - held_bytes)
             del buffer
-            self._slots.pop(slot, None)  # the old memory goes before the new one comes
+            self._slots.pop(slot, None)  # free the old memory before allocating the new
             buffer = self._slots[slot] = torch.empty(n_bytes, dtype=torch.uint8)
         return buffer[:n_bytes].view(dtype).view(shape)
 
@@ -84,15 +84,15 @@ class Scratch:
         return sum(buffer.numel() for buffer in self._slots.values())
 
     def clear(self) -> None:
-        """Let go of the memory."""
+        """Free the memory."""
         self._slots.clear()
 
 
 class LinearInput:
-    """The left operand of a product, with the forms codecs derive from it computed once.
+    """The left operand of a product; forms that codecs derive from it are computed once.
 
     Args:
-        x: activations `[..., columns]`, floating point; seen as `x2d` of shape `[M, columns]`.
+        x: activations `[..., columns]`, floating point; available as `x2d` of shape `[M, columns]`.
     """
 
     def __init__(self, x: torch.Tensor) -> None:
@@ -112,21 +112,21 @@ class LinearInput:
 
     @property
     def given_dtype(self) -> torch.dtype:
-        """The dtype of the activations as they were given."""
+        """Original dtype of the activations."""
         return self.x2d.dtype
 
     def derived(self, key: object, compute: Callable[[torch.Tensor], object]) -> object:
-        """Return `compute(x2d)`, computed at the first call for `key`."""
+        """Return `compute(x2d)`, computed on the first call for `key`."""
         return self.once(key, lambda: compute(self.x2d))
 
     def once(self, key: object, make: Callable[[], object]) -> object:
-        """Return `make()`, called at the first call for `key`."""
+        """Return `make()`, called on the first call for `key`."""
         if key not in self._derived:
             self._derived[key] = make()
         return self._derived[key]
 
     def parts(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Yield ranges of rows with a copy of their values in fp32: never all at once where there are many."""
+        """Yield ranges of rows with an fp32 copy of their values; many rows are never copied all at once."""
         rows, columns = self.x2d.shape
         step = max(1, STEP_ELEMENTS // columns)
         for start in range(0, rows, step):
@@ -139,8 +139,8 @@ class Codec(ABC):
 
     Class attributes:
         name: the key in the registry and in packed checkpoints.
-        lossless: whether `decode(encode(w))` is `w`, bit by bit.
-        fallback: the codec for weights that this one does not take.
+        lossless: whether `decode(encode(w))` equals `w` bit by bit.
+        fallback: the codec for weights that this one does not support.
     """
 
     name: ClassVar[str]
@@ -149,16 +149,16 @@ class Codec(ABC):
 
     @property
     def stored_name(self) -> str:
-        """The name in packed checkpoints: another one where the encoded form has variants."""
+        """Name in packed checkpoints; differs from `name` if the encoded form has variants."""
         return self.name
 
     def fit(self, values: Callable[[], torch.Tensor]) -> Codec:
-        """Return the codec for one tensor, where its encoded form depends on more than the shape (rank, sparsity).
+        """Return the codec for one tensor, if its encoded form depends on more than the shape (rank, sparsity).
 
-        `stored_name` then holds, after a colon, what `restored` needs.
+        `stored_name` then holds the parameters for `restored` after a colon.
 
         Args:
-            values: gives the whole tensor; only codecs that must look call it.
+            values: returns the whole tensor; called only by codecs that need the values.
 
         Raises:
             CodecError: the tensor does not suit this codec.
@@ -166,22 +166,22 @@ class Codec(ABC):
         return self
 
     def restored(self, parameters: str) -> Codec:
-        """Return the codec of a tensor that was encoded by a fitted one, from what its `stored_name` says."""
-        raise CodecError(f"the codec {self.name!r} takes no parameters, {parameters!r} were given")
+        """Return the codec of a tensor that a fitted codec encoded, from the parameters in its `stored_name`."""
+        raise CodecError(f"the codec {self.name!r} takes no parameters, but got {parameters!r}")
 
     @abstractmethod
     def supports(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-        """Whether tensors of this shape and dtype can be encoded."""
+        """Return whether tensors of this shape and dtype can be encoded."""
 
     @abstractmethod
     def segments(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Segment, ...]:
         """Return the segments of the encoded form of a tensor of this shape and dtype; the first is the paged one."""
 
     def row_block(self, shape: tuple[int, ...]) -> int:
-        """How many rows of a tensor of this shape are encoded together.
+        """Return how many rows of a tensor of this shape are encoded together.
 
-        Rows that are encoded, decoded or multiplied start at a multiple of it, and end at one or with the tensor. Only
-        where it is 1 single rows can be looked up.
+        Ranges of rows that are encoded, decoded or multiplied start at a multiple of it, and end at a multiple or at
+        the end of the tensor. Single rows can be looked up only if it is 1.
         """
         return 1
 
@@ -199,12 +199,12 @@ class Codec(ABC):
 
     @abstractmethod
     def linear(self, x: LinearInput, encoded: Encoded, bias: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
-        """Return `x @ rows.T + bias` of shape `[M, n]` in the dtype of `x`; `bias` `[n]` is that of these rows."""
+        """Return `x @ rows.T + bias` of shape `[M, n]` in the dtype of `x`; `bias` `[n]` belongs to these rows."""
 
     def wants_whole(self, x: LinearInput) -> bool:
-        """Whether a product should have all rows of the weight at once where memory allows, to keep its bits.
+        """Return whether a product needs all rows of the weight at once, where memory allows, for identical bits.
 
-        In fp32 with several rows: MKL on Intel chooses its kernel by the width of the matrix, bits included.
+        True for fp32 with several rows: MKL on Intel chooses its kernel, and so the bits, by the matrix width.
         """
         return x.rows > 1 and x.x2d.dtype == torch.float32
 
@@ -218,7 +218,7 @@ def linear_in_steps(
     *,
     slots: int = 1,
 ) -> torch.Tensor:
-    """Return `x @ rows.T + bias`, decoding as many rows at a time as `slots` of scratch memory take."""
+    """Return `x @ rows.T + bias`, decoding as many rows at a time as fit in `slots` slots of scratch memory."""
     rows, columns = len(next(iter(encoded.values()))), x.x2d.shape[1]
     fitting = slots * scratch.slot_bytes // (columns * x.x2d.element_size())
     step = max(ROW_MULTIPLE, fitting // ROW_MULTIPLE * ROW_MULTIPLE)
@@ -234,7 +234,7 @@ def linear_in_steps(
 
 
 def bf16_at_least(values: torch.Tensor) -> torch.Tensor:
-    """Return the smallest bf16 values that are not below `values` (fp32, not negative), as fp32."""
+    """Return the smallest bf16 values not below `values` (fp32, non-negative), as fp32."""
     bits = values.view(torch.int32)
     return torch.where((bits & 0xFFFF) == 0, bits, (bits & -0x10000) + 0x10000).view(torch.float32)
 

@@ -1,4 +1,4 @@
-"""INT4, group-wise, asymmetric, rounded to the nearest (RTN): half the bytes of INT8, and clearly less exact."""
+"""INT4: group-wise, asymmetric, rounded to nearest (RTN). Half the bytes of INT8, and clearly less accurate."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ _PARAMETER_BYTES = 4
 _BLOCK_BYTES = 2 << 20
 _MOST_PACKED_ROWS = 32
 LAYOUTS = (64, 32)
-"""Rows that torch's kernel interleaves: 64 with AVX512, 32 with AVX2."""
+"""Rows interleaved by torch's kernel: 64 with AVX512, 32 with AVX2."""
 
 
 class INT4Codec(Codec):
-    """Half a byte a weight, and a bf16 scale and zero for each group of columns in a row.
+    """Half a byte per weight, and a bf16 scale and zero point for each group of columns in a row.
 
     A weight is `(q - 8) * scale + zero`. Everything is in the one paged segment, because scales of 12 % of the bytes
-    cannot all stay in memory. Rows come in blocks (`row_block`): the nibbles of a block as the kernel of torch reads
-    them, `[rows / layout, columns, layout / 2]` bytes of which byte `j` holds row `j` (low) and row `j + layout / 2`,
-    then the pairs of scale and zero, `[columns / group, rows, 2]` bf16. So a block is one call of the kernel.
+    cannot all stay in memory. Rows are stored in blocks (`row_block`), each computed by one kernel call. A block starts
+    with the nibbles in the layout of torch's kernel, `[rows / layout, columns, layout / 2]` bytes: byte `j` holds row
+    `j` (low) and row `j + layout / 2` (high). The pairs of scale and zero follow, `[columns / group, rows, 2]` bf16.
 
-    Single rows cannot be picked out of a block, so tables that are looked up, and the head with them, which is the
-    most sensitive matrix, are stored with `fallback`. Shapes that do not divide are too.
+    Single rows cannot be extracted from a block, so look-up tables, and the head tied to them, which is the most
+    sensitive matrix, are stored with `fallback`. So are shapes that do not divide evenly.
 
     Args:
         group: columns that share a scale.
-        layout: rows that are interleaved, 64 or 32; default: as the kernel of this machine wants them. Another
-            machine decodes what it cannot multiply: right, and slower.
+        layout: interleaved rows, 64 or 32; default: that of this machine's kernel. A machine with another layout
+            decodes the weights instead: correct, but slower.
     """
 
     name = "int4"
@@ -48,21 +48,21 @@ class INT4Codec(Codec):
 
     @property
     def stored_name(self) -> str:
-        """`int4_64` or `int4_32`: the layout of the machine that packed."""
+        """`int4_64` or `int4_32`, by the layout of the packing machine."""
         return f"{self.name}_{self.layout}"
 
     def supports(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-        """Floating-point matrices whose rows fill whole layouts and whose columns fill whole groups."""
+        """Return True for floating-point matrices with rows in whole layouts and columns in whole groups."""
         if not dtype.is_floating_point or len(shape) < 2 or 0 in shape:
             return False
         return shape[0] % self.layout == 0 and columns_of(shape) % self.group == 0
 
     def segments(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Segment, ...]:
-        """`data` uint8 `[rows, columns / 2 + 4 * columns / group]`, to be read in blocks."""
+        """Return `data` uint8 `[rows, columns / 2 + 4 * columns / group]`, to be read in blocks."""
         return (Segment("data", torch.uint8, (shape[0], self._row_bytes(columns_of(shape)))),)
 
     def row_block(self, shape: tuple[int, ...]) -> int:
-        """The largest power of two, of at least `layout` rows, that makes a block of at most 2 MiB."""
+        """Return the largest power of two, at least `layout`, for which a block has at most 2 MiB."""
         return self._block_rows(columns_of(shape))
 
     def _row_bytes(self, columns: int) -> int:
@@ -73,7 +73,7 @@ class INT4Codec(Codec):
         return max(self.layout, 1 << max(fitting, 1).bit_length() - 1)
 
     def encode(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Quantise rows `[n, ...]` of any floating dtype, which start on a block.
+        """Quantise rows `[n, ...]` of any floating dtype that start on a block boundary.
 
         Raises:
             CodecError: NaN or infinite values, or values too large for the bf16 scales.
@@ -88,7 +88,9 @@ class INT4Codec(Codec):
             zero = (least + scale * _MIDDLE).bfloat16().float()
             scale = torch.where(scale > 0, scale, torch.ones_like(scale))
             if not bool((torch.isfinite(scale) & torch.isfinite(zero)).all()):
-                raise CodecError("INT4 cannot represent NaN, infinite or huge weights; keep this tensor as it is")
+                raise CodecError(
+                    "INT4 cannot represent NaN, infinite or huge weights; use codec 'none' for this tensor"
+                )
             levels = values.sub(zero[..., None]).div_(scale[..., None]).round_().add_(_MIDDLE).clamp_(0, _LEVELS)
             interleaved = levels.to(torch.uint8).view(-1, self.layout, columns).transpose(1, 2)
             half = self.layout // 2
@@ -98,7 +100,7 @@ class INT4Codec(Codec):
         return {"data": data}
 
     def decode(self, encoded: Encoded, out: torch.Tensor) -> torch.Tensor:
-        """`(q - 8) * scale + zero` in the dtype of `out`."""
+        """Write `(q - 8) * scale + zero` in the dtype of `out`."""
         scratch = Scratch()
         for block in self._blocks(encoded["data"], out.shape[1]):
             decoded = scratch.get("decoded", (out.shape[1], block.n_rows), out.dtype)
@@ -106,7 +108,7 @@ class INT4Codec(Codec):
         return out
 
     def linear(self, x: LinearInput, encoded: Encoded, bias: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
-        """Few rows by torch's kernel, where its layout is that of the weight; else decoded."""
+        """Compute few rows with torch's kernel if its layout matches the weight's; else decode."""
         if x.rows <= _MOST_PACKED_ROWS and self.layout == kernel_layout():
             product = self._packed_product(x, encoded)
         else:
@@ -114,11 +116,11 @@ class INT4Codec(Codec):
         return product if bias is None else product.add_(bias)
 
     def wants_whole(self, x: LinearInput) -> bool:
-        """Ranges are whole blocks, and each block is a product of its own."""
+        """Return False: ranges consist of whole blocks, and each block is a separate product."""
         return False
 
     def _packed_product(self, x: LinearInput, encoded: Encoded) -> torch.Tensor:
-        """Few rows: torch's weight-only kernel, which reads each byte once. It takes bf16 and sums in fp32."""
+        """Multiply few rows with torch's weight-only kernel, which reads each byte once, in bf16 with fp32 sums."""
         activations = x.derived("bf16", lambda x2d: x2d.to(torch.bfloat16).contiguous())
         assert isinstance(activations, torch.Tensor)
         products = [
@@ -129,7 +131,7 @@ class INT4Codec(Codec):
         return product.to(x.x2d.dtype)
 
     def _decoded_product(self, x: LinearInput, encoded: Encoded, scratch: Scratch) -> torch.Tensor:
-        """Many rows: decoded some at a time, as the transposed matrix that the layout is nearest to."""
+        """Multiply many rows, decoding in steps into the transposed matrix, which is closest to the layout."""
         n, columns = encoded["data"].shape[0], x.x2d.shape[1]
         fitting = scratch.slot_bytes // (columns * max(x.x2d.element_size(), _work_dtype(x.x2d.dtype).itemsize))
         step = max(1, fitting // self.layout) * self.layout
@@ -152,7 +154,7 @@ class INT4Codec(Codec):
         nibbles = scratch.get("nibbles", tuple(packed.shape), torch.uint8)
         signed = nibbles.view(torch.int8).transpose(0, 1)
         levels = out.view(columns, n // self.layout, self.layout)
-        # Whatever is not a shift (torch has no vector code for those) or of mixed strides is several times faster.
+        # Avoid shifts (torch has no vector code for them) and mixed strides: several times faster.
         torch.bitwise_and(packed, 0x0F, out=nibbles).sub_(_MIDDLE)
         levels[..., :half] = signed
         torch.bitwise_and(packed, 0xF0, out=nibbles).sub_(_MIDDLE << 4)
@@ -163,14 +165,14 @@ class INT4Codec(Codec):
         return out
 
     def _blocks(self, data: torch.Tensor, columns: int) -> Iterator[_Block]:
-        """Yield the blocks of rows `[n, row_bytes]` that start on one; the last may be shorter."""
+        """Yield the blocks of rows `[n, row_bytes]` that start on a block boundary; the last may be shorter."""
         flat, numbers = data.view(-1), data.view(torch.bfloat16).view(-1)
         n, row_bytes = data.shape
         step, nibble_bytes, groups = self._block_rows(columns), columns // 2, columns // self.group
         for start in range(0, n, step):
             n_rows = min(step, n - start)
             offset = start * row_bytes
-            # as_strided: one operation a view, which counts beside a product of 50 microseconds
+            # as_strided: one operation per view, which matters beside a product of 50 microseconds
             nibbles = flat.as_strided((n_rows, nibble_bytes), (nibble_bytes, 1), flat.storage_offset() + offset)
             first = numbers.storage_offset() + (offset + n_rows * nibble_bytes) // 2
             parameters = numbers.as_strided((groups, n_rows, 2), (2 * n_rows, 2, 1), first)
@@ -178,7 +180,7 @@ class INT4Codec(Codec):
 
 
 def _work_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype to decode in: scales of small values are below the range of fp16."""
+    """Return the dtype to decode in: the scales of small values are below the range of fp16."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -196,15 +198,15 @@ class _Block:
         return self.start + self.n_rows
 
     def part(self, first: int, last: int) -> _Block:
-        """Some rows of it, whole layouts."""
+        """Return a range of its rows, in whole layouts."""
         return _Block(self.start + first, last - first, self.nibbles[first:last], self.parameters[:, first:last])
 
 
 @lru_cache(maxsize=1)
 def kernel_layout() -> int:
-    """Return how many rows torch's INT4 kernel interleaves on this machine; 0: in no way that is known here.
+    """Return how many rows torch's INT4 kernel interleaves on this machine; 0 if its layout is unknown.
 
-    The layout depends on the instruction set and is no promise of torch's, so it is looked at.
+    The layout depends on the instruction set and torch does not guarantee it, so it is probed.
     """
     rows, columns = max(LAYOUTS), 32
     levels = (torch.arange(rows * columns).view(rows, columns) * 7 // 5 % 16).to(torch.uint8)

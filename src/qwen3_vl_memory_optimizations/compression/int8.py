@@ -1,6 +1,6 @@
 """INT8 with one symmetric scale per output channel (LLM.int8(), arXiv:2208.07339; SmoothQuant, arXiv:2211.10438).
 
-First the kernels that multiply activations by INT8 rows, and the rule that picks one (`kernel_for`); then the codec.
+This file has the kernels that multiply activations by INT8 rows, the rule that picks one (`kernel_for`), and the codec.
 Encoded rows have `data` int8 `[n, k]`, `scale` fp32 `[n]` and `row_sum` int32 `[n]`. Each kernel returns `[M, n]` in
 the dtype of the activations.
 """
@@ -19,7 +19,7 @@ from .kernels import has_native_bf16, int8_product_saturates
 
 _LEVELS = 127
 _MOST_SUMMED_COLUMNS = 1 << 17
-"""fp32 sums so many integers of 7 bits without rounding."""
+"""fp32 sums this many 7-bit integers without rounding."""
 _BLOCK_ELEMENTS = 1 << 18
 _PACKED_COLUMNS = 32
 _PACKED_ROWS = 4
@@ -32,10 +32,10 @@ _Split = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def kernel_for(rows: int, columns: int, dtype: torch.dtype) -> str:
-    """Return the name of the kernel for `rows` activations of this dtype and a matrix of so many columns.
+    """Return the name of the kernel for `rows` activations of this dtype and a matrix of `columns` columns.
 
-    It does not depend on the rows of the matrix: a weight is multiplied whole or by ranges, as its pages are in memory,
-    and each kernel returns the same bits for a row of it in any range.
+    The choice is independent of the matrix's rows: a weight is multiplied whole or in ranges, as its pages are loaded,
+    and each kernel returns the same bits for a row in any range.
     """
     packs = columns % _PACKED_COLUMNS == 0
     if rows == 1:
@@ -53,19 +53,19 @@ def dequantize(encoded: Encoded, out: torch.Tensor) -> torch.Tensor:
     if out.dtype != torch.float16:
         return out.copy_(data).mul_(scale.to(out.dtype))
     step = max(1, _BLOCK_ELEMENTS // data.shape[1])
-    for start in range(0, len(data), step):  # in fp32: scales of small values are below the range of fp16
+    for start in range(0, len(data), step):  # in fp32: the scales of small values are below the range of fp16
         part = slice(start, start + step)
         out[part] = data[part].float().mul_(scale[part])
     return out
 
 
 def _decoded_product(x: LinearInput, encoded: Encoded, scratch: Scratch) -> torch.Tensor:
-    """Any number of rows: weights decoded to the dtype of the activations, some rows at a time."""
+    """Multiply any number of rows, decoding weights to the dtype of the activations, some rows at a time."""
     return linear_in_steps(x, encoded, None, dequantize, scratch)
 
 
 def _packed_product(x: LinearInput, encoded: Encoded, scratch: Scratch) -> torch.Tensor:
-    """Few rows: torch's weight-only kernel, which reads each weight byte once. Its only fast form takes bf16."""
+    """Multiply few rows with torch's weight-only kernel, which reads each byte once; only its bf16 form is fast."""
     activations = x.derived("bf16", lambda x2d: x2d.to(torch.bfloat16))
     assert isinstance(activations, torch.Tensor)
     product = _weight_only(activations, encoded["data"], encoded["scale"].to(torch.bfloat16))
@@ -73,12 +73,12 @@ def _packed_product(x: LinearInput, encoded: Encoded, scratch: Scratch) -> torch
 
 
 def _row_product(x: LinearInput, encoded: Encoded, scratch: Scratch) -> torch.Tensor:
-    """One row, by the same kernel, with the weight seen as `[n / 2, 2 k]` and the row as `[[x, 0], [0, x]]`.
+    """Multiply one row with the same kernel, with the weight as `[n / 2, 2 k]` and the row as `[[x, 0], [0, x]]`.
 
-    The kernel reads four rows of the weight side by side. In rows twice as long the processor's prefetcher, which
-    starts anew with each, keeps up with the memory: 20 GB/s instead of 14 for k = 2048. The products with zeros cost
-    nothing while the memory is what limits. Scales differ inside a folded row, so they are applied afterwards, also
-    where the rows do not fold: the sums are the same.
+    The kernel reads four rows of the weight side by side. The processor's prefetcher restarts at each row, and keeps up
+    with memory if rows are twice as long: 20 GB/s instead of 14 for k = 2048. The products with zeros are free while
+    memory bandwidth is the limit. Scales differ within a folded row, so they are applied afterwards, even if the rows
+    do not fold: the sums are the same.
     """
     data, scale = encoded["data"], encoded["scale"]
     n, k = data.shape
@@ -92,7 +92,7 @@ def _row_product(x: LinearInput, encoded: Encoded, scratch: Scratch) -> torch.Te
 
 
 def _weight_only(activations: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Call torch's kernel, which crashes on what is no multiple of 4 rows: the last ones get zeros for company."""
+    """Call torch's kernel, which crashes on row counts that are not multiples of 4; the last rows are zero-padded."""
     n = len(data)
     rest = n % _PACKED_ROWS
     if not rest:
@@ -121,12 +121,12 @@ def _ones(n: int) -> torch.Tensor:
 
 
 def _split_product(x: LinearInput, encoded: Encoded, scratch: Scratch) -> torch.Tensor:
-    """Many rows: integer product with each activation written as two integers, `hi * base + lo`.
+    """Multiply many rows: integer product with each activation written as two integers, `hi * base + lo`.
 
-    One 8-bit number a value would not do for rows with outliers, which real models have; two cost a second product and
-    leave a relative error of 2**-14 of the largest value of the row, so outliers need no special case. Where the
-    integer product saturates, digits are taken in [0, 127] and moved to [-128, -1]: oneDNN adds the 128 back, and
-    127 * 127 * 2 fits its 16-bit sums; the offset is taken out again through `row_sum`.
+    One 8-bit number per value is too coarse for rows with outliers, which real models have. Two cost a second product
+    and leave a relative error of 2**-14 of the row's largest value, so outliers need no special case. If the integer
+    product saturates, digits are taken in [0, 127] and shifted to [-128, -1]: oneDNN adds the 128 back, and
+    127 * 127 * 2 fits its 16-bit sums. The offset is removed through `row_sum`.
     """
     data, scale = encoded["data"], encoded["scale"]
     digits: torch.Tensor
@@ -149,17 +149,17 @@ def _split_product(x: LinearInput, encoded: Encoded, scratch: Scratch) -> torch.
 
 
 def row_steps(n_rows: int, n_columns: int, scratch: Scratch, *, slots: int) -> Iterator[tuple[int, int]]:
-    """Yield ranges of the rows of a product `[n_rows, n_columns]`: their 4-byte forms in some slots take one's size."""
+    """Yield row ranges of a product `[n_rows, n_columns]` whose 4-byte forms in `slots` slots fit one slot's size."""
     step = max(1, scratch.slot_bytes // (4 * slots * n_columns))
     for start in range(0, n_rows, step):
         yield start, min(start + step, n_rows)
 
 
 def integer_product(digits: torch.Tensor, data: torch.Tensor, scratch: Scratch, slot: str) -> torch.Tensor:
-    """Return `digits @ data.T` (int8 both) as fp32 `[m, n]` in the memory of a slot.
+    """Return `digits @ data.T` (both int8) as fp32 `[m, n]` in the memory of a slot.
 
-    fp32, since sums of two would overflow int32, and operations on mixed dtypes take several times as long. The memory
-    is reused: temporaries of many sizes would leave the heap full of holes.
+    fp32, because sums of two would overflow int32, and mixed dtypes take several times as long. The memory is reused,
+    because temporaries of many sizes would fragment the heap.
     """
     shape = (digits.shape[0], data.shape[0])
     integers = torch._int_mm(digits, data.t(), out=scratch.get("integers", shape, torch.int32))
@@ -171,8 +171,8 @@ def _split_digits(x: LinearInput, largest_integer: int, split: _Split) -> tuple[
 
     Args:
         x: the rows.
-        largest_integer: what the largest value of a row becomes.
-        split: makes high and low digits of rounded values, in fp32.
+        largest_integer: the integer that a row's largest value maps to.
+        split: splits rounded values into high and low digits, in fp32.
     """
     m, columns = x.shape
     digits = torch.empty((2 * m, columns), dtype=torch.int8)
@@ -186,13 +186,13 @@ def _split_digits(x: LinearInput, largest_integer: int, split: _Split) -> tuple[
 
 
 def _eight_bits(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Digits with value = hi * 254 + lo, both in [-127, 127]."""
+    """Return digits with value = hi * 254 + lo, both in [-127, 127]."""
     hi = torch.mul(values, 1 / 254).round_()
     return hi, values.sub_(hi, alpha=254)
 
 
 def _seven_bits(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Digits in [-128, -1] with value + 64 * 129 = (hi + 128) * 128 + (lo + 128)."""
+    """Return digits in [-128, -1] with value + 64 * 129 = (hi + 128) * 128 + (lo + 128)."""
     hi = torch.mul(values.add_(64 * 129), 1 / 128).floor_()
     values.sub_(hi, alpha=128).sub_(128)
     return hi.sub_(128), values
@@ -207,20 +207,20 @@ KERNELS: dict[str, Kernel] = {
 
 
 class INT8Codec(Codec):
-    """One byte a weight; a fp32 scale and the integer sum of each row.
+    """One byte per weight; an fp32 scale and the integer sum of each row.
 
-    The scale is rounded up to a bf16 value when it is chosen, so that kernels that take bf16 scales lose nothing.
+    The scale is rounded up to a bf16 value, so that kernels that take bf16 scales lose nothing.
     """
 
     name = "int8"
     lossless = False
 
     def supports(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-        """Floating-point tensors of two dimensions or more."""
+        """Return True for floating-point tensors of two or more dimensions."""
         return dtype.is_floating_point and len(shape) >= 2 and 0 not in shape
 
     def segments(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Segment, ...]:
-        """`data` int8 `[rows, columns]`, `scale` fp32 `[rows]` and `row_sum` (of `data`) int32 `[rows]`."""
+        """Return `data` int8 `[rows, columns]`, `scale` fp32 `[rows]` and `row_sum` (of `data`) int32 `[rows]`."""
         return (
             Segment("data", torch.int8, (shape[0], columns_of(shape))),
             Segment("scale", torch.float32, (shape[0],)),
@@ -231,14 +231,14 @@ class INT8Codec(Codec):
         """Quantise rows `[n, ...]` of any floating dtype.
 
         Raises:
-            CodecError: NaN or infinite values: no scale represents them.
+            CodecError: NaN or infinite values, which no scale represents.
         """
         matrix = rows.reshape(rows.shape[0], -1)
         n, columns = matrix.shape
         data = torch.empty((n, columns), dtype=torch.int8)
         scale = torch.empty(n, dtype=torch.float32)
         row_sum = torch.empty(n, dtype=torch.int32)
-        step = max(1, _BLOCK_ELEMENTS // columns)  # what stays in the cache is quantised much faster
+        step = max(1, _BLOCK_ELEMENTS // columns)  # quantisation is much faster within the cache
         block = torch.empty((min(step, n), columns), dtype=torch.float32)
         sum_dtype = torch.float32 if columns <= _MOST_SUMMED_COLUMNS else torch.float64
         for start in range(0, n, step):
@@ -249,21 +249,21 @@ class INT8Codec(Codec):
                 raise CodecError("INT8 cannot represent NaN or infinite weights; keep this tensor with codec 'none'")
             factor = bf16_at_least(largest / _LEVELS)
             scale[part] = torch.where(factor > 0, factor, torch.ones_like(factor))
-            data[part] = values.div_(scale[part, None]).round_()  # the scale is not below what makes the largest 127
+            data[part] = values.div_(scale[part, None]).round_()  # the scale was rounded up, so no value exceeds 127
             row_sum[part] = values.sum(dim=1, dtype=sum_dtype)
         return {"data": data, "scale": scale, "row_sum": row_sum}
 
     def decode(self, encoded: Encoded, out: torch.Tensor) -> torch.Tensor:
-        """`data * scale` in the dtype of `out`."""
+        """Write `data * scale` in the dtype of `out`."""
         return dequantize(encoded, out)
 
     def linear(self, x: LinearInput, encoded: Encoded, bias: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
-        """Product on the encoded rows by the kernel for this number of rows of activations."""
+        """Compute the product on the encoded rows, with the kernel for this number of rows of activations."""
         product = self._kernel(x)(x, encoded, scratch)
         return product if bias is None else product.add_(bias)
 
     def wants_whole(self, x: LinearInput) -> bool:
-        """Any range of rows gives the same bits."""
+        """Return False: any range of rows gives the same bits."""
         return False
 
     def _kernel(self, x: LinearInput) -> Kernel:

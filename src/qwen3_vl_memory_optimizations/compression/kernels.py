@@ -1,7 +1,7 @@
-"""What decides which kernel computes a product on this machine.
+"""Choose the product kernels for this machine.
 
-Kernels round differently, so the one for a product follows from its shape and dtype and from the three properties of
-the machine below. Timing kernels on live products instead gave one input several answers
+Kernels round differently, so the choice depends only on a product's shape and dtype and on the three machine
+properties below. Timing kernels on live products gave different results for the same input
 (docs/adr/0018-kernels-by-rule.md).
 """
 
@@ -16,15 +16,15 @@ import torch
 _FINE_S = 1e-5
 _CLOSE = 2.0
 _NATIVE = 0.4
-"""AVX512-BF16 takes a quarter of the time of fp32, AVX512 without it 1.25 times, AVX2 3.8 times (measured)."""
+"""AVX512-BF16 takes a quarter of the fp32 time, AVX512 without it 1.25 times, AVX2 3.8 times (measured)."""
 
 
 @lru_cache(maxsize=1)
 def int8_product_saturates() -> bool:
-    """Whether this machine's INT8 product loses carries.
+    """Return whether this machine's INT8 product saturates.
 
     Without VNNI, oneDNN adds 128 to the left operand and multiplies pairs into 16-bit sums, which saturate above
-    32767. The result is then wrong by any amount, silently; so it is tested, not assumed.
+    32767. The result is then silently wrong by any amount, so this is tested, not assumed.
     """
     left = torch.full((4, 64), 127, dtype=torch.int8)
     right = torch.full((64, 64), 127, dtype=torch.int8)
@@ -33,16 +33,16 @@ def int8_product_saturates() -> bool:
 
 @lru_cache(maxsize=1)
 def has_fast_int8_row() -> bool:
-    """Whether one row times an INT8 matrix is fast as an integer product.
+    """Return whether one row times an INT8 matrix is fast as an integer product.
 
-    With AVX512 oneDNN reads the matrix up to three times as fast as torch's weight-only kernel does. With AVX2-VNNI it
+    With AVX512, oneDNN reads the matrix up to three times as fast as torch's weight-only kernel. With AVX2-VNNI it
     takes more than twice as long.
     """
     return torch.backends.cpu.get_cpu_capability().upper().startswith("AVX512")
 
 
 class _Bf16Cost:
-    """The time of bf16 products in that of fp32 ones: measured at first use, unless it was kept by a process before."""
+    """Time of bf16 products relative to fp32: measured at first use unless an earlier measurement is set."""
 
     def __init__(self) -> None:
         self.value: float | None = None
@@ -52,10 +52,10 @@ _bf16_cost = _Bf16Cost()
 
 
 def bf16_cost() -> float:
-    """Return how long a bf16 product takes here, as a multiple of the same product in fp32 (about 30 ms once).
+    """Return the time of a bf16 product relative to the same product in fp32 (measured once, in about 30 ms).
 
-    It is asked while a model is loaded and other threads read: by the clock, with all threads, it found bf16 fast on
-    AVX2 in half of the starts. So one thread multiplies, and the time that it had the processor counts.
+    It is measured while a model loads and other threads read. Wall-clock time with all threads rated bf16 as fast on
+    AVX2 in half of the starts. So one thread multiplies, and its CPU time counts.
     """
     if _bf16_cost.value is None:
         _bf16_cost.value = _measured_bf16_cost()
@@ -63,23 +63,23 @@ def bf16_cost() -> float:
 
 
 def use_bf16_cost(cost: float) -> None:
-    """Use what was measured on this machine before; in a process that has a figure already, that one stays."""
+    """Use an earlier measurement from this machine, unless this process already has one."""
     if _bf16_cost.value is None:
         _bf16_cost.value = cost
 
 
 def fastest_dtype() -> torch.dtype:
-    """Return the dtype to compute in here, bf16 or fp32.
+    """Return the dtype to compute in on this machine, bf16 or fp32.
 
-    The format stored is not the format computed in: without AVX512-BF16 or AMX, bf16 products fall back to code 2.5 to
-    50 times slower than fp32 (design, "Compression"). Where the two are close, bf16 takes half the memory for
-    activations and the KV cache, and computes on weights as they are stored.
+    The stored format need not be the compute format: without AVX512-BF16 or AMX, bf16 products fall back to code 2.5
+    to 50 times slower than fp32 (design, "Compression"). If the two are close, bf16 halves the memory for activations
+    and the KV cache, and computes on weights as stored.
     """
     return torch.bfloat16 if bf16_cost() < _CLOSE else torch.float32
 
 
 def has_native_bf16() -> bool:
-    """Whether bf16 products are clearly faster than fp32 ones, as with AVX512-BF16 or AMX."""
+    """Return whether bf16 products are clearly faster than fp32, as with AVX512-BF16 or AMX."""
     return bf16_cost() < _NATIVE
 
 

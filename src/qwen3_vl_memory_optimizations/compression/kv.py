@@ -1,8 +1,8 @@
-"""Codecs of keys and values: blocks of tokens, encoded once, and attention computed on the encoded form.
+"""KV codecs: blocks of tokens, encoded once, and attention computed on the encoded form.
 
-A block holds the same tokens of `n` heads (batch times key-value heads): keys and values `[n, tokens, head_dim]`. Its
-segments lie in one buffer. Attention over some blocks is a `Partial`, and partial results over disjoint tokens are
-merged exactly (online softmax, arXiv:1805.02867; the form used here is that of FlashAttention, arXiv:2205.14135).
+A block holds the same tokens for `n` heads (batch times key-value heads): keys and values `[n, tokens, head_dim]`. Its
+segments share one buffer. Attention over some blocks is a `Partial`. Partial results over disjoint tokens are merged
+exactly (online softmax, arXiv:1805.02867, in the form of FlashAttention, arXiv:2205.14135).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .base import Scratch, Segment
 
 KV_CODECS = ("none", "int8", "int4")
 DECODED_TOKENS = 1024
-"""Tokens of blocks that are decoded for one product: more would only take more workspace."""
+"""Tokens decoded per product; more would only increase the workspace."""
 
 
 class Partial(NamedTuple):
-    """Attention over a part of the tokens.
+    """Attention over some of the tokens.
 
     Attributes:
         out: `[n, M, head_dim]` fp32, normalised over these tokens.
@@ -33,11 +33,11 @@ class Partial(NamedTuple):
 
 
 class KVBlock:
-    """One encoded block: `segments` are views of one buffer, by name.
+    """One encoded block: `segments` are named views of one buffer.
 
     Args:
         buffer: uint8 `[n_bytes]`.
-        layout: of the buffer.
+        layout: the segments in the buffer.
     """
 
     def __init__(self, buffer: torch.Tensor, layout: Sequence[Segment]) -> None:
@@ -50,11 +50,11 @@ class KVBlock:
 
 
 class KVCodec(ABC):
-    """Encodes a block and attends over blocks.
+    """Encodes a block and computes attention over blocks.
 
     Class attributes:
         name: the value of the setting `kv_codec`.
-        lossless: whether decoding gives the same bits.
+        lossless: whether decoding reproduces the same bits.
     """
 
     name: ClassVar[str]
@@ -62,7 +62,7 @@ class KVCodec(ABC):
 
     @abstractmethod
     def layout(self, n: int, tokens: int, head_dim: int, dtype: torch.dtype) -> tuple[Segment, ...]:
-        """Return the segments of a block; each begins at a multiple of its item size."""
+        """Return the segments of a block; each starts at a multiple of its item size."""
 
     @abstractmethod
     def encode(self, keys: torch.Tensor, values: torch.Tensor, block: KVBlock) -> None:
@@ -89,14 +89,14 @@ class KVCodec(ABC):
         scale: float,
         scratch: Scratch,
     ) -> Partial:
-        """Attend over whole blocks of one size, decoding some at a time.
+        """Compute attention over whole blocks of one size, decoding some at a time.
 
         Args:
             query: `[n, M, head_dim]`.
             blocks: at least one.
-            bias: for each block `None` or what is added to the scores, in the dtype of the query and in a shape that
+            bias: for each block `None` or a term added to the scores, in the dtype of the query and in a shape that
                 broadcasts to `[n, M, tokens]`.
-            scale: of the scores.
+            scale: factor of the scores.
             scratch: workspace.
         """
         n, tokens, head_dim = self.shape(blocks[0])
@@ -115,7 +115,7 @@ class KVCodec(ABC):
 
 
 def _joined_bias(bias: Sequence[torch.Tensor | None], tokens: int) -> torch.Tensor | None:
-    """Return what is added to the scores of several blocks, `None` where nothing is."""
+    """Return the combined bias of several blocks, or `None` if none has one."""
     there = next((each for each in bias if each is not None), None)
     if there is None:
         return None
@@ -126,7 +126,7 @@ def _joined_bias(bias: Sequence[torch.Tensor | None], tokens: int) -> torch.Tens
 def attend_plain(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, scale: float
 ) -> Partial:
-    """Attend with `query` `[n, M, head_dim]` over keys and values `[n, tokens, head_dim]`, whatever their strides.
+    """Compute attention of `query` `[n, M, head_dim]` over keys and values `[n, tokens, head_dim]` of any strides.
 
     `bias` broadcasts to `[n, M, tokens]`.
     """
@@ -135,23 +135,23 @@ def attend_plain(
     out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query[None], keys[None], values[None], 0.0, False, attn_mask=None if bias is None else bias[None], scale=scale
     )
-    # What the kernel returns as `[1, n, M]` lies in memory as `[1, M, n]` in some versions: shapes say it.
+    # Some versions return `[1, n, M]` stored as `[1, M, n]`; indexing by shape handles both.
     return Partial(out[0].float(), log_sum[0].float())
 
 
 def merge(parts: Sequence[Partial]) -> Partial:
-    """Return attention over all tokens of some parts, which share none."""
+    """Return attention over the tokens of all parts, which must be disjoint."""
     if len(parts) == 1:
         return parts[0]
     sums = torch.stack([part.log_sum for part in parts])
     total = torch.logsumexp(sums, dim=0)
-    weights = (sums - total).exp_().nan_to_num_(0.0)  # a row that may attend to nothing: -inf less -inf
+    weights = (sums - total).exp_().nan_to_num_(0.0)  # a fully masked row gives -inf minus -inf
     out = torch.stack([part.out for part in parts])
     return Partial(out.mul_(weights[..., None]).sum(dim=0), total)
 
 
 def attend_causal(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> Partial:
-    """Attend with `query` `[n, tokens, head_dim]` over the same tokens, each to itself and those before it."""
+    """Compute causal attention of `query` `[n, tokens, head_dim]` over the same tokens."""
     out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query[None], keys[None], values[None], 0.0, True, scale=scale
     )
@@ -159,24 +159,24 @@ def attend_causal(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
 
 
 def merge_two(first: Partial | None, second: Partial) -> Partial:
-    """Return attention over the tokens of both, which share none; `first` is written over."""
+    """Return attention over the tokens of both, which must be disjoint; `first` is overwritten."""
     if first is None:
         return second
     total = torch.logaddexp(first.log_sum, second.log_sum)
     for part in (first, second):
-        # A row that may attend to nothing: -inf less -inf.
+        # A fully masked row gives -inf minus -inf.
         part.out.mul_(part.log_sum.sub(total).exp_().nan_to_num_(0.0)[..., None])
     return Partial(first.out.add_(second.out), total)
 
 
 class RawKV(KVCodec):
-    """Keys and values as they are."""
+    """Unencoded keys and values."""
 
     name = "none"
     lossless = True
 
     def layout(self, n: int, tokens: int, head_dim: int, dtype: torch.dtype) -> tuple[Segment, ...]:
-        """`keys` and `values` `[n, tokens, head_dim]` in the dtype of the computation."""
+        """Return `keys` and `values` `[n, tokens, head_dim]` in the compute dtype."""
         shape = (n, tokens, head_dim)
         return (Segment("keys", dtype, shape), Segment("values", dtype, shape))
 
@@ -198,7 +198,7 @@ class RawKV(KVCodec):
         scale: float,
         scratch: Scratch,
     ) -> Partial:
-        """Attend over one block at a time, where it lies."""
+        """Compute attention over one block at a time, in place."""
         found: Partial | None = None
         for block, added in zip(blocks, bias, strict=True):
             keys, values = block.segments["keys"], block.segments["values"]

@@ -1,4 +1,4 @@
-"""Keys and values in 8 and in 4 bits a number."""
+"""Keys and values at 8 and at 4 bits per number."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _MOST_PACKED_ROWS, _MOST_PACKED_ROWS_FP32 = 32, 16
 
 
 class INT8KV(KVCodec):
-    """One byte a number and one scale a token and head.
+    """One byte per number and one scale per token and head.
 
-    Values lie transposed, so that both products of attention are torch's weight-only INT8 kernel: the scale of a key
-    is that of an output of the first, the scale of a value goes into the probabilities before the second.
+    Values are stored transposed, so that both attention products use torch's weight-only INT8 kernel: a key's scale
+    applies to an output of the first product, a value's scale multiplies the probabilities before the second.
     """
 
     name = "int8"
     lossless = False
 
     def layout(self, n: int, tokens: int, head_dim: int, dtype: torch.dtype) -> tuple[Segment, ...]:
-        """`keys` `[n, tokens, head_dim]` and `values` `[n, head_dim, tokens]` in int8, bf16 scales `[n, tokens]`."""
+        """Return int8 `keys` `[n, tokens, head_dim]`, `values` `[n, head_dim, tokens]`, bf16 scales `[n, tokens]`."""
         return (
             Segment("keys", torch.int8, (n, tokens, head_dim)),
             Segment("values", torch.int8, (n, head_dim, tokens)),
@@ -35,10 +35,10 @@ class INT8KV(KVCodec):
         )
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor, block: KVBlock) -> None:
-        """Quantise.
+        """Quantise keys and values into a block.
 
         Raises:
-            CodecError: NaN or infinite values: no scale represents them.
+            CodecError: NaN or infinite values, which no scale represents.
         """
         segments = block.segments
         data, segments["key_scale"][:] = _quantized(keys)
@@ -47,7 +47,7 @@ class INT8KV(KVCodec):
         segments["values"].copy_(data.transpose(1, 2))
 
     def decode(self, block: KVBlock, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """`data * scale` in the dtype of the output."""
+        """Write `data * scale` in the dtype of the output."""
         segments = block.segments
         keys.copy_(segments["keys"]).mul_(segments["key_scale"].to(keys.dtype)[..., None])
         values.copy_(segments["values"].transpose(1, 2)).mul_(segments["value_scale"].to(values.dtype)[..., None])
@@ -60,7 +60,7 @@ class INT8KV(KVCodec):
         scale: float,
         scratch: Scratch,
     ) -> Partial:
-        """Few rows by the INT8 kernel, many decoded."""
+        """Compute attention with the INT8 kernel for few rows, and on decoded blocks for many."""
         _, rows, head_dim = query.shape
         most = _MOST_PACKED_ROWS_FP32 if query.dtype == torch.float32 else _MOST_PACKED_ROWS
         if rows > most or not _can_pack(self.shape(blocks[0])[1], head_dim):
@@ -95,18 +95,18 @@ class INT8KV(KVCodec):
 
 
 class INT4KV(KVCodec):
-    """Four bits a number: keys in steps of their channel, values in steps of their token (KIVI, arXiv:2402.02750).
+    """Four bits per number: keys quantised per channel, values per token (KIVI, arXiv:2402.02750).
 
-    Channels of keys differ in size, and in each the sizes are alike; values have no such channels.
+    Key channels differ in magnitude but are each uniform; values have no such channels.
     """
 
     name = "int4"
     lossless = False
 
     def layout(self, n: int, tokens: int, head_dim: int, dtype: torch.dtype) -> tuple[Segment, ...]:
-        """`keys`, `values` uint8 `[n, tokens / 2, head_dim]`: token t in the low and t + tokens / 2 in the high bits.
+        """Return `keys`, `values` uint8 `[n, tokens / 2, head_dim]`: token t low bits, t + tokens / 2 high bits.
 
-        `key_step` bf16 `[n, groups, 2, head_dim]` and `value_step` bf16 `[n, tokens, 2]` hold scale and least value.
+        `key_step` bf16 `[n, groups, 2, head_dim]` and `value_step` bf16 `[n, tokens, 2]` hold scale and minimum.
         """
         groups = tokens // _group(tokens)
         return (
@@ -117,15 +117,15 @@ class INT4KV(KVCodec):
         )
 
     def shape(self, block: KVBlock) -> tuple[int, int, int]:
-        """Two tokens share a byte."""
+        """Return `(n, tokens, head_dim)` of a block; two tokens share a byte."""
         n, pairs, head_dim = block.segments["keys"].shape
         return n, 2 * pairs, head_dim
 
     def encode(self, keys: torch.Tensor, values: torch.Tensor, block: KVBlock) -> None:
-        """Quantise.
+        """Quantise keys and values into a block.
 
         Raises:
-            CodecError: NaN or infinite values: no step represents them.
+            CodecError: NaN or infinite values, which no step represents.
         """
         n, tokens, head_dim = keys.shape
         segments = block.segments
@@ -138,7 +138,7 @@ class INT4KV(KVCodec):
         _pack(digits, segments["values"])
 
     def decode(self, block: KVBlock, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """`digit * scale + least` in the dtype of the output."""
+        """Write `digit * scale + minimum` in the dtype of the output."""
         n, tokens, head_dim = keys.shape
         segments = block.segments
         _unpack(segments["keys"], keys)
@@ -150,12 +150,12 @@ class INT4KV(KVCodec):
 
 
 def _group(tokens: int) -> int:
-    """Return how many tokens of a channel share a step."""
+    """Return how many tokens of a channel share a scale and minimum."""
     return next(size for size in (128, 64, 32) if tokens % size == 0)
 
 
 def _digits(values: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return digits 0 to 15 (fp32, in the memory of `values`), and scale and least value of each row along `dim`."""
+    """Return digits 0 to 15 (fp32, in the memory of `values`), and scale and minimum of each row along `dim`."""
     least, largest = values.amin(dim, keepdim=True), values.amax(dim, keepdim=True)
     if not bool(torch.isfinite(least).all()) or not bool(torch.isfinite(largest).all()):
         raise CodecError("keys or values are NaN or infinite, which INT4 cannot represent; use kv_codec='none'")
@@ -189,7 +189,7 @@ def _quantized(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _can_pack(tokens: int, head_dim: int) -> bool:
-    """Whether torch's kernel takes these shapes; others crash it."""
+    """Return whether torch's kernel supports these shapes; it crashes on others."""
     return tokens % 32 == 0 and head_dim % 32 == 0
 
 
@@ -199,10 +199,10 @@ def _ones(n: int) -> torch.Tensor:
 
 
 def create_kv_codec(name: str) -> KVCodec:
-    """Return the codec of keys and values with this name.
+    """Return the KV codec with this name.
 
     Raises:
-        ConfigurationError: there is none.
+        ConfigurationError: there is no such codec.
     """
     if name == "none":
         return RawKV()

@@ -1,4 +1,4 @@
-"""`EncodingLog`: what was encoded, into how much, how fast each way, and with what error where that was sampled."""
+"""`EncodingLog`: sizes, speeds and sampled errors of everything that was encoded."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _SAMPLED_ROWS = 64
 
 @dataclass(slots=True)
 class EncodingCounters:
-    """What was encoded of one kind of tensor since the start.
+    """Counters of one kind of tensor since the start.
 
     Attributes:
-        encodes: how often.
-        original_bytes, encoded_bytes: before and after.
-        timed_bytes, encode_s: original bytes of the encodings that were timed, and their time.
-        decoded_bytes, decode_s: bytes that decoding samples gave, and its time.
-        sampled_bytes: original bytes of those whose error is known.
-        error_bytes: relative error times original bytes, summed over those.
+        encodes: number of encodings.
+        original_bytes, encoded_bytes: sizes before and after.
+        timed_bytes, encode_s: original bytes of the timed encodings, and their time.
+        decoded_bytes, decode_s: bytes decoded from samples, and the time.
+        sampled_bytes: original bytes with a known error.
+        error_bytes: sum over those of relative error times original bytes.
     """
 
     encodes: int = 0
@@ -43,28 +43,28 @@ class EncodingCounters:
 
     @property
     def relative_error(self) -> float | None:
-        """The mean error by bytes; `None` where none is known."""
+        """Mean relative error weighted by bytes; `None` if none is known."""
         return self.error_bytes / self.sampled_bytes if self.sampled_bytes else None
 
     @property
     def encode_bytes_per_s(self) -> float | None:
-        """Original bytes encoded a second; `None` where nothing was timed."""
+        """Original bytes encoded per second; `None` if nothing was timed."""
         return self.timed_bytes / self.encode_s if self.encode_s else None
 
     @property
     def decode_bytes_per_s(self) -> float | None:
-        """Bytes decoded a second, by one call of the codec's `decode`; `None` where nothing was timed."""
+        """Bytes decoded per second by one call of the codec's `decode`; `None` if nothing was timed."""
         return self.decoded_bytes / self.decode_s if self.decode_s else None
 
     def add(self, other: EncodingCounters) -> None:
-        """Add what another counted."""
+        """Add the counts of another instance."""
         for each in fields(self):
             setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
 
 
 @dataclass(frozen=True, slots=True)
 class DecodedSample:
-    """What decoding the first rows of an encoded weight told."""
+    """Time and error of decoding the first rows of an encoded weight."""
 
     relative_error: float
     decoded_bytes: int
@@ -72,7 +72,7 @@ class DecodedSample:
 
     @classmethod
     def of(cls, codec: Codec, weight: torch.Tensor, encoded: Mapping[str, torch.Tensor]) -> DecodedSample:
-        """Decode the first rows of a weight `[rows, ...]`, or of a chunk of whole row blocks of one."""
+        """Decode the first rows of a weight `[rows, ...]`, or of a chunk that consists of whole row blocks."""
         block = codec.row_block(tuple(weight.shape))
         rows = min(len(weight), -(-_SAMPLED_ROWS // block) * block)
         shared = {segment.name for segment in codec.segments(tuple(weight.shape), weight.dtype) if segment.shared}
@@ -86,10 +86,10 @@ class DecodedSample:
 
 
 class EncodingLog:
-    """Counts by kind of tensor; any thread may note.
+    """Counts by kind of tensor; thread-safe.
 
     Attributes:
-        weight_errors: relative error by the id of a weight, where it is known.
+        weight_errors: weight id -> relative error, if known.
     """
 
     def __init__(self) -> None:
@@ -107,14 +107,14 @@ class EncodingLog:
         decode_s: float = 0.0,
         relative_error: float | None = None,
     ) -> None:
-        """Note that something was encoded.
+        """Record an encoding.
 
         Args:
-            kind: of the tensor.
-            original_bytes, encoded_bytes: before and after.
-            encode_s: that it took; 0.0: not timed.
-            decode_s: that decoding all of it took; 0.0: not timed.
-            relative_error: where it is known.
+            kind: kind of the tensor.
+            original_bytes, encoded_bytes: sizes before and after.
+            encode_s: encoding time; 0.0: not timed.
+            decode_s: time to decode all of it; 0.0: not timed.
+            relative_error: the error, if known.
         """
         counted = EncodingCounters(encodes=1, original_bytes=original_bytes, encoded_bytes=encoded_bytes)
         if encode_s:
@@ -126,14 +126,14 @@ class EncodingLog:
         self.add(kind, counted)
 
     def add(self, kind: str, counted: EncodingCounters) -> None:
-        """Add what was counted elsewhere to a kind."""
+        """Add counters from elsewhere to a kind."""
         with self._lock:
             self._kinds.setdefault(kind, EncodingCounters()).add(counted)
 
     def encode_block(self, kind: str, codec: KVCodec, keys: torch.Tensor, values: torch.Tensor, block: KVBlock) -> None:
-        """Encode keys and values `[n, tokens, head_dim]` into a block, and note it.
+        """Encode keys and values `[n, tokens, head_dim]` into a block, and record it.
 
-        The first block and one in 64 are decoded: the time of it, and the error of two heads.
+        The first block and one in 64 are decoded, to measure the time and the error of two heads.
 
         Raises:
             CodecError: values that this codec cannot represent.
@@ -165,7 +165,7 @@ class EncodingLog:
             return row is None or row.encodes % _SAMPLED_BLOCKS == 0
 
     def encode_weight(self, weight_id: str, codec: Codec, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Encode a weight `[rows, ...]`, and note it with the error of its first rows.
+        """Encode a weight `[rows, ...]`, and record it with the error of its first rows.
 
         Raises:
             CodecError: values that this codec cannot represent.
@@ -187,6 +187,6 @@ class EncodingLog:
         return encoded
 
     def rows(self) -> dict[str, EncodingCounters]:
-        """Return the counters by kind, as they are now."""
+        """Return a snapshot of the counters by kind."""
         with self._lock:
             return {kind: replace(row) for kind, row in self._kinds.items()}

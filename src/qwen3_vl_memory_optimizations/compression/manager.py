@@ -1,4 +1,4 @@
-"""Compression of runtime tensors (specification 2.3): any shape, by the same codecs as weights."""
+"""Compress runtime tensors of any shape with the codecs used for weights (specification 2.3)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class CompressedTensor:
     """The encoded form of a tensor; it shares no memory with the original.
 
     Attributes:
-        codec: encoded it, and decodes it.
+        codec: encodes and decodes it.
         shape, dtype: those of the original.
         encoded: segment name -> tensor.
-        relative_error: measured, of the Frobenius norm over the finite values; 0.0 where nothing was lost.
+        relative_error: measured, in the Frobenius norm over the finite values; 0.0 if lossless.
     """
 
     codec: Codec
@@ -32,33 +32,33 @@ class CompressedTensor:
 
     @property
     def method(self) -> str:
-        """The name of the codec."""
+        """Name of the codec."""
         return self.codec.name
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the encoded form."""
+        """Size of the encoded form in bytes."""
         return sum(segment.nbytes for segment in self.encoded.values())
 
     @property
     def original_bytes(self) -> int:
-        """Bytes of the original."""
+        """Size of the original in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     @property
     def ratio(self) -> float | None:
-        """Original bytes to encoded ones; `None` for an empty tensor."""
+        """Compression ratio, original bytes / encoded bytes; `None` for an empty tensor."""
         return self.original_bytes / self.n_bytes if self.n_bytes else None
 
 
 class TensorCompressor:
     """Compresses tensors of any shape with one codec.
 
-    The last extent makes the columns and all others the rows, so a KV tensor has a scale for each token and head. A
-    tensor without elements is kept as it is.
+    The last dimension becomes the columns and all others the rows, so a KV tensor has one scale per token and head.
+    A tensor without elements is kept unchanged.
 
     Args:
-        tolerance: the largest relative error to accept; `None`: whatever the codec makes of it.
+        tolerance: maximum relative error; `None`: no limit.
     """
 
     codec_name: ClassVar[str]
@@ -68,10 +68,10 @@ class TensorCompressor:
         self._codec = create_codec(self.codec_name)
 
     def compress(self, tensor: torch.Tensor) -> CompressedTensor:
-        """Encode a tensor and measure what was lost.
+        """Encode a tensor and measure the error.
 
         Raises:
-            CodecError: the codec does not take such a tensor or its values, or the error is above the tolerance.
+            CodecError: the codec does not support the tensor or its values, or the error exceeds the tolerance.
         """
         if tensor.numel() == 0:
             return _compressed(create_codec("none"), tensor)
@@ -81,8 +81,8 @@ class TensorCompressor:
         compressed = _compressed(self._codec.fit(lambda: matrix), tensor)
         if self.tolerance is not None and compressed.relative_error > self.tolerance:
             raise CodecError(
-                f"{self.codec_name} loses {compressed.relative_error:.2g} of this tensor, more than the tolerance of "
-                f"{self.tolerance:g}"
+                f"{self.codec_name} has a relative error of {compressed.relative_error:.2g} on this tensor, above the "
+                f"tolerance of {self.tolerance:g}"
             )
         return compressed
 
@@ -92,25 +92,25 @@ class TensorCompressor:
 
 
 class INT8QuantizationCompressor(TensorCompressor):
-    """INT8 with a scale a row. NaN and infinite values are refused."""
+    """INT8 with one scale per row. NaN and infinite values are refused."""
 
     codec_name = "int8"
 
 
 class FP16QuantizationCompressor(TensorCompressor):
-    """16 bits a value. NaN and infinite values are kept."""
+    """16 bits per value. NaN and infinite values are kept."""
 
     codec_name = "fp16"
 
 
 class SVDDecompositionCompressor(TensorCompressor):
-    """Two thin factors that keep 95 % of the energy and the tolerance of the codec; refuses what has no low rank."""
+    """Two low-rank factors that keep 95 % of the energy within the codec's tolerance; refuses other tensors."""
 
     codec_name = "svd"
 
 
 class SparseCompressionCompressor(TensorCompressor):
-    """The values that are not zero, bit by bit; refuses what would not become smaller."""
+    """Exact nonzero values; refuses tensors that would not become smaller."""
 
     codec_name = "sparse"
 
@@ -142,7 +142,7 @@ class MemoryCompressionManager:
     """Compresses runtime tensors: key and value states, vision features, embeddings.
 
     Args:
-        selector: chooses the method; default: by the speeds of this machine, measured when it first needs them.
+        selector: chooses the method; default: uses this machine's speeds, measured when first needed.
 
     Attributes:
         int8_compressor, fp16_compressor, svd_compressor, sparse_compressor: the methods.
@@ -164,19 +164,19 @@ class MemoryCompressionManager:
         access: str | None = None,
         calibration: torch.Tensor | None = None,
     ) -> CompressedTensor:
-        """Encode a tensor by the method that suits it, `none` included.
+        """Encode a tensor with the most suitable method, which may be `none`.
 
         Args:
-            tensor: of any shape and dtype; what is not floating point, or empty, is kept as it is.
+            tensor: of any shape and dtype; tensors that are empty or not floating point are kept unchanged.
             kind: sets the tolerance (see `TOLERANCES`).
             access: `hot`, `streamed` or `cold`; default: that of the kind.
-            calibration: inputs `[m, columns]` of the layer whose weight this is.
+            calibration: inputs `[m, columns]` of the layer, if the tensor is its weight.
 
         Raises:
             ConfigurationError: an unknown kind or access pattern.
         """
         chosen = self.explain(tensor, kind=kind, access=access, calibration=calibration)
-        for codec in chosen.codecs():  # chosen by a sample of the rows; the whole has the last word
+        for codec in chosen.codecs():  # chosen from a sample of rows; it may still fail on the whole tensor
             try:
                 compressed = _compressed(codec, tensor)
             except CodecError:

@@ -1,4 +1,4 @@
-"""`none`: the tensor as it is. Lossless; computed in the dtype of the activations."""
+"""`none`: the unchanged tensor. Lossless; products use the dtype of the activations."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _SLOTS_FOR_BITS = 4
 
 
 class RawCodec(Codec):
-    """Keeps rows unchanged. A product in another dtype than the stored one casts the rows into scratch memory first."""
+    """Keeps rows unchanged. If the dtypes differ, a product first casts the rows into scratch memory."""
 
     name = "none"
     lossless = True
 
     def supports(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-        """Every tensor can be kept as it is."""
+        """Return True: every tensor is supported."""
         return True
 
     def segments(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Segment, ...]:
-        """One segment, `[rows, columns]` in the dtype of the tensor."""
+        """Return one segment, `[rows, columns]` in the dtype of the tensor."""
         return (Segment("data", dtype, (shape[0] if shape else 1, columns_of(shape))),)
 
     def encode(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -30,14 +30,14 @@ class RawCodec(Codec):
         return {"data": rows.reshape(rows.shape[0] if rows.dim() else 1, -1)}
 
     def decode(self, encoded: Encoded, out: torch.Tensor) -> torch.Tensor:
-        """Copy, casting where the dtypes differ."""
+        """Copy the rows, casting if the dtypes differ."""
         return out.copy_(encoded["data"])
 
     def linear(self, x: LinearInput, encoded: Encoded, bias: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
-        """One product in the dtype of `x`: bit-identical to `F.linear` on the whole tensor (but see `wants_whole`).
+        """Compute one product in the dtype of `x`, bit-identical to `F.linear` on the whole tensor (see `wants_whole`).
 
-        torch's one-row fp32 kernel sums in another order when the matrix does not start on a vector boundary, which a
-        checkpoint read in place may do; such rows are copied first.
+        torch's one-row fp32 kernel sums in another order if the matrix does not start on a vector boundary, which can
+        happen with a checkpoint read in place; such rows are copied first.
         """
         data = encoded["data"]
         aligned = data.data_ptr() % _VECTOR_BYTES == 0 or data.dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""Name -> codec. A new codec is one file and one registration."""
+"""Name -> codec. A new codec needs one file and one registration."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _VARIANTS: set[str] = set()
 
 
 def register_codec(name: str, factory: Callable[[], Codec], *, variant: bool = False) -> None:
-    """Make a codec known under `name`.
+    """Register a codec under `name`.
 
     Args:
-        name: what settings and packed checkpoints call it.
-        factory: makes one.
-        variant: only packed checkpoints name it (see `Codec.stored_name`); `codec_names` leaves it out.
+        name: its name in settings and packed checkpoints.
+        factory: returns a new codec.
+        variant: the name appears only in packed checkpoints (see `Codec.stored_name`); `codec_names` omits it.
 
     Raises:
         ConfigurationError: the name is taken.
@@ -42,7 +42,7 @@ def create_codec(name: str) -> Codec:
     """Return a codec by its name, or by the `stored_name` of a tensor.
 
     Raises:
-        ConfigurationError: no such codec; the error lists the known ones and says which is nearest.
+        ConfigurationError: there is no such codec; the error lists the known names and suggests the nearest.
     """
     name, _, parameters = name.partition(":")
     if name not in _FACTORIES:

@@ -1,4 +1,4 @@
-"""INT8 of rotated weights: activations are rotated too, and then 8 bits a value do for them as well."""
+"""INT8 of rotated weights: activations are rotated too, so 8 bits per value suffice for them as well."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from .rotation import rotate, rotate_back, rotate_row
 
 _LEVELS = 127
 _MOST_CREST = 16.0
-"""Largest ratio of a row's largest value to its root mean square for 8 bits: an error of 16 / 127 / sqrt(12), 3.6 %.
+"""Maximum ratio of a row's peak to its root mean square for 8 bits: an error of 16 / 127 / sqrt(12), 3.6 %.
 Rotated activations of models have ratios of 3 to 6 (an error of about 1 %)."""
 _LEAST_DIGIT_ROWS = 5
 _NOTHING = torch.zeros(1, dtype=torch.float32)
 _LEAST_COLUMNS = 512
-"""In narrower matrices it is the call that takes time, not the product: they may as well be exact."""
+"""In narrower matrices the call overhead dominates, so the product may as well be exact."""
 
 
 class RotatedInput(LinearInput):
-    """Rotated activations, as fp32 values and, where no row is too uneven for it, as 8-bit digits.
+    """Rotated activations, as fp32 values and, if no row is too uneven, as 8-bit digits.
 
-    The values are computed at their first use: with many rows, digits alone take an eighth of the memory.
+    The fp32 values are computed at first use: with many rows, digits alone take an eighth of the memory.
 
     Args:
-        x2d: activations `[M, columns]` as they were.
+        x2d: the original activations `[M, columns]`.
 
     Attributes:
-        digits: int8 `[M, columns]`, or `None`: a row is too uneven or too short, or the processor's INT8 product
+        digits: int8 `[M, columns]`, or `None` if a row is too uneven or too short, or the processor's INT8 product
             saturates.
-        row_scale: what a digit is worth, fp32 `[M, 1]`.
+        row_scale: the value of one digit unit, fp32 `[M, 1]`.
     """
 
     def __init__(self, x2d: torch.Tensor) -> None:
@@ -57,7 +57,7 @@ class RotatedInput(LinearInput):
 
     @property
     def given_dtype(self) -> torch.dtype:
-        """The dtype of the activations as they were given."""
+        """Original dtype of the activations."""
         return self._unrotated.dtype
 
     @property
@@ -79,7 +79,7 @@ class RotatedInput(LinearInput):
             yield start, stop, rotate(self._unrotated[start:stop])
 
     def _digits_of_one_row(self) -> None:
-        """The same as for several rows in fewer operations: a token waits for each of them."""
+        """Compute the digits of one row in fewer operations than `_digits_of_rows`: each adds to the decode step."""
         row = self.x2d
         least, most = torch.aminmax(row)  # a quarter of the time of a norm
         largest = max(float(most), -float(least))
@@ -92,7 +92,7 @@ class RotatedInput(LinearInput):
         digits = torch.empty((rows, columns), dtype=torch.int8)
         row_scale = torch.empty((rows, 1), dtype=torch.float32)
         for start, stop, part in self.parts():
-            # Fifty times as fast as the norm of infinite order.
+            # Fifty times as fast as the infinity norm.
             largest = torch.maximum(part.amax(dim=1, keepdim=True), part.amin(dim=1, keepdim=True).neg_())
             norm = torch.linalg.vector_norm(part, dim=1, keepdim=True)
             if not bool((largest * math.sqrt(columns) <= _MOST_CREST * norm).all()):
@@ -104,10 +104,10 @@ class RotatedInput(LinearInput):
 
 
 def _digit_product(x: LinearInput, encoded: Encoded, scratch: Scratch) -> torch.Tensor:
-    """Integer product with each activation as one integer and a scale a row."""
+    """Compute an integer product with one integer per activation and one scale per row."""
     assert isinstance(x, RotatedInput) and x.digits is not None
     data, scale = encoded["data"], encoded["scale"]
-    if not isinstance(x.row_scale, torch.Tensor):  # of one row
+    if not isinstance(x.row_scale, torch.Tensor):  # a single row
         product = torch._int_mm(x.digits, data.t()).float()
         return torch.addcmul(_NOTHING, product, scale, value=x.row_scale)  # one operation instead of two
     out = torch.empty((x.rows, len(data)), dtype=x.given_dtype)
@@ -120,8 +120,8 @@ def _digit_product(x: LinearInput, encoded: Encoded, scratch: Scratch) -> torch.
 class RotatedINT8Codec(INT8Codec):
     """`int8` of `w @ R` (see `rotation`). Products take rotated activations; `decode` rotates back.
 
-    Weights lose less than with `int8`, and where the processor multiplies 8-bit integers without saturation, one
-    8-bit integer an activation replaces two, or bf16. Rows of activations that stay uneven go to the exact kernels.
+    Weights lose less than with `int8`. If the processor multiplies 8-bit integers without saturation, one 8-bit integer
+    per activation replaces two, or bf16. Rows of activations that stay uneven use the exact kernels.
     """
 
     name = "int8_rotated"
@@ -130,12 +130,12 @@ class RotatedINT8Codec(INT8Codec):
         """Rotate and quantise rows `[n, ...]` of any floating dtype.
 
         Raises:
-            CodecError: NaN or infinite values: no scale represents them.
+            CodecError: NaN or infinite values, which no scale represents.
         """
         return super().encode(rotate(rows.reshape(rows.shape[0], -1)))
 
     def decode(self, encoded: Encoded, out: torch.Tensor) -> torch.Tensor:
-        """`(data * scale) @ R.T` in the dtype of `out`."""
+        """Write `(data * scale) @ R.T` in the dtype of `out`."""
         rows, columns = encoded["data"].shape
         step = max(1, STEP_ELEMENTS // columns)
         for start in range(0, rows, step):
@@ -145,7 +145,7 @@ class RotatedINT8Codec(INT8Codec):
         return out
 
     def linear(self, x: LinearInput, encoded: Encoded, bias: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
-        """Product of the rotated activations and the encoded rows."""
+        """Compute the product of the rotated activations and the encoded rows."""
         rotated = x.derived("rotated", RotatedInput)
         assert isinstance(rotated, RotatedInput)
         product = super().linear(rotated, encoded, None, scratch).to(x.x2d.dtype)

@@ -1,9 +1,9 @@
 """A fixed orthonormal rotation of the last dimension that spreads outliers (QuaRot, arXiv:2404.00456).
 
-`y = x @ w.T` is `(x @ R) @ (w @ R).T` for any orthonormal R. R is a Hadamard matrix with random signs, so what sat in
-one channel is spread over all of them: rotated activations and weights have no outlier channels, and 8 bits a value
-do where they would not before. It is the Kronecker product of two small factors, which costs 2 (32 + 64) operations
-a value for 2,048 columns, and its signs are fixed: encoded checkpoints depend on them.
+`y = x @ w.T` equals `(x @ R) @ (w @ R).T` for any orthonormal R. R is a Hadamard matrix with random signs, so outliers
+in one channel are spread over all channels. Rotated activations and weights have no outlier channels, so 8 bits per
+value suffice. R is the Kronecker product of two small factors, which costs 2 (32 + 64) operations per value for 2,048
+columns. Its signs are fixed: encoded checkpoints depend on them.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def rotate(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def rotate_back(matrix: torch.Tensor) -> torch.Tensor:
-    """Return `matrix @ R.T` in fp32: what `rotate` was given, but for rounding."""
+    """Return `matrix @ R.T` in fp32: the inverse of `rotate`, up to rounding."""
     return _in_steps(matrix, inverse=True)
 
 
 def rotate_row(row: torch.Tensor) -> torch.Tensor:
-    """Return what `rotate` does of one row `[1, columns]`: a token waits for each of its operations."""
+    """Return `rotate` of one row `[1, columns]` in few operations, since each delays every decode step."""
     outer, inner = _row_factors(row.shape[1])
     rotated = torch.mm(row.float().view(-1, inner.shape[0]), inner)
     if outer is None:
@@ -81,7 +81,7 @@ def _factors(columns: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @lru_cache(maxsize=32)
 def _row_factors(columns: int) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Return A transposed (for each block, where there are several; `None`: 1) and B."""
+    """Return A transposed (one per block if there are several; `None`: 1) and B."""
     outer, inner = _factors(columns)
     blocks = columns // (outer.shape[0] * inner.shape[0])
     if outer.shape[0] == 1:

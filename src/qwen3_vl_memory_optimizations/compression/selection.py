@@ -1,4 +1,4 @@
-"""Which codec for a tensor: by what it loses, what it takes, and how fast it is here. Every choice can be explained."""
+"""Choose the codec for a tensor by error, size and speed on this machine. Every choice can be explained."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOLERANCES = {
     "text_embeddings": 0.02,
     "general": 0.001,
 }
-"""The largest relative error of each kind of tensor; of a weight with calibration inputs, that of the outputs."""
+"""Maximum relative error for each kind of tensor; for a weight with calibration inputs, that of the outputs."""
 
 ACCESS_OF_KIND = {
     "weights": "hot",
@@ -31,12 +31,12 @@ ACCESS_OF_KIND = {
 ACCESS_PATTERNS = ("hot", "streamed", "cold", "bytes")
 CANDIDATES = ("none", "fp16", "int8", "sparse", "svd")
 WEIGHT_CANDIDATES = ("none", "fp16", "int8_rotated", "int8", "sparse", "svd")
-"""What weights may be stored as; of two that cost the same, the first."""
+"""Codecs for weights; of two that cost the same, the first is chosen."""
 _SAMPLE_ROWS = 256
 _CALIBRATION_ROWS = 8
-"""Inputs that are multiplied together: an uneven one changes how its neighbours are computed."""
+"""Weights multiplied by the same input: an outlier in one changes how the others are computed."""
 _MARGIN = 0.95
-"""A method must cost less than this share of those before it in the order of `CANDIDATES` to be chosen."""
+"""To be chosen, a method must cost less than this share of every method before it in `CANDIDATES`."""
 _WORTH_BYTES = 4096
 _LOW_RANK_SHARE = 0.5
 _LEAST_CODING_BYTES_PER_S = 25e6
@@ -50,15 +50,15 @@ _BEST = {
 
 @dataclass(frozen=True)
 class Candidate:
-    """One method and what is expected of it.
+    """One method and its expected figures.
 
     Attributes:
         method: the name of the codec.
-        n_bytes: of the encoded form; `None` where the codec does not take the tensor.
+        n_bytes: size of the encoded form; `None` if the codec does not support the tensor.
         relative_error: measured on rows of the tensor, or on the outputs for the calibration inputs.
-        seconds: encode, decode and linear (with one row) on this machine, by operation.
-        cost: what is compared (see `CompressionMethodSelector`); infinite: not admitted.
-        reason: why it is not admitted; empty where it is.
+        seconds: operation (encode, decode, linear with one row) -> time on this machine.
+        cost: the figure compared (see `CompressionMethodSelector`); infinite: not admitted.
+        reason: why it is not admitted; empty if it is.
         codec: fitted to the tensor.
     """
 
@@ -73,7 +73,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Selection:
-    """A choice, with what it was made of. `str()` gives a table for people."""
+    """A choice with its inputs. `str()` returns a readable table."""
 
     chosen: str
     reason: str
@@ -86,7 +86,7 @@ class Selection:
     variance: float
 
     def codecs(self) -> list[Codec]:
-        """Return the codecs that are admitted: the chosen one, then those that cost more."""
+        """Return the admitted codecs: the chosen one, then the others by rising cost."""
         others = sorted((each for each in self.candidates if each.cost < math.inf), key=lambda each: each.cost)
         return [self.codec, *(each.codec for each in others if each.codec not in (None, self.codec))]
 
@@ -112,16 +112,16 @@ class Selection:
 class CompressionMethodSelector:
     """Chooses the method for a tensor: the cheapest of those whose error is within the tolerance.
 
-    What is cheap depends on the access pattern. `hot`: in memory and multiplied at each step, so the time of a product
-    counts. `streamed`: read from the SSD for each product, ahead of it, so the longer of both times counts. `cold`:
-    written, and perhaps read once, so the bytes count, among the methods that code 25 MB/s at least. `bytes`: only they
-    count, and no speed is measured.
+    Cost depends on the access pattern. `hot`: in memory and multiplied at each step, so the product's time counts.
+    `streamed`: prefetched from the SSD for each product, so the longer of the two times counts. `cold`: written, and
+    perhaps read once, so the bytes count, among the methods that code at least 25 MB/s. `bytes`: only the bytes count,
+    and no speed is measured.
 
-    Where two cost the same the one with fewer losses is taken, and `none` where nothing is gained.
+    If two methods cost the same, the one with the smaller loss is chosen; if nothing is gained, `none`.
 
     Args:
         speeds: of this machine; default: measured when first needed.
-        tolerances: the largest relative error by kind; what is missing is as in `TOLERANCES`.
+        tolerances: maximum relative error by kind; missing kinds use `TOLERANCES`.
         candidates: names of codecs, `none` first; of two that cost the same the earlier one is chosen.
     """
 
@@ -137,7 +137,7 @@ class CompressionMethodSelector:
 
     @property
     def speeds(self) -> CodecSpeeds:
-        """The speeds that choices rest on."""
+        """The speeds that choices are based on."""
         if self._speeds is None:
             self._speeds = measure_codec_speeds()
         return self._speeds
@@ -155,10 +155,11 @@ class CompressionMethodSelector:
 
         Args:
             tensor: of any shape and dtype.
-            kind: sets the tolerance, and the access pattern where none is given.
+            kind: sets the tolerance, and the default access pattern.
             access: `hot`, `streamed` or `cold`.
-            calibration: inputs `[m, columns]` of the layer whose weight this is; the error is then that of its outputs.
-            n_rows: of the whole matrix, where `tensor` is a sample of its rows; bytes and times are those of the whole.
+            calibration: inputs `[m, columns]` of the layer, if the tensor is its weight; the error is then that of its
+                outputs.
+            n_rows: rows of the whole matrix, if `tensor` is a sample of its rows; bytes and times are for the whole.
 
         Raises:
             ConfigurationError: an unknown kind or access pattern, or inputs of another width.
@@ -243,7 +244,7 @@ def admitted_cost(
     ssd_bytes_per_s: float,
     method: str,
 ) -> tuple[float, str]:
-    """Return what a method costs for an access pattern, and why it is not admitted; then the cost is infinite."""
+    """Return a method's cost for an access pattern, and why it is not admitted; its cost is then infinite."""
     if method != "none":
         if not error <= tolerance:
             return math.inf, f"loses {error:.3g}, more than {tolerance:g}"
@@ -261,50 +262,50 @@ def admitted_cost(
 
 
 def matrix_view(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of any shape as a matrix `[rows, columns]`: the last extent makes the columns."""
+    """Return a tensor of any shape as a matrix `[rows, columns]`; the last dimension becomes the columns."""
     if tensor.dim() == 0:
         return tensor.detach().reshape(1, 1)
     return tensor.detach().reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def relative_error(exact: torch.Tensor, found: torch.Tensor) -> float:
-    """Return the Frobenius norm of the difference, relative to that of the exact values; over what is finite."""
+    """Return the Frobenius norm of the difference, relative to that of the exact values, over finite values."""
     finite = exact.isfinite()
     kept = torch.where(finite, exact, 0).float()
     lost = torch.where(finite, found, 0).float().sub_(kept)
     largest = float(kept.abs().max()) if kept.numel() else 0.0
     if largest == 0:
         return 0.0 if not bool(lost.any()) else math.inf
-    # Divided first: squares of very large or small fp32 values would not be numbers.
+    # Scale first: squares of very large or small fp32 values would overflow or underflow.
     return float(lost.div_(largest).norm() / kept.div_(largest).norm())
 
 
 def _error(codec: Codec, rows: torch.Tensor, calibration: torch.Tensor | None) -> float:
-    """Return the relative error of some rows, or of the outputs that a product with them gives."""
+    """Return the relative error of some rows, or of their product with the calibration inputs."""
     encoded = codec.encode(rows)
     if calibration is None:
         return relative_error(rows, codec.decode(encoded, torch.empty_like(rows)))
-    # The product of the codec, not one with what it decodes: it may round activations too.
+    # Use the codec's own product, not one with decoded rows: it may round activations too.
     inputs, scratch = calibration.reshape(-1, calibration.shape[-1]).float(), Scratch()
     found = [codec.linear(LinearInput(part), encoded, None, scratch) for part in inputs.split(_CALIBRATION_ROWS)]
     return relative_error(inputs @ rows.float().t(), torch.cat(found))
 
 
 def _require_low_rank(sample: torch.Tensor) -> None:
-    """Refuse a tensor whose sampled rows show no low rank, before the whole is factored, which takes long.
+    """Raise if sampled rows show no low rank, before the slow factorization of the whole tensor.
 
     Raises:
-        CodecError: they show none.
+        CodecError: the rows show no low rank.
     """
     least = min(sample.shape)
     finite = torch.where(sample.isfinite(), sample, 0).float()
     finite /= finite.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     wide = finite if finite.shape[0] <= finite.shape[1] else finite.t()
-    # The eigenvalues of the products of rows are the squares of the singular values, in a tenth of the time.
+    # Eigenvalues of the Gram matrix of the rows are the squared singular values, at a tenth of the time.
     values = torch.linalg.eigvalsh((wide @ wide.t()).double()).clamp_min(0).flip(0)
     needed = int((values.sum() - values.cumsum(0) > 1e-4 * values.sum()).sum()) + 1
     if needed > max(_LOW_RANK_SHARE * least, 1):
-        raise CodecError(f"no low rank: {needed} of {least} directions of a sample of its rows")
+        raise CodecError(f"no low rank: a sample of its rows needs {needed} of {least} directions")
 
 
 def _statistics(matrix: torch.Tensor) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""How fast codecs are on this machine: measured once, as straight lines over the size, and then only looked up."""
+"""Codec speeds on this machine: measured once, fitted as straight lines over size, then looked up."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ class Line:
     per_unit_s: float
 
     def seconds(self, work: float) -> float:
-        """Return the time that this much work takes."""
+        """Return the time for this much work."""
         return self.fixed_s + self.per_unit_s * work
 
 
 @dataclass(frozen=True)
 class CodecSpeeds:
-    """What each operation of each codec takes here.
+    """Time of each operation of each codec on this machine.
 
     Attributes:
         lines: codec name -> operation (`encode`, `decode`, `linear` with one row) -> time over `work_of`.
-        ssd_bytes_per_s: of the disk that holds what does not fit.
-        dtype: of the values and activations that were measured, as torch names it.
-        machine: what the figures belong to (see `machine_name`).
+        ssd_bytes_per_s: of the disk that holds what does not fit in memory.
+        dtype: of the measured values and activations, as named by torch.
+        machine: the machine that was measured (see `machine_name`).
     """
 
     lines: Mapping[str, Mapping[str, Line]]
@@ -59,15 +59,15 @@ class CodecSpeeds:
         return self.lines[codec][operation].seconds(work)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the figures as they can be written as JSON."""
+        """Return the figures in a form that can be written as JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> CodecSpeeds:
-        """Return the figures that `to_dict` gave.
+        """Return the figures from the result of `to_dict`.
 
         Raises:
-            KeyError, TypeError, ValueError: it gave something else.
+            KeyError, TypeError, ValueError: `stored` is not a result of `to_dict`.
         """
         lines = {
             codec: {operation: Line(**operations[operation]) for operation in OPERATIONS}
@@ -79,17 +79,17 @@ class CodecSpeeds:
 
 
 def machine_name() -> str:
-    """Return what speeds depend on: processor, instruction set in use, threads and the version of torch."""
+    """Return what speeds depend on: processor, active instruction set, threads and torch version."""
     limits = "".join(f" {os.environ[name]}" for name in _ISA_LIMITS if name in os.environ)
     isa = f"{torch.backends.cpu.get_cpu_capability()}{limits}"
     return f"{cpu_model()}, {isa}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def work_of(codec: Codec, operation: str, rows: int, columns: int) -> float:
-    """Return the work of an operation, in units that its time grows with.
+    """Return the work of an operation, in units proportional to its time.
 
-    That is elements of the matrix, except for the factors of an SVD: their elements for a product, multiplications for
-    decoding, and for encoding those that finding them takes.
+    The unit is one matrix element, except for SVD: elements of the factors for a product, multiplications for decoding,
+    and the multiplications of the factorization for encoding.
     """
     rank = getattr(codec, "rank", None)
     if codec.name != "svd" or rank is None:
@@ -107,11 +107,11 @@ def measure_codec_speeds(
     dtype: torch.dtype | None = None,
     timer: Callable[[], float] = time.perf_counter,
 ) -> CodecSpeeds:
-    """Measure each operation of each codec on two sizes: a few seconds.
+    """Measure each operation of each codec at two sizes; takes a few seconds.
 
     Args:
-        ssd_bytes_per_s: of the disk that holds what does not fit.
-        dtype: of values and activations; default: the one to compute in here.
+        ssd_bytes_per_s: of the disk that holds what does not fit in memory.
+        dtype: of values and activations; default: this machine's compute dtype.
         timer: a monotonic clock in seconds.
     """
     dtype = dtype or fastest_dtype()
@@ -130,7 +130,7 @@ def measure_codec_speeds(
 
 
 def timed(codec: Codec, matrix: torch.Tensor, timer: Callable[[], float]) -> tuple[Codec, dict[str, float]]:
-    """Return the codec fitted to a matrix and the seconds of each operation on it, finding the fit included.
+    """Return the codec fitted to a matrix and the seconds of each operation on it; fitting counts as encoding.
 
     Raises:
         CodecError: the codec does not suit the matrix.
@@ -144,12 +144,12 @@ def timed(codec: Codec, matrix: torch.Tensor, timer: Callable[[], float]) -> tup
         "decode": lambda: fitted.decode(encoded, out),
         "linear": lambda: fitted.linear(LinearInput(x), encoded, None, scratch),
     }
-    operations["linear"]()  # what it is the first to call is slow
+    operations["linear"]()  # warm-up: the first call is slow
     return fitted, {name: _best_seconds(run, timer) for name, run in operations.items()}
 
 
 def _best_seconds(run: Callable[[], object], timer: Callable[[], float]) -> float:
-    """Return the least of several runs: the shorter they are, the more, since others disturb a short one more."""
+    """Return the minimum of several runs; shorter operations get more runs, as other load disturbs them more."""
     best, spent, runs = float("inf"), 0.0, 0
     while runs < _LEAST_RUNS or (runs < _MOST_RUNS and spent < _ENOUGH_S):
         start = timer()
@@ -162,7 +162,7 @@ def _best_seconds(run: Callable[[], object], timer: Callable[[], float]) -> floa
 
 
 def _suited(name: str, size: int, generator: torch.Generator) -> torch.Tensor:
-    """Return values that a codec takes."""
+    """Return values that a codec supports."""
     if name == "svd":
         left = torch.randn(size, _SVD_RANK, generator=generator, dtype=torch.float32)
         return left @ torch.randn(_SVD_RANK, size, generator=generator, dtype=torch.float32)
@@ -173,7 +173,7 @@ def _suited(name: str, size: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def _line(small: tuple[float, float], large: tuple[float, float]) -> Line:
-    """Return the line through two points (work, seconds) that neither falls nor starts below zero."""
+    """Return the line through two points (work, seconds), with slope and intercept clamped to at least zero."""
     (less, least_s), (more, most_s) = small, large
     fixed_s = max(0.0, (min(least_s, most_s) * more - most_s * less) / (more - less))
     return Line(fixed_s, (most_s - fixed_s) / more)

@@ -1,4 +1,4 @@
-"""Truncated SVD: two thin factors in the place of a matrix of low rank (LoRA, arXiv:2106.09685, has the form)."""
+"""Truncated SVD: two thin factors replace a low-rank matrix (the form of LoRA, arXiv:2106.09685)."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from .kernels import has_native_bf16
 _LEAST_ENERGY = 0.95
 _TOLERANCE = 0.01
 SKETCHES = (32, 128)
-"""Ranks that are looked for before the whole is factored, which takes the cube of its size."""
+"""Ranks to try before factoring the whole matrix, which takes cubic time."""
 _MOST_CAST = 128
-"""Rows of activations times rank up to which bf16 factors are cast to fp32 though bf16 products are fast."""
+"""Rows of activations times rank up to which bf16 factors are cast to fp32 even if bf16 products are fast."""
 _ROUNDING = 2.0**-8
-"""What the bf16 factors add to the relative error, at most."""
+"""Maximum relative error added by the bf16 factors."""
 
 
 class SVDCodec(Codec):
-    """`left @ right` with `left` `[rows, rank]`, paged, and `right` `[rank, columns]`, shared by all rows; both bf16.
+    """`left @ right`, both bf16: `left` `[rows, rank]` is paged, `right` `[rank, columns]` is shared by all rows.
 
-    `fit` finds the rank. It refuses a tensor whose factors would be no smaller than the tensor in 16 bits: dense
-    trained weights are, for any error that a model survives (docs/compression.md).
+    `fit` determines the rank. It refuses a tensor whose factors would not be smaller than the tensor in 16 bits, which
+    holds for dense trained weights at any error that a model tolerates (docs/compression.md).
 
     Args:
-        tolerance: the largest relative error (of the Frobenius norm). The energy kept is at least 95 % besides.
-        rank: of a tensor that is encoded already; `fit` finds it.
-        right: the right factor that `encode` projects on; `fit` finds it.
+        tolerance: maximum relative error (in the Frobenius norm). At least 95 % of the energy is kept as well.
+        rank: of a tensor that is already encoded; otherwise `fit` determines it.
+        right: the right factor that `encode` projects on; set by `fit`.
     """
 
     name = "svd"
@@ -50,15 +50,15 @@ class SVDCodec(Codec):
 
     @property
     def stored_name(self) -> str:
-        """`svd`, with the rank of a tensor that it was fitted to."""
+        """`svd`, with the rank of the tensor it was fitted to."""
         return self.name if self.rank is None else f"{self.name}:{self.rank}"
 
     def restored(self, parameters: str) -> Codec:
-        """Return the codec of a stored tensor: it decodes and multiplies."""
+        """Return the codec of a stored tensor, which can decode and multiply."""
         return SVDCodec(tolerance=self.tolerance, rank=int(parameters))
 
     def fit(self, values: Callable[[], torch.Tensor]) -> Codec:
-        """Find the least rank that keeps the energy and the tolerance.
+        """Find the lowest rank that keeps the energy and the tolerance.
 
         Raises:
             CodecError: NaN or infinite values, or a rank that saves nothing.
@@ -66,7 +66,7 @@ class SVDCodec(Codec):
         loaded = values()
         matrix = loaded.reshape(loaded.shape[0], -1).double()
         if not bool(matrix.isfinite().all()):
-            raise CodecError("SVD cannot factor NaN or infinite values")
+            raise CodecError("SVD cannot factor NaN or infinite values; use another codec")
         n, columns = matrix.shape
         total = float(matrix.square().sum())
         allowed = min(1 - _LEAST_ENERGY, max(self.tolerance - _ROUNDING, 0.0) ** 2) * total
@@ -86,11 +86,11 @@ class SVDCodec(Codec):
         return SVDCodec(tolerance=self.tolerance, rank=rank, right=right[:rank].float())
 
     def supports(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-        """Floating-point tensors of two dimensions or more."""
+        """Return True for floating-point tensors of two or more dimensions."""
         return dtype.is_floating_point and len(shape) >= 2 and 0 not in shape
 
     def segments(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Segment, ...]:
-        """`left` bf16 `[rows, rank]` and `right` bf16 `[rank, columns]`, shared.
+        """Return `left` bf16 `[rows, rank]` and the shared `right` bf16 `[rank, columns]`.
 
         Raises:
             CodecError: the codec was not fitted to a tensor.
@@ -103,29 +103,29 @@ class SVDCodec(Codec):
 
     def _fitted_rank(self) -> int:
         if self.rank is None:
-            raise CodecError("SVD has no rank until it is fitted to a tensor")
+            raise CodecError("SVD has no rank until it is fitted to a tensor; call fit() first")
         return self.rank
 
     def encode(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Project rows `[n, ...]` of the tensor that the codec was fitted to.
 
         Raises:
-            CodecError: it was not; a stored tensor cannot be written to.
+            CodecError: the codec was not fitted; a stored tensor cannot be written to.
         """
         if self._right is None:
-            raise CodecError("SVD encodes the tensor it was fitted to, and no other values")
+            raise CodecError("SVD encodes only the tensor it was fitted to; call fit() with this tensor first")
         projected = rows.reshape(rows.shape[0], -1).float() @ self._right.t()
         return {"left": projected.bfloat16(), "right": self._right.bfloat16()}
 
     def decode(self, encoded: Encoded, out: torch.Tensor) -> torch.Tensor:
-        """`left @ right`, computed in fp32 or the dtype of `out`, whichever is more exact."""
+        """Write `left @ right`, computed in fp32 or the dtype of `out`, whichever is more precise."""
         dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
         return out.copy_(encoded["left"].to(dtype) @ encoded["right"].to(dtype))
 
     def linear(self, x: LinearInput, encoded: Encoded, bias: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
-        """Two thin products; the first is the same for every range of rows.
+        """Compute two thin products; the first is the same for every range of rows.
 
-        In fp32, unless bf16 is faster: with a few thin factors the casts cost less than the fixed 20 microseconds of a
+        They are in fp32 unless bf16 is faster: for thin factors the casts cost less than the fixed 20 microseconds of a
         bf16 product.
         """
         left, right, dtype = encoded["left"], encoded["right"], x.x2d.dtype
@@ -139,9 +139,9 @@ class SVDCodec(Codec):
 
 
 def _spectrum(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the energies (squared singular values, falling) of a fp64 matrix and its right singular vectors as rows.
+    """Return the energies (squared singular values, descending) of a fp64 matrix, and its right vectors as rows.
 
-    From the smaller Gram matrix: its precision is squared, and that of fp64 is far beyond what is needed.
+    They are computed from the smaller Gram matrix. That halves the digits of precision, but fp64 has plenty.
     """
     wide = matrix.shape[0] < matrix.shape[1]
     energies, vectors = torch.linalg.eigh(matrix @ matrix.t() if wide else matrix.t() @ matrix)
@@ -150,9 +150,9 @@ def _spectrum(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _leading_spectrum(matrix: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the first `width` energies and vectors, by a random projection and one power iteration (arXiv:0909.4061).
+    """Return the first `width` energies and vectors, by random projection and one power iteration (arXiv:0909.4061).
 
-    Exact where the rank is at most `width`. What the projection misses counts as lost, so an error is never hidden.
+    Exact if the rank is at most `width`. Whatever the projection misses counts as lost, so an error is never hidden.
     """
     start = torch.randn(matrix.shape[1], width, dtype=matrix.dtype, generator=torch.Generator().manual_seed(0))
     basis = torch.linalg.qr(matrix @ start).Q

@@ -84,9 +84,7 @@ class ProcessAccounts:
         read_again_bytes = 0
         if self._pager.schedule.passes == 1:
             release_library_pages()  # code that only the first prompt's prefill ran
-            read_again_bytes = (
-                self._budget_bytes // _CACHE_SHARE
-            )  # needed code, with its readahead, returns in this pass
+            read_again_bytes = self._budget_bytes // _CACHE_SHARE  # needed code returns in this pass
         for owner, n_bytes in (
             ("process", self._unmanaged_bytes()),
             ("system", self._system_bytes() + read_again_bytes),
