@@ -382,7 +382,7 @@ def test_a_home_that_cannot_be_written_hinders_neither_swapping_nor_what_never_s
     optimizer.allocate_tensor((2**20,), torch.uint8)
     assert not [record for record in caplog.records if "swap" in record.getMessage()]
     swap_something(optimizer)
-    assert "file/home/.cache/qwen3vl-mem/swap: cannot be made" in caplog.text
+    assert "file/home/.cache/qwen3vl-mem/swap: cannot be created" in caplog.text
     assert optimizer.pager.swap_dir in (Path("/var/tmp"), Path.cwd())
 
 
@@ -391,6 +391,6 @@ def test_a_swap_directory_that_cannot_be_made_is_reported_only_when_something_ha
     optimizer = make_optimizer(2**21, swap_dir=tmp_path / "file" / "swap")
     assert optimizer.pager.swap_free_bytes == 0
     kept = [optimizer.allocate_tensor((2**20,), torch.uint8) for _ in range(2)]
-    with pytest.raises(StorageError, match=r"file/swap: cannot be made: .*set swap_dir"):
+    with pytest.raises(StorageError, match=r"file/swap: cannot be created: .*set swap_dir"):
         optimizer.allocate_tensor((2**20,), torch.uint8)
     assert [int(tensor.max()) for tensor in kept] == [0, 0]

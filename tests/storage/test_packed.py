@@ -265,7 +265,7 @@ def test_a_disk_that_fills_up_keeps_what_is_written_and_says_where(tmp_path, con
         writer.open()
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", full)
-            with pytest.raises(InsufficientDiskSpaceError, match=r"run it again: it goes on .*out\.partial"):
+            with pytest.raises(InsufficientDiskSpaceError, match=r"run it again: it resumes .*out\.partial"):
                 writer.append("scale", [TENSORS["scale"].tobytes()])
         writer.append("scale", [TENSORS["scale"].tobytes()])
     assert write_all(tmp_path / "out", config).read_bytes() == write_all(tmp_path / "whole", config).read_bytes()

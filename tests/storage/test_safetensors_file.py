@@ -91,7 +91,7 @@ BAD_HEADERS = {
     "unknown type": ({"a": entry("Q7")}, "'Q7'.*Convert"),
     "end before start": ({"a": entry(span=(4, 0))}, "bytes 4 to 0"),
     "past the end": ({"a": entry(shape=(9,), span=(0, 9))}, "bytes 0 to 9.*8 bytes of data"),
-    "size and shape differ": ({"a": entry(shape=(3,))}, r"4 bytes, \[3\] of U8 needs 3"),
+    "size and shape differ": ({"a": entry(shape=(3,))}, r"4 bytes, but \[3\] of U8 needs 3"),
     "overlap": ({"a": entry(), "b": entry(span=(2, 6))}, "'a' ends at byte .* start of 'b'"),
     "nested": ({"a": entry(shape=(8,), span=(0, 8)), "b": entry(span=(2, 6))}, "'a' ends at byte"),
 }
@@ -143,7 +143,7 @@ def test_checksums_and_page_sizes_of_a_packed_file(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"qwen3vl_mem_format": "2"}, "format '2', this version reads '1'"),
+        ({"qwen3vl_mem_format": "2"}, "format '2', but this version reads '1'"),
         ({"checksums": "{}"}, "checksums cannot be read"),
         ({"checksums": '{"a":["00"]}'}, "1 checksums"),
         ({"checksums": '{"a":["xx","1"]}'}, "checksums cannot be read"),
@@ -153,5 +153,5 @@ def test_checksums_and_page_sizes_of_a_packed_file(tmp_path):
     ],
 )
 def test_a_packed_file_with_unusable_checksums_is_refused(tmp_path, changes, message):
-    with pytest.raises(CheckpointError, match=message + ".*made again"):
+    with pytest.raises(CheckpointError, match=message + ".*packed again"):
         read_header(write_raw(tmp_path / "f", packed(**changes), bytes(8)))

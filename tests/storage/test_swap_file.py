@@ -138,7 +138,7 @@ def test_a_disk_without_room_is_noticed_before_anything_changes(swap, monkeypatc
 
 def test_a_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="cannot be made"):
+    with pytest.raises(StorageError, match="cannot be created"):
         SwapFile(tmp_path / "file" / "swap", 1 << 20).allocate(1)
 
 
@@ -206,7 +206,9 @@ def test_without_any_directory_the_error_says_what_to_set(tmp_path):
     (tmp_path / "file").touch()
     with SwapFile([tmp_path / "file" / "a", tmp_path / "file" / "b"]) as swap:
         assert swap.free_bytes == 0
-        with pytest.raises(StorageError, match=r"file/a: cannot be made: .*file/b: cannot be made: .*set swap_dir"):
+        with pytest.raises(
+            StorageError, match=r"file/a: cannot be created: .*file/b: cannot be created: .*set swap_dir"
+        ):
             swap.allocate(1)
         (tmp_path / "file").unlink()
         assert swap.allocate(1) == 0, "it is tried again"
@@ -217,7 +219,7 @@ def test_a_swap_file_in_memory_is_warned_of(caplog):
     with SwapFile("/dev/shm", 1 << 20) as swap:
         assert not caplog.records
         swap.allocate(1)
-    assert "/dev/shm: the swap file lies on tmpfs" in caplog.text and "set swap_dir" in caplog.text
+    assert "/dev/shm: the swap file is on tmpfs" in caplog.text and "set swap_dir" in caplog.text
 
 
 def test_free_bytes_is_what_the_limit_and_the_disk_leave(tmp_path, monkeypatch):

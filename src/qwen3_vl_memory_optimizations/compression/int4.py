@@ -88,9 +88,7 @@ class INT4Codec(Codec):
             zero = (least + scale * _MIDDLE).bfloat16().float()
             scale = torch.where(scale > 0, scale, torch.ones_like(scale))
             if not bool((torch.isfinite(scale) & torch.isfinite(zero)).all()):
-                raise CodecError(
-                    "INT4 cannot represent NaN, infinite or huge weights; use codec 'none' for this tensor"
-                )
+                raise CodecError("INT4 cannot represent NaN, infinite or huge weights; store this tensor as 'none'")
             levels = values.sub(zero[..., None]).div_(scale[..., None]).round_().add_(_MIDDLE).clamp_(0, _LEVELS)
             interleaved = levels.to(torch.uint8).view(-1, self.layout, columns).transpose(1, 2)
             half = self.layout // 2

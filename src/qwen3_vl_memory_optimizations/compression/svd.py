@@ -113,7 +113,7 @@ class SVDCodec(Codec):
             CodecError: the codec was not fitted; a stored tensor cannot be written to.
         """
         if self._right is None:
-            raise CodecError("SVD encodes only the tensor it was fitted to; call fit() with this tensor first")
+            raise CodecError("SVD encodes only the tensor it was fitted to; fit the codec to this tensor first")
         projected = rows.reshape(rows.shape[0], -1).float() @ self._right.t()
         return {"left": projected.bfloat16(), "right": self._right.bfloat16()}
 
@@ -139,7 +139,7 @@ class SVDCodec(Codec):
 
 
 def _spectrum(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the energies (squared singular values, descending) of a fp64 matrix, and its right vectors as rows.
+    """Return energies (squared singular values, descending) of an fp64 matrix and its right singular vectors as rows.
 
     They are computed from the smaller Gram matrix. That halves the digits of precision, but fp64 has plenty.
     """

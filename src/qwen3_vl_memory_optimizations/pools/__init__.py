@@ -1,4 +1,4 @@
-"""Page-aligned address ranges and the page frames behind them. Knows bytes and lifetimes of blocks, nothing else."""
+"""Page-aligned address ranges and the page frames behind them. Knows only the sizes and lifetimes of blocks."""
 
 from .allocator import RangeAllocator
 from .frames import UNIT_BYTES, FramePool, round_up, units_of

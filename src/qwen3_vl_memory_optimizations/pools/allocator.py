@@ -9,7 +9,7 @@ from .virtual import FRAME_BYTES
 
 
 class RangeAllocator:
-    """Hands out ranges of `[0, size_bytes)` in multiples of `page_bytes`.
+    """Allocates ranges of `[0, size_bytes)` in multiples of `page_bytes`.
 
     Args:
         size_bytes: the length of the space.
@@ -53,7 +53,7 @@ class RangeAllocator:
         return start
 
     def free(self, offset: int) -> int:
-        """Free a block; return its granted size."""
+        """Free a block; return its allocated size."""
         granted, requested = self._blocks.pop(offset)
         self.granted_bytes -= granted
         self.requested_bytes -= requested

@@ -12,12 +12,12 @@ from .virtual import FRAME_BYTES, can_move_frames, discard, move_frames
 logger = logging.getLogger(__name__)
 
 UNIT_BYTES = 512 * 1024
-"""Frames are kept and moved in units of this size. Every moved unit is one mapping of the kernel's at most 65,530, and
-mappings cannot be moved in parts on kernels before 6.17; smaller rests are returned to the system and faulted anew."""
+"""Unit in which frames are kept and moved. Each moved unit is one of the kernel's at most 65,530 mappings, and mappings
+cannot be moved in parts on kernels before 6.17; smaller remainders are returned to the system and faulted in anew."""
 
 
 def round_up(n_bytes: int, multiple: int = FRAME_BYTES) -> int:
-    """Return the next multiple."""
+    """Return `n_bytes` rounded up to a multiple."""
     return -(-n_bytes // multiple) * multiple
 
 
@@ -27,24 +27,23 @@ def units_of(address: int, n_bytes: int) -> range:
 
 
 class FramePool:
-    """Counts the frames behind managed tensors, and keeps freed ones for the next owner.
+    """Counts the frames behind managed tensors, and keeps freed ones for reuse.
 
-    Because frames move between addresses, free ones never fragment: any of them serve any block. A range must be
+    Frames can move between addresses, so free frames never fragment: any frame serves any block. A range must be
     released as it was backed, and forgotten before it is backed in other pieces. Not thread-safe: the Pager locks.
 
-    The frames that were freed last are taken first, so that those beyond what is needed stay untouched, and `compact`
-    finds them.
+    The most recently freed frames are reused first, so that the surplus stays untouched and `compact` finds it.
 
     Args:
-        limit_bytes: the most memory, used and free frames together.
+        limit_bytes: maximum memory of used and free frames together.
         reuse: keep freed frames (True) or return them to the system at once (`enable_memory_pooling=False`).
         timer: a monotonic clock in seconds.
 
     Attributes:
-        backed_bytes: what was backed since the start.
-        reused_bytes: the part of it that was backed with frames that others left.
-        compacted_bytes: what `compact` returned to the system.
-        high_bytes: the most that was committed since the limit was last set; `peak_bytes`: since the start.
+        backed_bytes: bytes backed since the start.
+        reused_bytes: bytes of those that were backed with reused frames.
+        compacted_bytes: bytes that `compact` returned to the system.
+        high_bytes: maximum committed since the limit was last set; `peak_bytes`: since the start.
     """
 
     def __init__(self, limit_bytes: int, *, reuse: bool = True, timer: Callable[[], float] = time.monotonic) -> None:
@@ -57,16 +56,16 @@ class FramePool:
         self.compacted_bytes = 0
         self._reuse = reuse and can_move_frames()
         self._timer = timer
-        # Free units, longest free first: address // UNIT_BYTES (no two begin in one such slot) -> address, since when.
+        # Free units, longest free first: address // UNIT_BYTES (unique per unit) -> address, time freed.
         self._free: dict[int, tuple[int, float]] = {}
 
     @property
     def free_bytes(self) -> int:
-        """Memory held for the next owner."""
+        """Memory of free frames kept for reuse."""
         return len(self._free) * UNIT_BYTES
 
     def free_units(self) -> list[int]:
-        """Return the addresses of the units that are held for the next owner."""
+        """Return the addresses of the free units kept for reuse."""
         return [address for address, _ in self._free.values()]
 
     @property
@@ -76,16 +75,16 @@ class FramePool:
 
     @property
     def available_bytes(self) -> int:
-        """What can still be backed without an eviction."""
+        """Bytes that can still be backed without an eviction."""
         return self.limit_bytes - self.used_bytes
 
     @property
     def fragmentation(self) -> float | None:
-        """Part of the memory held that nobody uses: free frames / all; `None` where none is held."""
+        """Unused share of the held memory: free frames / all frames; `None` if none is held."""
         return self.free_bytes / self.committed_bytes if self.committed_bytes else None
 
     def growth_bytes(self, n_bytes: int) -> int:
-        """Return by how much `back` of so many bytes would raise `committed_bytes`: what no free frame serves."""
+        """Return by how much backing `n_bytes` would raise `committed_bytes`: the part that no free frame serves."""
         reused = min(n_bytes // UNIT_BYTES, len(self._free))
         growth = n_bytes - reused * UNIT_BYTES
         over = self.committed_bytes + growth - self.limit_bytes
@@ -119,7 +118,7 @@ class FramePool:
         self.peak_bytes = max(self.peak_bytes, self.high_bytes)
 
     def _take(self, unit: int) -> bool:
-        """Take a free unit that is at its place already; return whether it is."""
+        """Take a free unit that is already at its address; return whether there is one."""
         slot = unit // UNIT_BYTES
         if slot not in self._free or self._free[slot][0] != unit:
             return False
@@ -133,7 +132,7 @@ class FramePool:
             move_frames(source, unit, UNIT_BYTES)
             self.reused_bytes += UNIT_BYTES
         except MemoryOptimizationError as error:
-            # Out of mappings, most likely: pages are then faulted in anew, which is slower and always works.
+            # Most likely out of mappings: pages are then faulted in anew, which is slower but always works.
             logger.warning(
                 "page frames cannot be moved any more (%s); they are returned to the system instead", str(error)
             )
@@ -142,7 +141,7 @@ class FramePool:
             self.trim()
 
     def release(self, address: int, n_bytes: int) -> None:
-        """Take the memory behind a range for the next owner; what it held is lost."""
+        """Release the memory behind a range for reuse; its contents are lost."""
         self.used_bytes -= n_bytes
         whole = n_bytes // UNIT_BYTES * UNIT_BYTES if self._reuse else 0
         now_s = self._timer()
@@ -151,17 +150,17 @@ class FramePool:
         self._trim()
 
     def set_limit(self, limit_bytes: int) -> None:
-        """Change the limit; free frames over it go back to the system. Used ones are the caller's to evict first."""
+        """Change the limit; free frames above it return to the system. The caller must evict used ones first."""
         self.limit_bytes = limit_bytes // FRAME_BYTES * FRAME_BYTES
         self._trim()
         self.high_bytes = self.committed_bytes
 
     def forget(self, address: int, n_bytes: int, keep: Container[int] = ()) -> None:
-        """Return the free frames in a range to the system: its address space goes, or is cut in another way.
+        """Return the free frames in a range to the system, because its address space is released or will be split anew.
 
         Args:
             address, n_bytes: the range.
-            keep: units that may stay, because they will be backed as they were.
+            keep: units that may stay, because they will be backed unchanged.
         """
         slots = range((address - UNIT_BYTES) // UNIT_BYTES, (address + n_bytes) // UNIT_BYTES + 1)
         near = [slot for slot in slots if slot in self._free] if len(slots) < len(self._free) else list(self._free)
@@ -171,10 +170,10 @@ class FramePool:
                 self._return(slot)
 
     def compact(self, idle_s: float) -> int:
-        """Return the frames that nobody took for so long to the system, longest free first.
+        """Return frames that have been free for `idle_s` to the system, longest free first.
 
         Args:
-            idle_s: the residence time that a free frame is allowed, in seconds.
+            idle_s: the time in seconds that a frame may stay free.
 
         Returns:
             The bytes returned.
@@ -189,7 +188,7 @@ class FramePool:
         return freed
 
     def trim(self) -> int:
-        """Return all free frames to the system; return how many bytes that were."""
+        """Return all free frames to the system; return their size in bytes."""
         freed = self.free_bytes
         for unit, _ in self._free.values():
             discard(unit, UNIT_BYTES)

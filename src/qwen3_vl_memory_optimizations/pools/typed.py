@@ -1,4 +1,4 @@
-"""The typed pools of section 2.1: each kind of runtime tensor in an address range of its own."""
+"""The typed pools of section 2.1: each kind of runtime tensor has its own address range."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .virtual import FRAME_BYTES, reserve, unreserve
 
 
 class TensorPool:
-    """Page-aligned blocks of one kind of tensor. Holds addresses; the memory behind them is the `FramePool`'s.
+    """Page-aligned blocks of one kind of tensor. Manages addresses; the memory behind them is the `FramePool`'s.
 
     Args:
-        size_bytes: address space to reserve (it costs no memory until it is used).
+        size_bytes: address space to reserve (it takes no memory until it is used).
         page_size: granularity in bytes.
     """
 
@@ -39,7 +39,7 @@ class TensorPool:
         return address
 
     def free(self, address: int) -> None:
-        """Free a block; its neighbours coalesce with it."""
+        """Free a block and coalesce it with its neighbours."""
         self._blocks.free(address - self._base)
         self._unreserve_closed()
 
@@ -56,7 +56,7 @@ class TensorPool:
         }
 
     def close(self) -> None:
-        """Give the address space back, once the last block is freed. No block is allocated any more."""
+        """Release the address space once the last block is freed. No more blocks are allocated."""
         if not self._closed:
             self._closed = True
             self._unreserve_closed()
@@ -103,7 +103,7 @@ class AdvancedMemoryPool:
         self.initial_size = initial_size
         self.page_size = page_size
         self.pools: dict[str, TensorPool] = {}
-        with ExitStack() as undo:  # address space of the first pools, where there is none for the last
+        with ExitStack() as undo:  # release the first pools if there is no address space for the last
             for make in (GeneralTensorPool, KVCachePool, VisionFeaturePool, TextEmbeddingPool):
                 self.pools[make.kind] = make(initial_size, page_size)
                 undo.callback(self.pools[make.kind].close)
@@ -114,6 +114,6 @@ class AdvancedMemoryPool:
         return {kind: pool.stats() for kind, pool in self.pools.items()}
 
     def close(self) -> None:
-        """Give the address space back."""
+        """Release the address space."""
         for pool in self.pools.values():
             pool.close()

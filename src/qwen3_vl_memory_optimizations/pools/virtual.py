@@ -1,8 +1,8 @@
-"""Address space and page frames apart: reserve, back, move and give back memory (mmap(2), mremap(2), madvise(2)).
+"""Separate address space from page frames: reserve, back, move and discard memory (mmap(2), mremap(2), madvise(2)).
 
-A tensor keeps one contiguous address for life; the physical memory behind it comes and goes. Moving frames between
-addresses costs a page-table update (about 20 us a MiB); letting the kernel take them back and fault in zeroed new ones
-costs ten to fifty times as much.
+A tensor keeps one contiguous address for life; the physical memory behind it changes. Moving frames between addresses
+costs a page-table update (about 20 us per MiB). Returning them to the kernel and faulting in zeroed new ones costs ten
+to fifty times as much.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..errors import MemoryOptimizationError, format_bytes
 from ..process import read_int, read_lines
 
 FRAME_BYTES = mmap.PAGESIZE
-"""What the kernel maps and takes back: 4 kB on x86, 16 or 64 kB on some ARM machines."""
+"""Page size of the kernel: 4 kB on x86, 16 or 64 kB on some ARM machines."""
 
 _PROT_READ_WRITE = 0x3
 _MAP_PRIVATE_ANONYMOUS_NORESERVE = 0x2 | 0x20 | 0x4000
@@ -49,7 +49,7 @@ def _fail(call: str, n_bytes: int) -> MemoryOptimizationError:
 
 
 def _limits(root: Path = Path("/")) -> str:
-    """Return what may be in the way of address space, with its present value, and what to do."""
+    """Return the limit that may block address space, with its current value and a remedy."""
     reasons = []
     if read_int(root / "proc/sys/vm/overcommit_memory") == 2:
         table = dict(line.split(":", 1) for line in read_lines(root / "proc/meminfo") if ":" in line)
@@ -77,16 +77,16 @@ def _limits(root: Path = Path("/")) -> str:
 
 
 def reserve(n_bytes: int) -> int:
-    """Reserve address space without memory behind it; return its address. Huge pages are off: they would back more
-    bytes than are accounted."""
+    """Reserve address space without memory behind it; return its address. Huge pages are disabled, because they would
+    back more bytes than are accounted."""
     libc = _libc()
     address = libc.mmap(None, n_bytes, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS_NORESERVE, -1, 0)
     if address is None or address == _MAP_FAILED:
         raise _fail("mmap", n_bytes)
-    if address % FRAME_BYTES:  # only where FRAME_BYTES is a multiple of the real page size
+    if address % FRAME_BYTES:  # only if FRAME_BYTES is a multiple of the actual page size
         unreserve(address, n_bytes)
         address = _reserve_aligned(n_bytes)
-    libc.madvise(address, n_bytes, _MADV_NOHUGEPAGE)  # fails harmlessly where the kernel has no huge pages
+    libc.madvise(address, n_bytes, _MADV_NOHUGEPAGE)  # fails harmlessly if the kernel has no huge pages
     return int(address)
 
 
@@ -105,19 +105,19 @@ def _reserve_aligned(n_bytes: int) -> int:
 
 
 def unreserve(address: int, n_bytes: int) -> None:
-    """Give back address space and whatever memory is behind it."""
+    """Release address space and any memory behind it."""
     if _libc().munmap(address, n_bytes) != 0:
         raise _fail("munmap", n_bytes)
 
 
 def discard(address: int, n_bytes: int) -> None:
-    """Give the memory behind a range back to the system; the range stays reserved and reads as zeros."""
+    """Return the memory behind a range to the system; the range stays reserved and reads as zeros."""
     if n_bytes and _libc().madvise(address, n_bytes, _MADV_DONTNEED) != 0:
         raise _fail("madvise", n_bytes)
 
 
 def move_frames(source: int, target: int, n_bytes: int) -> None:
-    """Move the memory behind `source` to `target`; afterwards `source` is reserved and empty."""
+    """Move the memory behind `source` to `target`; `source` stays reserved but empty."""
     moved = _libc().mremap(source, n_bytes, n_bytes, _MREMAP_MAYMOVE_FIXED_DONTUNMAP, target)
     if moved != target:
         raise _fail("mremap", n_bytes)
@@ -125,7 +125,7 @@ def move_frames(source: int, target: int, n_bytes: int) -> None:
 
 @lru_cache(maxsize=1)
 def can_move_frames() -> bool:
-    """Whether this kernel moves frames and keeps the source reserved (Linux 5.7)."""
+    """Return whether this kernel moves frames and keeps the source reserved (Linux 5.7)."""
     base = reserve(2 * FRAME_BYTES)
     try:
         ctypes.memset(base, 7, 1)

@@ -1,4 +1,4 @@
-"""Bytes and the SSD: direct I/O, checkpoints in safetensors files, the packed checkpoint, the swap file, entries."""
+"""SSD storage: direct I/O, safetensors checkpoints, the packed checkpoint, the swap file, stored entries."""
 
 from .checkpoint import CONFIG_FILE, Checkpoint
 from .checksums import PageChecksums, page_count

@@ -1,4 +1,4 @@
-"""A checkpoint directory: `config.json` and safetensors files, found and checked; no data is read."""
+"""A checkpoint directory: find and check `config.json` and the safetensors files, without reading data."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _DOWNLOAD_AGAIN = "download the checkpoint again"
 
 
 class Checkpoint:
-    """A Hugging Face checkpoint directory, or a packed one. Made by `Checkpoint.open`.
+    """A Hugging Face or packed checkpoint directory. Created by `Checkpoint.open`.
 
     Attributes:
         directory: the directory.
         config: `config.json`, parsed.
-        metadata: the free texts of the safetensors headers.
-        tensors: where each tensor lies, by name; file by file, in the order in which they lie in it.
-        headers: of its files.
+        metadata: the metadata of the safetensors headers.
+        tensors: position of each tensor, by name; file by file, in file order.
+        headers: headers of its files.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class Checkpoint:
         """Read the configuration and the headers of the checkpoint in `directory`.
 
         Raises:
-            CheckpointError: not a directory, not readable, no `config.json`, no safetensors file, a shard or
-                a tensor the index names is missing, or a header is damaged.
+            CheckpointError: not a directory, not readable, no `config.json`, no safetensors file, a shard or a tensor
+                named by the index is missing, or a header is damaged.
         """
         directory = Path(directory)
         try:
@@ -79,35 +79,34 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What packed forms are named after: the name of the directory."""
+        """Base name of packed forms: the name of the directory."""
         return self.directory.resolve().name or "model"
 
     @property
     def packed(self) -> bool:
-        """Whether this library wrote the checkpoint."""
+        """Return whether this library wrote the checkpoint."""
         return FORMAT_KEY in self.metadata
 
     @property
     def total_bytes(self) -> int:
-        """The bytes of all tensors, padding not counted."""
+        """Size of all tensors in bytes, without padding."""
         return sum(extent.n_bytes for extent in self.tensors.values())
 
     def fingerprint(self) -> str:
         """Return 32 hexadecimal digits that change when the checkpoint does.
 
-        They cover `config.json`, the headers, and name, size and time of change of each file; no data is
-        read.
+        They cover `config.json`, the headers, and the name, size and modification time of each file; no data is read.
         """
         return self._fingerprint
 
     def check(self) -> None:
-        """Compare the files with what was opened, and the data with its checksums where there are any.
+        """Check that the files are unchanged since `open`, and verify the data's checksums if there are any.
 
-        Reads the whole of a packed checkpoint, with a few megabytes of memory.
+        Reads all of a packed checkpoint, with a few megabytes of memory.
 
         Raises:
             CheckpointError: the files changed since they were opened.
-            CorruptDataError: data that is not what was written.
+            CorruptDataError: the data differs from what was written.
         """
         if Checkpoint.open(self.directory).fingerprint() != self._fingerprint:
             raise CheckpointError(
@@ -145,7 +144,7 @@ def _json_object(path: Path, text: bytes) -> dict[str, Any]:
 
 
 def _read_shards(directory: Path, present: set[str]) -> tuple[list[SafetensorsHeader], dict[str, TensorExtent]]:
-    """Return the headers of the shards, and each tensor as it lies in the shard the index names for it."""
+    """Return the headers of the shards, and each tensor's position in the shard that the index names for it."""
     index = directory / INDEX_FILE
     file_of = _json_object(index, _read_text(index)).get("weight_map")
     if not isinstance(file_of, dict) or not file_of or not all(isinstance(file, str) for file in file_of.values()):
@@ -182,7 +181,7 @@ def _no_weights(directory: Path, present: set[str]) -> CheckpointError:
             path=directory,
         )
     return CheckpointError(
-        f"{directory}: neither {SINGLE_FILE} nor {INDEX_FILE} is there; {_DOWNLOAD_AGAIN}", path=directory
+        f"{directory}: has neither {SINGLE_FILE} nor {INDEX_FILE}; {_DOWNLOAD_AGAIN}", path=directory
     )
 
 
@@ -213,6 +212,6 @@ def _check_pages(file: DirectFile, buffer: AlignedBuffer, extent: TensorExtent) 
         if found != written:
             raise CorruptDataError(
                 f"{extent.path}: page {page} of {extent.name!r} has the checksum {found:016x}, but "
-                f"{written:016x} was written; delete this packed checkpoint, and it is made again",
+                f"{written:016x} was written; delete this packed checkpoint to have it packed again",
                 path=extent.path,
             )

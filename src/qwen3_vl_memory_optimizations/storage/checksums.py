@@ -1,4 +1,4 @@
-"""Checksums of the pages of a tensor, xxh3-64 of each: one page can be read and checked on its own."""
+"""Checksums of a tensor's pages, xxh3-64 each, so that a single page can be read and checked."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import xxhash
 
 
 def page_count(n_bytes: int, page_bytes: int) -> int:
-    """Return how many pages, and so checksums, a tensor has; an empty one has one.
+    """Return the number of pages, and thus checksums, of a tensor; an empty tensor has one.
 
     Args:
         n_bytes: the size of the tensor.
@@ -16,14 +16,14 @@ def page_count(n_bytes: int, page_bytes: int) -> int:
 
 
 class PageChecksums:
-    """Computes the checksums of one tensor, whose bytes come in pieces of any size.
+    """Computes the checksums of one tensor from pieces of any size.
 
     Args:
         n_bytes: the size of the tensor.
         page_bytes: the size of a page; 0: the whole tensor.
 
     Attributes:
-        done_bytes: how many bytes have come.
+        done_bytes: bytes received so far.
     """
 
     def __init__(self, n_bytes: int, page_bytes: int) -> None:
@@ -45,7 +45,7 @@ class PageChecksums:
             piece = piece[len(part) :]
 
     def result(self) -> tuple[int, ...]:
-        """Return the checksums of the pages that have come."""
+        """Return the checksums of the pages received so far."""
         return (*self._finished, self._digest.intdigest())
 
     def _next_page(self) -> None:

@@ -1,14 +1,14 @@
-"""Content-addressed files on the SSD: one file an entry, bounded, shared by processes, safe from `kill -9`.
+"""Content-addressed files on the SSD: one file per entry, bounded, shared by processes, safe from `kill -9`.
 
-    <directory>/            0700, ours alone
-      lock                  held while anything is changed; the system gives it back when a process dies
-      index.json            what each entry is and how much it is worth; replaced in one step
+    <directory>/            0700, owned by us
+      lock                  held during changes; the system releases it when a process dies
+      index.json            facts about each entry, such as its worth; replaced atomically
       incoming              the entry that is being written
       objects/ab/abcd...    the entries, 0600; a name is the key, a file never changes
 
-To add an entry the index is written first, then the file gets its name: a process that dies in between leaves an index
-that promises too much, never bytes that nobody counts. What lies there is checked when it is read; a file that is not
-what its name says is no answer. Nothing is synced: after a power failure the checksums tell.
+To add an entry, the index is written first, then the file gets its name. A process that dies in between leaves an
+index that lists too much, never uncounted bytes. Files are checked when they are read; a file that does not match its
+name is not returned. Nothing is synced: after a power failure the checksums detect damage.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ Facts = dict[str, Any]
 
 @dataclass(slots=True)
 class StoredEntry:
-    """An entry as the index knows it.
+    """An entry in the index.
 
     Attributes:
-        n_bytes: of its file.
-        facts: what the owner of the store notes about it; small and JSON.
+        n_bytes: size of its file.
+        facts: notes by the owner of the store; small, JSON.
     """
 
     n_bytes: int
@@ -62,11 +62,11 @@ class StoredEntry:
 
 @dataclass(slots=True)
 class Index:
-    """What `index.json` holds.
+    """Contents of `index.json`.
 
     Attributes:
         entries: by key.
-        state: what the owner of the store notes about all of it.
+        state: notes by the owner of the store about the whole store.
     """
 
     entries: dict[str, StoredEntry] = field(default_factory=dict)
@@ -74,13 +74,13 @@ class Index:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of all files."""
-        return sum(entry.n_bytes for entry in list(self.entries.values()))  # another thread may change them meanwhile
+        """Size of all files in bytes."""
+        return sum(entry.n_bytes for entry in list(self.entries.values()))  # other threads may change them meanwhile
 
 
 @dataclass(slots=True)
 class LoadedEntry:
-    """An entry as it was read: `meta`, and the payload in memory that starts on a page boundary."""
+    """An entry that was read: `meta`, and the payload in memory that starts on a page boundary."""
 
     meta: Any
     payload: memoryview
@@ -91,7 +91,7 @@ class ContentStore:
     """Keeps entries in a directory.
 
     Args:
-        directory: made, mode 0700, when the first entry comes.
+        directory: created with mode 0700 with the first entry.
         clock: the time in seconds, for waiting.
 
     Attributes:
@@ -112,7 +112,7 @@ class ContentStore:
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def size_of(self, key: str) -> int | None:
-        """Return the bytes of the file of an entry, or `None` if there is none."""
+        """Return the file size of an entry, or `None` if there is none."""
         try:
             return os.lstat(self._path(key)).st_size
         except OSError:
@@ -122,7 +122,7 @@ class ContentStore:
         """Return an entry, or `None` if there is none.
 
         Raises:
-            CorruptDataError: its file is not what was written, or not one of ours.
+            CorruptDataError: its file differs from what was written, or has another owner.
             StorageError: it cannot be read at the moment.
         """
         path = self._path(key)
@@ -151,19 +151,19 @@ class ContentStore:
             raise _corrupt(path, f"it holds the entry {str(header.get('key'))[:16]}")
         n_bytes = header.get("payload_bytes", -1)
         if not isinstance(n_bytes, int) or n_bytes < 0 or header_bytes + round_up(n_bytes) != size:
-            raise _corrupt(path, f"{n_bytes} bytes were written, it has {size}")
+            raise _corrupt(path, f"{n_bytes} bytes were written, but it has {size}")
         payload = buffer.view[header_bytes : header_bytes + n_bytes]
         if xxhash.xxh3_128_hexdigest(payload) != header.get("checksum"):
-            raise _corrupt(path, "its checksum is another")
+            raise _corrupt(path, "its checksum does not match")
         return LoadedEntry(header.get("meta"), payload, size)
 
     def open(self, key: str) -> tuple[DirectFile, Any, int] | None:
-        """Return the file of an entry, its `meta` and where the payload begins, or `None` if there is none.
+        """Return the file of an entry, its `meta` and the payload's offset, or `None` if there is none.
 
-        The payload is not read, and not checked: the caller does both. The file stays readable if the entry is removed.
+        The payload is neither read nor checked: the caller does both. The file stays readable if the entry is removed.
 
         Raises:
-            CorruptDataError: its header is not what was written.
+            CorruptDataError: its header differs from what was written.
             StorageError: it cannot be read at the moment.
         """
         path = self._path(key)
@@ -184,14 +184,14 @@ class ContentStore:
                 view = memoryview(file.read_bytes(0, end))
             header, offset = _parse_header(view, path)
             if header.get("key") != key or offset + round_up(int(header["payload_bytes"])) != status.st_size:
-                raise _corrupt(path, "its header is that of another")
+                raise _corrupt(path, "its header belongs to another entry")
         except BaseException:
             file.close()
             raise
         return file, header.get("meta"), offset
 
     def index(self) -> Index:
-        """Return the index as it is on the disk now."""
+        """Return the current index on the disk."""
         with self._thread_lock:
             self._load_index()
             return self._index
@@ -210,19 +210,19 @@ class ContentStore:
 
         Args:
             key: 64 hexadecimal digits.
-            meta: small and JSON; comes back with the entry.
+            meta: small, JSON; returned with the entry.
             pieces: the payload.
             facts: for the index.
-            make_room: given the index and the bytes of the new file, returns the keys that leave for it, or `None` to
-                leave everything as it is. It may change `state`.
+            make_room: called with the index and the size of the new file; returns the keys to evict for it, or `None`
+                to cancel. It may change `state`.
 
         Returns:
-            Whether the entry is there now; `False` also where another process held the lock for too long.
+            Whether the entry is stored now; `False` also if another process held the lock for too long.
 
         Raises:
             StorageError: the directory cannot be written, or the disk is full; no entry was added.
         """
-        path = self._path(key)  # a bad key is refused before anything is written
+        path = self._path(key)  # reject a bad key before anything is written
         n_bytes = sum(piece.nbytes for piece in pieces)
         digest = xxhash.xxh3_128()
         for piece in pieces:
@@ -244,7 +244,7 @@ class ContentStore:
             try:
                 incoming = self._write_incoming(header, pieces)
             except StorageError:
-                os.unlink(self.directory / "incoming")  # the disk may be full of it
+                os.unlink(self.directory / "incoming")  # it may fill the disk
                 raise
             self._index.entries[key] = StoredEntry(file_bytes, facts)
             self._write_index()
@@ -258,10 +258,10 @@ class ContentStore:
             self._notes.setdefault(key, []).append(change)
 
     def flush(self, state: Callable[[Facts], None] | None = None) -> None:
-        """Write what was noted, if the store was ever written to.
+        """Write pending notes, if the store was ever written to.
 
         Args:
-            state: changes what is noted about all of it.
+            state: changes the notes about the whole store.
         """
         if (self._notes or state is not None) and self._index_path.exists():
             with self._locked() as held:
@@ -271,8 +271,8 @@ class ContentStore:
                     self._write_index()
 
     def remove(self, key: str) -> None:
-        """Remove an entry; one that is not there is none of this method's business."""
-        self._path(key)  # a bad key is refused before the index changes
+        """Remove an entry; unknown keys are ignored."""
+        self._path(key)  # reject a bad key before the index changes
         if self.directory.is_dir():
             with self._locked() as held:
                 if held:
@@ -293,7 +293,7 @@ class ContentStore:
             return len(keys)
 
     def verify(self) -> list[tuple[str, str]]:
-        """Read every entry; return the paths, relative to the directory, that are not what they should be, and why."""
+        """Read every entry; return the damaged files, as paths relative to the directory, and the reasons."""
         problems = []
         for path in self._files():
             name = str(path.relative_to(self.directory))
@@ -312,7 +312,7 @@ class ContentStore:
         """Return the file of an entry.
 
         Raises:
-            StorageError: the key is not 64 hexadecimal digits, and might name a file outside of the store.
+            StorageError: the key is not 64 hexadecimal digits, and might name a file outside the store.
         """
         if not _KEY.fullmatch(key):
             raise StorageError(
@@ -328,10 +328,10 @@ class ContentStore:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[bool]:
-        """Hold the store for a change, with the index as it is on the disk; gives `False` if others held it too long.
+        """Lock the store for a change and reload the index; yields `False` if other processes held it too long.
 
         Raises:
-            StorageError: the directory cannot be made or used.
+            StorageError: the directory cannot be created or used.
         """
         with shield, self._thread_lock:
             fd = self._open_lock()
@@ -351,7 +351,7 @@ class ContentStore:
                 self._notes.clear()
                 yield True
             except BaseException as error:
-                self._index_id, self._reconciled = None, False  # what is in memory may be ahead of the disk
+                self._index_id, self._reconciled = None, False  # the copy in memory may be ahead of the disk
                 if not isinstance(error, OSError):
                     raise
                 path = error.filename or self.directory
@@ -366,7 +366,7 @@ class ContentStore:
             status = os.lstat(self.directory)
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
                 raise StorageError(
-                    f"{self.directory}: belongs to another user, or is no directory", path=self.directory
+                    f"{self.directory}: belongs to another user, or is not a directory", path=self.directory
                 )
             if stat.S_IMODE(status.st_mode) != 0o700:
                 os.chmod(self.directory, 0o700)
@@ -404,11 +404,11 @@ class ContentStore:
         except FileNotFoundError:
             self._index, self._index_id, self._reconciled = Index(), None, False
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("%s cannot be used (%s); it is made again from the entries", self._index_path, str(error))
+            logger.warning("%s cannot be used (%s); rebuilding it from the entries", self._index_path, str(error))
             self._index, self._index_id, self._reconciled = Index(), None, False
 
     def _reconcile(self) -> None:
-        """Make the index agree with the files: once after opening, and where the index was lost."""
+        """Make the index agree with the files: once after opening, and if the index was lost."""
         found: dict[str, StoredEntry] = {}
         for path in self._files():
             if _KEY.fullmatch(path.name) and path.parent.name == path.name[:2]:
@@ -470,24 +470,24 @@ def _header(content: Mapping[str, Any]) -> bytes:
 
 
 def _parse_header(view: memoryview, path: Path) -> tuple[dict[str, Any], int]:
-    """Return the header of a file, and where its payload begins."""
+    """Return the header of a file, and the offset of its payload."""
     magic, n_bytes, checksum = _PREFIX.unpack(view[: _PREFIX.size])
     if magic != _MAGIC:
-        raise _corrupt(path, "it does not begin as one")
+        raise _corrupt(path, "it does not start with the entry header")
     end = _PREFIX.size + n_bytes
     if n_bytes > _MOST_HEADER_BYTES or end > len(view):
         raise _corrupt(path, f"its header would have {n_bytes} bytes")
     text = bytes(view[_PREFIX.size : end])
     if xxhash.xxh3_64_intdigest(text) != checksum:
-        raise _corrupt(path, "the checksum of its header is another")
+        raise _corrupt(path, "the checksum of its header does not match")
     header = json.loads(text)
     if not isinstance(header, dict):
-        raise _corrupt(path, "its header is no object")
+        raise _corrupt(path, "its header is not an object")
     return header, round_up(end)
 
 
 def _facts_of(path: Path) -> Facts:
-    """Return the facts that an entry was written with; of what is no entry, none."""
+    """Return the facts that an entry was written with; empty if the file is not an entry."""
     try:
         with open(path, "rb", buffering=0) as file:
             prefix = file.read(_PREFIX.size)

@@ -1,8 +1,7 @@
-"""Files read and written past the page cache, into and out of raw memory.
+"""Read and write files past the page cache, directly to and from raw memory.
 
-The page cache would hold every streamed weight a second time, evict the user's own files, and count against
-the control group of the process. Where a file system has no direct I/O, the pages are dropped after each
-transfer.
+The page cache would hold every streamed weight a second time, evict the user's own files, and count against the
+process's control group. If a file system has no direct I/O, the cached pages are dropped after each transfer.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from ..errors import InsufficientDiskSpaceError, ShortIOError, StorageError, for
 logger = logging.getLogger(__name__)
 
 DISK_BLOCK_BYTES = 4096
-"""The alignment direct I/O needs, of file offsets, sizes and addresses alike."""
+"""Alignment required by direct I/O for file offsets, sizes and addresses."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-"""How the system says that a disk, or the quota of the user, is full."""
-# One array type over the whole address space, sliced: ctypes keeps each array type it ever made.
+"""Error codes for a full disk or an exhausted user quota."""
+# One array type over the whole address space, sliced: ctypes never frees the array types it creates.
 _AddressSpace = ctypes.c_ubyte * (1 << 47)
 
 _direct_by_device: dict[int, bool] = {}
@@ -47,7 +46,7 @@ def round_up(n_bytes: int) -> int:
 
 
 def free_disk_bytes(path: str | Path | int) -> int:
-    """Return the bytes that may still be written to the file system of a path or an open file."""
+    """Return the bytes that can still be written to the file system of a path or an open file."""
     status = os.statvfs(path)
     return status.f_bavail * status.f_frsize
 
@@ -59,7 +58,7 @@ class AlignedBuffer:
         n_bytes: the usable size; rounded up to whole blocks.
 
     Attributes:
-        address: where the memory starts.
+        address: start of the memory.
         view: the memory, writable.
     """
 
@@ -69,7 +68,7 @@ class AlignedBuffer:
         self.view = memoryview(self._map)
 
     def close(self) -> None:
-        """Return the memory to the system; `view` is unusable afterwards."""
+        """Return the memory to the system; `view` becomes unusable."""
         self.view.release()
         self._map.close()
 
@@ -83,18 +82,18 @@ class AlignedBuffer:
 
 
 class DirectFile:
-    """A file whose transfers bypass the page cache where the file system allows it.
+    """A file whose transfers bypass the page cache if the file system allows it.
 
-    Every transfer names its own offset, so any number of threads may share one `DirectFile`; only `close`
-    must wait until they are done.
+    Every transfer takes an explicit offset, so any number of threads may share one `DirectFile`; only `close` must wait
+    until they are done.
 
     Args:
         path: the file.
-        writable: open for reading and writing, and create the file when it is missing.
+        writable: open for reading and writing, and create the file if it is missing.
 
     Attributes:
         path: the file, as given.
-        direct: whether transfers really bypass the page cache.
+        direct: whether transfers actually bypass the page cache.
 
     Raises:
         StorageError: the file cannot be opened, or is not a regular file.
@@ -117,7 +116,7 @@ class DirectFile:
 
     @classmethod
     def temporary(cls, directory: str | Path) -> DirectFile:
-        """Return a new file in `directory` without a name: mode 0600, gone when closed, also after a crash.
+        """Return a new unnamed file in `directory`: mode 0600, deleted when closed, even after a crash.
 
         Raises:
             StorageError: the directory cannot be written.
@@ -138,13 +137,13 @@ class DirectFile:
         return file
 
     def _close_later(self) -> None:
-        """Close the file when it is collected, unless `close` did."""
+        """Close the file when this object is collected, unless `close` did."""
         self._closes = weakref.finalize(self, os.close, self._fd)
         self._closes.atexit = False
 
     @property
     def size_bytes(self) -> int:
-        """The present size of the file."""
+        """The current size of the file."""
         return os.fstat(self._fd).st_size
 
     def fileno(self) -> int:
@@ -154,17 +153,16 @@ class DirectFile:
     def read_into(self, address: int, offset_bytes: int, n_bytes: int) -> int:
         """Read a range of the file into memory, without holding the interpreter lock.
 
-        Whole blocks are read: the memory from the block boundary at or below `address` up to the block
-        boundary at or above `address + n_bytes` must belong to the caller, and is overwritten.
+        Whole blocks are read: the memory from the block boundary at or below `address` up to the block boundary at or
+        above `address + n_bytes` must belong to the caller, and is overwritten.
 
         Args:
-            address: where the first byte goes; `address` and `offset_bytes` must be equal modulo
-                `DISK_BLOCK_BYTES`.
-            offset_bytes: where the range starts in the file.
+            address: of the first byte in memory; must equal `offset_bytes` modulo `DISK_BLOCK_BYTES`.
+            offset_bytes: start of the range in the file.
             n_bytes: the size of the range.
 
         Returns:
-            The bytes read from the device, the rounding included.
+            The bytes read from the device, including the rounding.
 
         Raises:
             ShortIOError: the file ends inside the range.
@@ -191,7 +189,7 @@ class DirectFile:
                     f"{offset_bytes}; the file has {self.size_bytes}",
                     path=self.path,
                 )
-            # A direct read must go on at a block boundary, whatever the last one returned.
+            # A direct read must continue at a block boundary, whatever the last one returned.
             done = round_down(done + count)
         if not self.direct:
             os.posix_fadvise(self._fd, start, done + count, os.POSIX_FADV_DONTNEED)
@@ -213,8 +211,8 @@ class DirectFile:
         """Write memory to the file. All three arguments must be multiples of `DISK_BLOCK_BYTES`.
 
         Raises:
-            InsufficientDiskSpaceError: the disk, or the quota of the user, is full.
-            ShortIOError: the device took less than was given, without saying why.
+            InsufficientDiskSpaceError: the disk is full or the user's quota is exhausted.
+            ShortIOError: the device wrote less than requested, without an error.
             StorageError: the device failed.
         """
         if address % DISK_BLOCK_BYTES or offset_bytes % DISK_BLOCK_BYTES or n_bytes % DISK_BLOCK_BYTES:
@@ -238,7 +236,7 @@ class DirectFile:
             os.posix_fadvise(self._fd, offset_bytes, n_bytes, os.POSIX_FADV_DONTNEED)
 
     def sync(self) -> None:
-        """Wait until what was written, and the size of the file, would survive a power cut.
+        """Wait until the written data and the file size would survive a power failure.
 
         Raises:
             InsufficientDiskSpaceError: the disk is full.
@@ -250,7 +248,7 @@ class DirectFile:
             raise self._failure(error, "syncing", self.size_bytes, 0) from error
 
     def resize(self, size_bytes: int) -> None:
-        """Set the size of the file; a part that is added takes no disk space until it is written.
+        """Set the size of the file; an added part takes no disk space until it is written.
 
         Raises:
             StorageError: the file system refuses the size.
@@ -311,7 +309,7 @@ def _open_unnamed(directory: Path) -> int:
     try:
         return os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o600)
     except OSError as error:
-        # EISDIR is how a kernel or file system without O_TMPFILE sees the call.
+        # A kernel or file system without O_TMPFILE reports EISDIR.
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
             raise
     fd, name = tempfile.mkstemp(dir=directory)
@@ -331,7 +329,7 @@ def _enable_direct(fd: int, path: Path) -> bool:
             works = _direct_read_works(fd)
         if not works:
             _set_direct(fd, False)
-        # An empty file accepts reads of any kind: it proves nothing about the others.
+        # An empty file accepts reads of any kind, so it proves nothing about other files.
         if known is None and (status.st_size > 0 or not works):
             _direct_by_device[status.st_dev] = works
             if not works:
@@ -353,6 +351,6 @@ def _direct_read_works(fd: int) -> bool:
         try:
             os.preadv(fd, [buffer.view], 0)
         except OSError as error:
-            # Any other failure is the file's own, and shows again when it is read in earnest.
+            # Any other failure belongs to the file itself, and will recur when it is read.
             return error.errno not in (errno.EINVAL, errno.EOPNOTSUPP)
     return True

@@ -1,7 +1,7 @@
-"""Which directories lie on a disk, and which on a file system that keeps its files in memory.
+"""Distinguish directories on a disk from those on a file system that keeps its files in memory.
 
-A swap file on such a file system saves no memory. The mount table is read below an injectable `root`, so that other
-machines can be described in tests.
+A swap file on such a file system saves no memory. The mount table is read below an injectable `root`, so that tests can
+describe other machines.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pathlib import Path
 from ..process import read_lines
 
 IN_MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs", "rootfs"})
-"""Types of file systems that keep their files in memory; `rootfs` is what a kernel starts from."""
+"""Types of file systems that keep their files in memory; `rootfs` is the kernel's initial one."""
 
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 _UPPER = re.compile(r"(?:^|,)upperdir=((?:\\.|[^,\\])*)")
 
 
 def memory_file_system(path: str | os.PathLike[str], *, root: str | os.PathLike[str] = "/") -> str | None:
-    """Return the name of the file system of a path if its files take memory, `None` if it is a disk or unknown.
+    """Return the name of a path's file system if its files take memory; `None` if it is on a disk or unknown.
 
-    An `overlay` is where its upper directory is: new files go there. One that is not mounted in this namespace, as in
-    most containers, is unknown.
+    An `overlay` counts as its upper directory, where new files go. If that is not mounted in this namespace, as in most
+    containers, it is unknown.
 
     Args:
         path: need not exist yet.
@@ -41,13 +41,13 @@ def nearest_existing(path: str | os.PathLike[str]) -> Path:
 
 
 def can_hold_files(directory: str | os.PathLike[str]) -> bool:
-    """Return whether files can be made in a directory, or the directory in its nearest parent that exists."""
+    """Return whether files can be created in a directory, or the directory in its nearest existing parent."""
     there = nearest_existing(directory)
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def swap_candidates(base_dir: Path) -> list[Path]:
-    """Return where a swap file may lie: below `base_dir` and the home directory, `/var/tmp`, the current directory."""
+    """Return swap file candidates: below `base_dir` and the home directory, `/var/tmp`, the current directory."""
     candidates = [base_dir / "swap"]
     with contextlib.suppress(RuntimeError):  # a user without a home directory
         candidates.append(Path.home() / ".cache" / "qwen3vl-mem" / "swap")
@@ -64,7 +64,7 @@ def disks_first(candidates: Iterable[Path], *, root: str | os.PathLike[str] = "/
 
 
 def _mounts(root: Path) -> dict[Path, tuple[str, str]]:
-    """Return mount point -> type and options. Of several on one point, the last hides the others."""
+    """Return mount point -> type and options. The last of several on one point hides the others."""
     mounts = {}
     for line in read_lines(root / "proc/self/mountinfo"):
         before, _, after = line.partition(" - ")

@@ -1,4 +1,4 @@
-"""Headers of GGUF files: settings, and where each tensor lies. Nothing in them is trusted."""
+"""Headers of GGUF files: settings, and the position of each tensor. All contents are validated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from .safetensors_file import SafetensorsHeader, TensorExtent, unreadable
 
 GGUF_PREFIX = "GGUF:"
-"""Starts the dtype of extents in block formats: `GGUF:Q4_K`. Plain ones are spelt as in safetensors."""
+"""Prefix of the dtype of extents in block formats: `GGUF:Q4_K`. Plain dtypes are spelled as in safetensors."""
 
 _PLAIN = {0: ("F32", 4), 1: ("F16", 2), 30: ("BF16", 2), 24: ("I8", 1), 26: ("I32", 4), 27: ("I64", 8), 28: ("F64", 8)}
 BLOCK_TYPES = {
@@ -24,7 +24,7 @@ BLOCK_TYPES = {
     23: ("IQ4_XS", 256, 136), 29: ("IQ1_M", 256, 56), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
     39: ("MXFP4", 32, 17),
 }  # fmt: skip
-"""By the number of the type: its name, the values in a block, and the bytes of a block."""
+"""Type number -> its name, the values per block, and the bytes per block."""
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -34,16 +34,16 @@ _MAX_NAME_BYTES = 1 << 16
 _REMEDY = "the file is damaged or incomplete: download it again"
 _KEPT_ARRAYS = ("tokenizer.ggml.tokens",)
 _MOST_KEPT = 4096
-"""Longer arrays are skipped: the merges of a tokenizer take more memory than all else here."""
+"""Longer arrays are skipped: a tokenizer's merges take more memory than everything else here."""
 
 
 @dataclass(frozen=True, slots=True)
 class GGUFHeader:
-    """What the header of one GGUF file says.
+    """Contents of one GGUF file's header.
 
     Attributes:
-        settings: the key-value pairs; long arrays are left out, but for the tokens of the vocabulary.
-        tensors: the tensors as they are named in the file. Shapes are `[rows, columns]`, as in torch.
+        settings: the key-value pairs; long arrays are omitted, except for the vocabulary's tokens.
+        tensors: the tensors by their names in the file. Shapes are `[rows, columns]`, as in torch.
     """
 
     settings: dict[str, Any]
@@ -54,8 +54,8 @@ def read_gguf_header(path: str | Path) -> GGUFHeader:
     """Read and check the header of a GGUF file.
 
     Raises:
-        CheckpointError: the file cannot be read, is truncated, of another version or byte order, or has tensors of a
-            type that is not known.
+        CheckpointError: the file cannot be read, is truncated, has another version or byte order, or has tensors of
+            an unknown type.
     """
     path = Path(path)
     try:
@@ -77,7 +77,7 @@ class _Reader:
             raise self._error("not a GGUF file")
         version, n_tensors, n_settings = self._unpack("IQQ")
         if version not in _VERSIONS:
-            raise self._error(f"GGUF version {version}; versions 2 and 3, little-endian, are read")
+            raise self._error(f"GGUF version {version}; versions 2 and 3, little-endian, are supported")
         settings: dict[str, Any] = {}
         for _ in range(n_settings):
             key = self._string()
@@ -91,7 +91,7 @@ class _Reader:
         for name, shape, kind, offset in entries:
             extent = self._extent(name, shape, kind, start + offset)
             if name in tensors:
-                raise self._error(f"{name!r} is there twice")
+                raise self._error(f"{name!r} appears twice")
             tensors[name] = extent
         return GGUFHeader(settings, SafetensorsHeader(self._path, start, tensors, {}))
 
@@ -101,7 +101,7 @@ class _Reader:
     def _take(self, n_bytes: int) -> bytes:
         data = self._file.read(n_bytes) if n_bytes <= self._file_bytes else b""
         if len(data) < n_bytes:
-            raise self._error(f"the header goes on after the end of the file at {self._file_bytes} bytes")
+            raise self._error(f"the header continues past the end of the file at {self._file_bytes} bytes")
         return data
 
     def _unpack(self, form: str) -> tuple[Any, ...]:
@@ -151,10 +151,10 @@ class _Reader:
         else:
             known = ", ".join([*(name for name, _ in _PLAIN.values()), *(name for name, *_ in BLOCK_TYPES.values())])
             raise CheckpointError(
-                f"{self._path}: {name!r} has the GGUF type {kind}, which is not read; read are {known}", path=self._path
+                f"{self._path}: {name!r} has the GGUF type {kind}, not supported; supported: {known}", path=self._path
             )
         if offset + n_bytes > self._file_bytes:
             raise self._error(
-                f"{name!r} lies at bytes {offset} to {offset + n_bytes}, the file has {self._file_bytes} bytes"
+                f"{name!r} is at bytes {offset} to {offset + n_bytes}, but the file has {self._file_bytes} bytes"
             )
         return TensorExtent(self._path, name, dtype, shape, offset, n_bytes)

@@ -13,18 +13,18 @@ from ..errors import ConfigurationError
 logger = logging.getLogger(__name__)
 
 DEMAND = 0
-"""Somebody waits for it."""
+"""A thread is waiting for it."""
 PREFETCH = 1
 """It will be needed soon."""
 BACKGROUND = 2
-"""It may take its time; one at a time, so that what others read from the same disk does not have to queue."""
+"""Not urgent; one runs at a time, so that other reads from the same disk do not queue behind it."""
 
 
 class Ticket:
-    """One submitted job; identifies it to `IOQueue.promote`.
+    """A submitted job; identifies it to `IOQueue.promote`.
 
     Attributes:
-        priority: the present priority of the job.
+        priority: the current priority of the job.
         queued: whether the job still waits for a worker.
     """
 
@@ -40,12 +40,12 @@ class Ticket:
 
 
 class IOQueue:
-    """Runs jobs on worker threads: lowest priority number first, in order of submission inside one.
+    """Runs jobs on worker threads: lowest priority number first, in order of submission within a priority.
 
-    Threads start with the first job. A job handles its own failures: one that raises is logged, nothing else.
+    Threads start with the first job. Jobs must handle their own failures; an exception is only logged.
 
     Args:
-        n_threads: jobs that run at the same time.
+        n_threads: number of jobs that run at the same time.
 
     Raises:
         ConfigurationError: fewer than one thread.
@@ -53,27 +53,27 @@ class IOQueue:
 
     def __init__(self, n_threads: int = 4) -> None:
         if n_threads < 1:
-            raise ConfigurationError(f"n_threads: {n_threads} threads would leave every job waiting; give at least 1")
+            raise ConfigurationError(f"n_threads: {n_threads} threads cannot run any job; use at least 1")
         self._n_threads = n_threads
         self._threads: list[threading.Thread] = []
-        # A promoted ticket stands in the heap twice; the entry whose priority it no longer has is skipped.
+        # A promoted ticket is in the heap twice; the entry with its old priority is skipped.
         self._heap: list[tuple[int, int, Ticket]] = []
         self._sequence = 0
         self._pending = 0
         self._closed = False
-        self._background = False  # one is running
+        self._background = False  # whether one is running
         self._changed = threading.Condition()
 
     @property
     def pending(self) -> int:
-        """Jobs that are waiting or running."""
+        """Number of jobs that are waiting or running."""
         return self._pending
 
     def submit(self, job: Callable[[], None], priority: int) -> Ticket:
-        """Queue a job and return at once.
+        """Queue a job and return immediately.
 
         Args:
-            job: what to run.
+            job: function to run.
             priority: `DEMAND`, `PREFETCH` or `BACKGROUND`.
 
         Raises:
@@ -93,7 +93,7 @@ class IOQueue:
         """Move a waiting job forward, behind the jobs that already have the new priority.
 
         Returns:
-            Whether the job moved: not if it has started, or is as urgent already.
+            Whether the job moved; `False` if it has started or is already as urgent.
         """
         with self._changed:
             if not ticket.queued or priority >= ticket.priority:
@@ -103,7 +103,7 @@ class IOQueue:
             return True
 
     def close(self) -> None:
-        """Run the jobs that are still queued, then stop and join the workers; closing again does nothing."""
+        """Run the queued jobs, then stop and join the workers; closing again does nothing."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -136,13 +136,13 @@ class IOQueue:
                 job()
             except BaseException:
                 logger.exception("an I/O job raised; jobs are expected to handle their own failures")
-            # What the job refers to must not stay alive while this thread waits for the next one.
+            # The job's references must not stay alive while this thread waits for the next job.
             del job, taken
             with self._changed:
                 self._pending -= 1
                 if priority == BACKGROUND:
                     self._background = False
-                    self._changed.notify_all()  # closed, each of those that wait must see that nothing is left
+                    self._changed.notify_all()  # after close, every waiting thread must see that the queue is empty
 
     def _next_job(self) -> tuple[Callable[[], None], int] | None:
         with self._changed:

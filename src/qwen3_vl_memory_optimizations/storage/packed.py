@@ -1,8 +1,8 @@
-"""Writing a packed checkpoint: resumable, and a part is never taken for the whole.
+"""Write a packed checkpoint: resumable, and never mistaken for complete before it is.
 
-It is a safetensors file made for direct reads: each tensor starts on a block boundary; padding tensors fill
-the gaps, because safetensors allows none. The metadata holds a checksum for each page. The header comes
-last: until then the file starts with zeros, which no reader accepts.
+It is a safetensors file laid out for direct reads. Each tensor starts on a block boundary, and padding tensors fill
+the gaps, because safetensors allows none. The metadata holds a checksum for each page. The header is written last:
+until then the file starts with zeros, which no reader accepts.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ _BOUNCE_BYTES = 16 << 20
 
 
 class PackedWriter:
-    """Writes one packed checkpoint in `<final_dir>.partial`, and renames it when it is whole.
+    """Writes one packed checkpoint in `<final_dir>.partial`, and renames it when it is complete.
 
-    A run that was interrupted is taken up where it stopped, by making the writer again with the same layout
-    and metadata; put a fingerprint of the source into the metadata, so that another source starts over. One
-    process at a time: hold `pack_lock`.
+    To resume an interrupted run, create the writer again with the same layout and metadata. Put a fingerprint of the
+    source into the metadata, so that another source starts over. Only one process may write at a time: hold
+    `pack_lock`.
 
     Args:
-        final_dir: the directory to make; it must not exist, or be empty, unless `replace` is set.
-        layout: what goes where.
+        final_dir: the directory to create; it must not exist, or be empty, unless `replace` is set.
+        layout: the position of each entry.
         metadata: texts to store in the file.
-        replace: a directory of the final name gives way at the end; who has its files open can go on reading them.
+        replace: replace an existing final directory at the end; processes with its files open can continue reading.
     """
 
     def __init__(
@@ -66,14 +66,14 @@ class PackedWriter:
         self._journal = -1
 
     def open(self) -> set[str]:
-        """Make or take up the partial directory.
+        """Create or resume the partial directory.
 
         Returns:
-            The names of the entries that are written already.
+            The names of the entries that are already written.
 
         Raises:
-            InsufficientDiskSpaceError: the disk cannot hold what is still to be written; nothing was changed.
-            StorageError: the final directory is there already, or the directory cannot be written.
+            InsufficientDiskSpaceError: the disk cannot hold what remains to be written; nothing was changed.
+            StorageError: the final directory already exists, or the directory cannot be written.
         """
         model = self.partial_dir / SINGLE_FILE
         journal = self.partial_dir / JOURNAL_FILE
@@ -97,7 +97,7 @@ class PackedWriter:
             if not journal_bytes:
                 self._log({"layout": self._fingerprint})
             else:
-                # A line that was cut off must not run into the next one.
+                # A truncated line must not run into the next one.
                 os.ftruncate(self._journal, journal_bytes)
         return set(self._checksums)
 
@@ -108,9 +108,8 @@ class PackedWriter:
         """Write the bytes of one entry; entries may come in any order. At most 16 MiB are held.
 
         Raises:
-            ShortIOError: the chunks are not as many bytes as the layout says.
-            InsufficientDiskSpaceError: the disk is full; what is written so far stays and is taken up the
-                next time.
+            ShortIOError: the chunks do not have the size given by the layout.
+            InsufficientDiskSpaceError: the disk is full; data written so far is kept, and the next run resumes from it.
             StorageError: the device failed.
         """
         if self._file is None or self._journal < 0:
@@ -127,11 +126,11 @@ class PackedWriter:
 
         Args:
             copy_files: `config.json`, the tokenizer and so on; links are followed.
-            texts: name -> content of files to write beside them.
+            texts: name -> content of additional files to write.
 
         Raises:
-            InsufficientDiskSpaceError: the disk is full; what is written stays and is taken up the next time.
-            StorageError: a file cannot be copied, or the final directory has appeared meanwhile.
+            InsufficientDiskSpaceError: the disk is full; data written so far is kept, and the next run resumes from it.
+            StorageError: a file cannot be copied, or the final directory was created meanwhile.
         """
         if self._file is None:
             raise self._not_open()
@@ -145,7 +144,7 @@ class PackedWriter:
         sources = [Path(source) for source in copy_files]
         for source in sources:
             if source.name in (SINGLE_FILE, JOURNAL_FILE):
-                raise StorageError(f"{source}: the packed checkpoint has a file of this name itself", path=source)
+                raise StorageError(f"{source}: the packed checkpoint already has a file of this name", path=source)
         header = self._layout.header(self._metadata, self._checksums)
         with self._disk_errors():
             with AlignedBuffer(len(header)) as buffer:
@@ -169,11 +168,11 @@ class PackedWriter:
             os.replace(self.partial_dir, self.final_dir)
             shutil.rmtree(old, ignore_errors=True)
             _sync_path(self.final_dir.parent)
-            # Not before: without its journal a partial directory is started over.
+            # Not earlier: without its journal a partial directory is started over.
             (self.final_dir / JOURNAL_FILE).unlink()
 
     def close(self) -> None:
-        """Close the files; what is written stays and can be taken up. Closing again does nothing."""
+        """Close the files; what is written is kept and can be resumed. Closing again does nothing."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -218,7 +217,7 @@ class PackedWriter:
 
     def _size_error(self, entry: PackedEntry, given: str) -> ShortIOError:
         return ShortIOError(
-            f"{self.partial_dir}: {given} bytes were given for {entry.name!r}, its layout says {entry.n_bytes}",
+            f"{self.partial_dir}: {given} bytes were given for {entry.name!r}, but its layout says {entry.n_bytes}",
             path=self.partial_dir,
         )
 
@@ -230,7 +229,7 @@ class PackedWriter:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _read_journal(self) -> tuple[dict[str, tuple[int, ...]], int]:
-        """Return the checksums of the complete entries, and how much of the journal counts; 0: start over."""
+        """Return the checksums of the complete entries, and the length of the valid journal; 0: start over."""
         try:
             text = (self.partial_dir / JOURNAL_FILE).read_bytes()
             present_bytes = (self.partial_dir / SINGLE_FILE).stat().st_size
@@ -251,16 +250,16 @@ class PackedWriter:
                 else:
                     complete[fields["name"]] = tuple(int(value, 16) for value in fields["checksums"])
             except (ValueError, KeyError, TypeError):
-                # A power cut can leave a line of the right length with other bytes.
+                # A power failure can leave a line of the right length with wrong bytes.
                 break
             valid_bytes += len(line)
         return complete, valid_bytes
 
     def _require_free_space(self) -> None:
-        """Raise unless the disk can hold the file, next to what it holds of it already."""
+        """Raise unless the disk can hold the file, counting the space that the file already occupies."""
         required = self._data_start + self._layout.data_bytes
         with contextlib.suppress(FileNotFoundError):
-            # Taken up or started over, these bytes are used again.
+            # Resumed or started over, these bytes are reused.
             required -= (self.partial_dir / SINGLE_FILE).stat().st_blocks * 512
         available = self._free_bytes()
         if available < required:
@@ -279,8 +278,8 @@ class PackedWriter:
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
-        """Turn failures of the disk into errors that say what stays and what to do."""
-        remedy = f"free some disk space and run it again: it goes on from what is in {self.partial_dir}"
+        """Convert disk failures into errors that say what is kept and what to do."""
+        remedy = f"free some disk space and run it again: it resumes from what is in {self.partial_dir}"
         try:
             yield
         except InsufficientDiskSpaceError as error:
@@ -296,16 +295,16 @@ class PackedWriter:
 
 @contextlib.contextmanager
 def pack_lock(final_dir: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """Keep other processes from packing into `final_dir`; look whether it is there only inside.
+    """Keep other processes from packing into `final_dir`; check whether it exists only inside.
 
-    The lock is `<final_dir>.lock`, which stays; the system gives it back when a process dies.
+    The lock is the file `<final_dir>.lock`, which is not removed; the system releases it when a process dies.
 
     Args:
-        final_dir: the directory to be made.
-        on_wait: called once, when another process holds the lock.
+        final_dir: the directory to be created.
+        on_wait: called once, if another process holds the lock.
 
     Raises:
-        StorageError: the lock file cannot be made or locked.
+        StorageError: the lock file cannot be created or locked.
     """
     path = Path(final_dir).with_name(Path(final_dir).name + ".lock")
     try:

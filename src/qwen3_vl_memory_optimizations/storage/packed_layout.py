@@ -1,4 +1,4 @@
-"""Where each tensor of a packed checkpoint lies, and the head of the file that says so."""
+"""Layout of a packed checkpoint, and the file header that describes it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class PackedEntry:
 
     Attributes:
         name: its name in the file.
-        dtype: its element type as safetensors spells it.
+        dtype: its element type as spelled by safetensors.
         shape: its shape.
-        n_bytes: its size, which is that of `shape` and `dtype`.
-        page_bytes: the size of a page that is read, and checked, on its own; 0: the whole tensor.
+        n_bytes: its size, which must match `shape` and `dtype`.
+        page_bytes: the size of a page, which is read and checked separately; 0: the whole tensor.
     """
 
     name: str
@@ -42,14 +42,14 @@ class PackedEntry:
 
 
 class PackedLayout:
-    """Where each entry lies, in the order given, which should be the order of use.
+    """Offsets of the entries in the given order, which should be the order of use.
 
     Args:
         entries: the tensors.
 
     Attributes:
         entries: the tensors by name.
-        offsets: where each starts, counted from the start of the data; multiples of `DISK_BLOCK_BYTES`.
+        offsets: start of each, from the start of the data; multiples of `DISK_BLOCK_BYTES`.
         data_bytes: the size of all data with its padding; a multiple of `DISK_BLOCK_BYTES`.
 
     Raises:
@@ -66,7 +66,7 @@ class PackedLayout:
             n_bits = math.prod(entry.shape) * DTYPE_BITS[entry.dtype]
             if 8 * entry.n_bytes != n_bits:
                 raise ConfigurationError(
-                    f"packed layout: {entry.name!r} has {entry.n_bytes} bytes, and {n_bits} bits by its shape "
+                    f"packed layout: {entry.name!r} has {entry.n_bytes} bytes, but {n_bits} bits by its shape "
                     f"{list(entry.shape)} and dtype {entry.dtype}"
                 )
             self.entries[entry.name] = entry
@@ -74,11 +74,11 @@ class PackedLayout:
             self.data_bytes += round_up(entry.n_bytes)
 
     def header(self, metadata: Mapping[str, str], checksums: Mapping[str, tuple[int, ...]] | None = None) -> bytes:
-        """Return the head of the file, a multiple of `DISK_BLOCK_BYTES` long.
+        """Return the file header, a multiple of `DISK_BLOCK_BYTES` long.
 
         Args:
-            metadata: texts to store besides the layout's own.
-            checksums: one for each page of each entry; without them the result only has its final size.
+            metadata: texts to store in addition to the layout's own.
+            checksums: one per page of each entry; without them the result only has its final size.
 
         Raises:
             ConfigurationError: a text has a reserved key.
@@ -92,7 +92,7 @@ class PackedLayout:
                 **metadata,
                 FORMAT_KEY: FORMAT_VERSION,
                 PAGE_BYTES_KEY: compact_json({entry.name: entry.page_bytes for entry in self.entries.values()}),
-                # Of fixed width: the size of the header must be known before the data is.
+                # Fixed width: the header size must be known before the data is.
                 CHECKSUMS_KEY: compact_json({name: [f"{value:016x}" for value in sums[name]] for name in self.entries}),
             }
         }
@@ -116,5 +116,5 @@ class PackedLayout:
 
 
 def compact_json(value: object) -> str:
-    """Return JSON without spaces: the same value always gives the same text."""
+    """Return JSON without spaces; equal values give equal text."""
     return json.dumps(value, separators=(",", ":"))

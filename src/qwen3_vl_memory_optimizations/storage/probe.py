@@ -1,4 +1,4 @@
-"""How fast the SSD is, measured with the same transfers the pager makes."""
+"""Measure SSD bandwidth with the same transfers that the pager makes."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def measure_read_bandwidth(
     total_bytes: int = 512 << 20,
     clock: Clock = time.perf_counter,
 ) -> float:
-    """Return how fast an existing file is read, in bytes/s.
+    """Return the read bandwidth of an existing file, in bytes/s.
 
     Args:
-        path: the file; of a file larger than `total_bytes`, parts at random are read, none twice.
+        path: the file; if it is larger than `total_bytes`, random parts are read, none twice.
         request_bytes: the size of one read.
         n_threads: reads in flight.
-        total_bytes: how much is read at most.
+        total_bytes: maximum bytes to read.
         clock: the time in seconds.
 
     Raises:
@@ -48,7 +48,7 @@ def measure_scratch_bandwidth(
     total_bytes: int = 256 << 20,
     clock: Clock = time.perf_counter,
 ) -> float:
-    """Return how fast a file just written to `directory` is read, in bytes/s. It has no name and vanishes.
+    """Return the read bandwidth of a file just written to `directory`, in bytes/s. The file is unnamed and temporary.
 
     Args:
         directory: where to measure.
@@ -66,7 +66,7 @@ def measure_scratch_bandwidth(
         available = free_disk_bytes(file.fileno())
         if available < total_bytes:
             raise disk_full_error(directory, total_bytes, available)
-        # Not zeros: some devices store those without storing them.
+        # Not zeros: some devices do not physically store those.
         buffer.view[:request_bytes] = os.urandom(request_bytes)
         for offset in range(0, total_bytes, request_bytes):
             file.write_from(buffer.address, offset, min(request_bytes, total_bytes - offset))
@@ -88,7 +88,7 @@ def _read_bandwidth(file: DirectFile, request_bytes: int, n_threads: int, total_
     buffers: queue.SimpleQueue[AlignedBuffer] = queue.SimpleQueue()
     for _ in range(n_threads):
         buffer = AlignedBuffer(request_bytes)
-        # Touched, so that no page fault is measured.
+        # Touch the pages, so that no page fault is measured.
         buffer.view[::DISK_BLOCK_BYTES] = bytes(len(buffer.view[::DISK_BLOCK_BYTES]))
         buffers.put(buffer)
 
@@ -102,7 +102,7 @@ def _read_bandwidth(file: DirectFile, request_bytes: int, n_threads: int, total_
             buffers.put(buffer)
 
     with ThreadPoolExecutor(n_threads, thread_name_prefix="io-probe") as threads:
-        list(threads.map(len, [b""] * n_threads))  # the threads start outside the measurement
+        list(threads.map(len, [b""] * n_threads))  # start the threads outside the measurement
         start_s = clock()
         done_bytes = sum(threads.map(read, offsets))
         return done_bytes / (clock() - start_s)

@@ -1,4 +1,4 @@
-"""Headers of safetensors files: where each tensor lies. Nothing in them is trusted."""
+"""Headers of safetensors files: the position of each tensor. All contents are validated."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ DTYPE_BITS = {
     "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
 }  # fmt: skip
-"""Bits of one element, by the name safetensors gives the type."""
+"""Bits per element, by the safetensors type name."""
 
 FORMAT_KEY = "qwen3vl_mem_format"
 FORMAT_VERSION = "1"
 PAGE_BYTES_KEY = "page_bytes"
 CHECKSUMS_KEY = "checksums"
 PADDING_PREFIX = "__pad_"
-"""The metadata keys of a packed file (`packed.py` writes them), and how its padding tensors are named."""
+"""Metadata keys of a packed file (written by `packed.py`), and the prefix of its padding tensors."""
 
 LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
@@ -36,17 +36,17 @@ _REMEDY = "the file is damaged or incomplete: download it again"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorExtent:
-    """Where one tensor lies.
+    """Position of one tensor.
 
     Attributes:
         path: the file.
         name: the name of the tensor.
-        dtype: the element type as safetensors spells it: `F32`, `BF16`, `I8`, ...
+        dtype: the element type as spelled by safetensors: `F32`, `BF16`, `I8`, ...
         shape: the shape.
-        offset_bytes: where the data starts, counted from the start of the file.
+        offset_bytes: start of the data, from the start of the file.
         n_bytes: the size of the data.
-        checksums: xxh3-64 of each page; `None` in a file of other origin.
-        page_bytes: the size of a page, the last one may be shorter; 0: the whole tensor is one page.
+        checksums: xxh3-64 of each page; `None` in a file that this library did not write.
+        page_bytes: the size of a page; the last may be shorter; 0: the whole tensor is one page.
     """
 
     path: Path
@@ -61,13 +61,13 @@ class TensorExtent:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SafetensorsHeader:
-    """What the header of one file says.
+    """Contents of one file's header.
 
     Attributes:
         path: the file.
-        data_start_bytes: where the header ends and the data starts.
-        tensors: the tensors by name, in the order in which they lie in the file.
-        metadata: the free texts of the header.
+        data_start_bytes: offset where the header ends and the data starts.
+        tensors: the tensors by name, in file order.
+        metadata: the texts in the header.
     """
 
     path: Path
@@ -80,7 +80,7 @@ def read_header(path: str | Path) -> SafetensorsHeader:
     """Read and check the header of a safetensors file.
 
     Raises:
-        CheckpointError: the file cannot be read, is truncated, or its header contradicts itself or the file.
+        CheckpointError: the file cannot be read or is truncated, or its header contradicts itself or the file.
     """
     path = Path(path)
     raw, data_start, data_bytes = _read_raw(path)
@@ -108,10 +108,10 @@ def read_header(path: str | Path) -> SafetensorsHeader:
 
 
 def write_header(tensors: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
-    """Return the head of a safetensors file whose tensors follow one another.
+    """Return the header of a safetensors file with consecutive tensors.
 
     Args:
-        tensors: name -> dtype as the format names it, shape, bytes; in the order of the file.
+        tensors: name -> dtype as named by the format, shape, bytes; in file order.
         metadata: texts to store.
     """
     fields: dict[str, object] = {"__metadata__": dict(metadata)}
@@ -131,7 +131,7 @@ def unreadable(path: Path, error: OSError) -> CheckpointError:
 
 
 def _read_raw(path: Path) -> tuple[bytes, int, int]:
-    """Return the header text, where the data starts, and how much data there is."""
+    """Return the header text, the start of the data, and the size of the data."""
     try:
         with open(path, "rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size
@@ -140,7 +140,7 @@ def _read_raw(path: Path) -> tuple[bytes, int, int]:
             data_start = LENGTH_BYTES + length
             if len(prefix) < LENGTH_BYTES or data_start > file_bytes or length > _MAX_HEADER_BYTES:
                 raise CheckpointError(
-                    f"{path}: a header of {length} bytes is announced; the file has {file_bytes} bytes, a "
+                    f"{path}: the header should have {length} bytes; the file has {file_bytes} bytes, and a "
                     f"header may have {_MAX_HEADER_BYTES}; {_REMEDY}",
                     path=path,
                 )
@@ -177,31 +177,31 @@ def _extent(path: Path, name: str, field: Any, data_start: int, data_bytes: int)
         )
     if dtype not in DTYPE_BITS:
         raise CheckpointError(
-            f"{path}: {name!r} has the type {dtype!r}; known are {', '.join(DTYPE_BITS)}. "
+            f"{path}: {name!r} has the type {dtype!r}; supported types: {', '.join(DTYPE_BITS)}. "
             "Convert the checkpoint to one of them",
             path=path,
         )
     begin, end = span
     if not begin <= end <= data_bytes:
         raise CheckpointError(
-            f"{path}: {name!r} lies at bytes {begin} to {end} of the data, the file has {data_bytes} bytes "
+            f"{path}: {name!r} is at bytes {begin} to {end} of the data, but the file has {data_bytes} bytes "
             f"of data; {_REMEDY}",
             path=path,
         )
     n_bits = math.prod(shape) * DTYPE_BITS[dtype]
     if n_bits != 8 * (end - begin):
         raise CheckpointError(
-            f"{path}: {name!r} has {end - begin} bytes, {shape} of {dtype} needs {-(-n_bits // 8)}; {_REMEDY}",
+            f"{path}: {name!r} has {end - begin} bytes, but {shape} of {dtype} needs {-(-n_bits // 8)}; {_REMEDY}",
             path=path,
         )
     return TensorExtent(path, name, dtype, tuple(shape), data_start + begin, end - begin)
 
 
 def _with_checksums(path: Path, extents: list[TensorExtent], metadata: dict[str, str]) -> list[TensorExtent]:
-    remedy = "delete the packed checkpoint, and it is made again"
+    remedy = "delete the packed checkpoint to have it packed again"
     if metadata[FORMAT_KEY] != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: packed in format {metadata[FORMAT_KEY]!r}, this version reads {FORMAT_VERSION!r}; {remedy}",
+            f"{path}: packed in format {metadata[FORMAT_KEY]!r}, but this version reads {FORMAT_VERSION!r}; {remedy}",
             path=path,
         )
     try:

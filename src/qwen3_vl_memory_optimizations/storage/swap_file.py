@@ -1,4 +1,4 @@
-"""A swap file: disk space for tensors that exist nowhere else, gone with the process."""
+"""A swap file: disk space for tensors without another copy, removed with the process."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from .disks import can_hold_files, memory_file_system, nearest_existing
 logger = logging.getLogger(__name__)
 
 DEFAULT_SHARE = 0.8
-"""Of what is free on its disk, how much a swap file without a limit of its own may take."""
+"""Maximum share of the free disk space for a swap file without an explicit limit."""
 
 _DISK_REMEDY = "free some disk space, or set swap_dir to a directory on another disk"
 
 
 class ExtentAllocator:
-    """Hands out ranges of a growing space: best fit, neighbouring gaps joined.
+    """Allocates ranges of a growing space: best fit, adjacent gaps merged.
 
-    Sizes are taken as they come; whoever needs aligned extents asks for multiples. Not thread-safe.
+    Sizes are not rounded; callers that need aligned extents request multiples. Not thread-safe.
 
     Attributes:
-        end_bytes: how far the space has grown.
-        used_bytes: the bytes handed out.
+        end_bytes: current size of the space.
+        used_bytes: allocated bytes.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class ExtentAllocator:
         self._gaps: list[tuple[int, int]] = []  # (offset, size), sorted, never touching
 
     def growth_bytes(self, n_bytes: int) -> int:
-        """Return by how much the space would grow for `allocate(n_bytes)`."""
+        """Return by how much `allocate(n_bytes)` would grow the space."""
         if self._best_gap(n_bytes) is not None:
             return 0
         return n_bytes - self._tail_gap_bytes()
@@ -62,7 +62,7 @@ class ExtentAllocator:
         return offset
 
     def free(self, offset: int) -> None:
-        """Take back the range that starts at `offset`."""
+        """Free the range that starts at `offset`."""
         n_bytes = self._used.pop(offset)
         self.used_bytes -= n_bytes
         end = offset + n_bytes
@@ -80,11 +80,11 @@ class ExtentAllocator:
         return self._used[offset]
 
     def offsets(self) -> list[int]:
-        """Return where the ranges that are handed out start."""
+        """Return the offsets of the allocated ranges."""
         return list(self._used)
 
     def check(self) -> None:
-        """Assert that ranges and gaps tile the space, and no two gaps touch."""
+        """Assert that ranges and gaps tile the space, and no two gaps are adjacent."""
         position, was_gap = 0, False
         pieces = [(offset, size, False) for offset, size in self._used.items()]
         pieces += [(offset, size, True) for offset, size in self._gaps]
@@ -108,14 +108,14 @@ class ExtentAllocator:
 class SwapFile:
     """Extents in an unnamed file, mode 0600, that the system removes with the process.
 
-    The file is made with the first extent. Any number of threads may use it; `close` must wait until they
-    are done.
+    The file is created with the first extent. The class is thread-safe, except that `close` must wait until all other
+    calls are done.
 
     Args:
-        directory: where the file lies, made with mode 0700 when it is missing; or several, of which the first that
-            accepts a file is used.
-        max_bytes: how far the file may grow; `None`: to 80 % of what is free on its disk, measured when the file is
-            made, and again when that is used up.
+        directory: directory of the file, created with mode 0700 if missing; of several, the first that accepts a file
+            is used.
+        max_bytes: maximum size of the file; `None`: 80 % of the free space on its disk, measured when the file is
+            created, and again when that is used up.
     """
 
     def __init__(self, directory: str | Path | Sequence[str | Path], max_bytes: int | None = None) -> None:
@@ -129,25 +129,25 @@ class SwapFile:
         self._extents = ExtentAllocator()
         self._file: DirectFile | None = None
         self._closed = False
-        self._lock = threading.RLock()  # a finalizer may free an extent while its thread holds this
+        self._lock = threading.RLock()  # a finalizer may free an extent while its thread holds this lock
 
     @property
     def used_bytes(self) -> int:
-        """The bytes of all extents, rounded up to blocks."""
+        """Size of all extents, rounded up to blocks."""
         return self._extents.used_bytes
 
     @property
     def directory(self) -> Path:
-        """Where the file lies or, as long as there is none, where it is expected to."""
+        """Directory of the file or, until it exists, its expected directory."""
         with self._lock:
             return self._directory if self._file is not None else self._likely_directory() or self._directory
 
     @property
     def free_bytes(self) -> int:
-        """How many more bytes extents may take now: what is left of the limit, or of the disk if that is less.
+        """Return how many more bytes extents may take now, by the limit and by the free space on the disk.
 
-        Costs two system calls, or about ten before there is a file. Gaps between extents count, so that one large
-        extent may not find as much.
+        Takes two system calls, or about ten before the file exists. Gaps between extents count, so one large extent may
+        not fit in the reported space.
         """
         with self._lock:
             if self._closed:
@@ -165,9 +165,8 @@ class SwapFile:
             Its offset in the file.
 
         Raises:
-            InsufficientDiskSpaceError: the file may not grow that far, or the disk has no room; nothing
-                changed.
-            StorageError: the file cannot be made in any of the directories.
+            InsufficientDiskSpaceError: the limit or the free disk space is too small; nothing changed.
+            StorageError: the file cannot be created in any of the directories.
         """
         n_bytes = round_up(n_bytes)
         with self._lock:
@@ -182,12 +181,12 @@ class SwapFile:
                 limit = self._limit_bytes(available + _disk_bytes_of(file))
                 if self._extents.end_bytes + growth > limit:
                     raise self._limit_error(n_bytes, limit)
-                # Writes inside the size of a file do not wait for each other; writes that extend it do.
+                # Writes within the file's size run concurrently; writes that extend it do not.
                 file.resize(self._extents.end_bytes + growth)
             return self._extents.allocate(n_bytes)
 
     def free(self, offset: int) -> None:
-        """Give back the extent at `offset`."""
+        """Free the extent at `offset`."""
         with self._lock:
             self._extents.free(offset)
 
@@ -195,9 +194,9 @@ class SwapFile:
         """Write memory into the extent at `offset`.
 
         Args:
-            offset: what `allocate` returned.
-            address: where the bytes are; a multiple of the block size.
-            n_bytes: how many; the memory must reach up to the next whole block.
+            offset: the result of `allocate`.
+            address: address of the bytes; a multiple of the block size.
+            n_bytes: number of bytes; the memory must extend to the next whole block.
 
         Raises:
             InsufficientDiskSpaceError: the disk is full.
@@ -228,7 +227,7 @@ class SwapFile:
             return self._extents.offsets()
 
     def check(self) -> None:
-        """Assert that the extents tile the file and the file is as long as they say."""
+        """Assert that the extents tile the file and that its size matches."""
         with self._lock:
             self._extents.check()
             limit = self._default_max_bytes if self._max_bytes is None else self._max_bytes
@@ -237,7 +236,7 @@ class SwapFile:
                 assert self._file.size_bytes == self._extents.end_bytes, self._file.size_bytes
 
     def close(self) -> None:
-        """Drop the file and all that is in it; closing again does nothing."""
+        """Delete the file and its contents; closing again does nothing."""
         with self._lock:
             self._closed = True
             if self._file is not None:
@@ -262,22 +261,22 @@ class SwapFile:
             except StorageError as error:
                 failures.append(str(error))
                 if directory not in self._refused and len(self._directories) > 1:
-                    logger.warning("%s; the next directory is tried for the swap file", error)
+                    logger.warning("%s; trying the next directory for the swap file", error)
                 self._refused.add(directory)
                 continue
             self._directory = directory
             name = memory_file_system(directory)
             if name is not None:
                 logger.warning(
-                    "%s: the swap file lies on %s, which keeps it in memory: swapping saves none; set swap_dir to a "
+                    "%s: the swap file is on %s, which keeps it in memory, so swapping saves none; set swap_dir to a "
                     "directory on a disk",
                     directory,
                     name,
                 )
             return self._file
         raise StorageError(
-            f"no swap file can be made ({'; '.join(failures)}); set swap_dir to a directory on a disk where files can "
-            "be created",
+            f"no swap file can be created ({'; '.join(failures)}); set swap_dir to a directory on a disk where files "
+            "can be created",
             path=self._directories[0],
         )
 
@@ -285,7 +284,7 @@ class SwapFile:
         return next((each for each in self._directories if each not in self._refused and can_hold_files(each)), None)
 
     def _disk_bytes(self) -> int:
-        """Return what the disk has for the file: what is free on it, and what the file takes already."""
+        """Return the disk space available to the file: the free space plus the file's own size."""
         if self._file is not None:
             return free_disk_bytes(self._file.fileno()) + _disk_bytes_of(self._file)
         directory = self._likely_directory()
@@ -297,7 +296,7 @@ class SwapFile:
         limit = int(DEFAULT_SHARE * disk_bytes)
         if self._file is None:
             return limit
-        self._default_max_bytes = max(self._default_max_bytes, limit)  # what was promised stands
+        self._default_max_bytes = max(self._default_max_bytes, limit)  # never lower an earlier limit
         return self._default_max_bytes
 
     def _file_for(self, offset: int, n_bytes: int) -> DirectFile:
@@ -307,7 +306,7 @@ class SwapFile:
                     f"{self._directory}: nothing was allocated, or the swap file is closed", path=self._directory
                 )
             extent_bytes = self._extents.size_of(offset)
-            if n_bytes > extent_bytes:  # it would read, or overwrite, the extent of another
+            if n_bytes > extent_bytes:  # the transfer would reach into the next extent
                 raise StorageError(
                     f"{self._directory}: {n_bytes} bytes do not fit the swap extent of {extent_bytes} bytes at offset "
                     f"{offset}",
@@ -319,7 +318,7 @@ class SwapFile:
         available = max(0, limit - self._extents.used_bytes)
         remedy = "raise swap_size, or free tensors"
         if self._max_bytes is None:
-            remedy = f"that is {DEFAULT_SHARE:.0%} of what was free on the disk: set swap_size, or {_DISK_REMEDY}"
+            remedy = f"the limit is {DEFAULT_SHARE:.0%} of what was free on disk: set swap_size, or {_DISK_REMEDY}"
         return InsufficientDiskSpaceError(
             f"{self._directory}: an extent of {format_bytes(n_bytes)} ({n_bytes} bytes) does not fit the swap file, "
             f"which has {available} of {limit} bytes ({format_bytes(limit)}) free, in pieces; {remedy}",
@@ -337,5 +336,5 @@ def _made_in(directory: Path) -> DirectFile:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(f"{directory}: cannot be made: {error.strerror}", path=directory) from error
+        raise StorageError(f"{directory}: cannot be created: {error.strerror}", path=directory) from error
     return DirectFile.temporary(directory)
