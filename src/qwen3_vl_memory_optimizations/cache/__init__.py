@@ -1,4 +1,4 @@
-"""Content-addressed reuse (specification 2.2): what was computed once is looked up in memory or on the SSD."""
+"""Content-addressed reuse (specification 2.2): look up earlier results in memory or on the SSD."""
 
 from .budget import CacheBudget, LedgerBudget
 from .digests import digest, digest_of_tensor

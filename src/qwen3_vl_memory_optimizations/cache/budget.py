@@ -1,4 +1,4 @@
-"""Where the memory of a cache comes from: room that nothing else needs, out of the one budget."""
+"""Memory for a cache: room in the one budget that nothing else needs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ..paging import PROCESS, Pager
 CACHE_OWNER = "cache"
 WORKSPACE_OWNER = "cache workspace"
 STAGE_BYTES = 4 << 20
-"""What writing an entry to the SSD takes besides the entry."""
+"""Extra memory for writing an entry to the SSD."""
 _UNLIMITED = 1 << 62
 
 
 class CacheBudget(Protocol):
-    """What a cache in memory asks before it takes memory."""
+    """The budget that a cache asks before it takes memory."""
 
     def room_bytes(self) -> int:
-        """Return what is free beside all else; negative where the cache should give some back."""
+        """Return the free bytes beside everything else; negative if the cache should give some back."""
 
     def take(self, n_bytes: int) -> bool:
         """Debit memory that is about to be allocated; `False`: there is no room, and nothing was debited."""
@@ -28,7 +28,7 @@ class CacheBudget(Protocol):
         """Credit memory that was released."""
 
     def workspace(self, n_bytes: int) -> AbstractContextManager[None]:
-        """Hold memory for the length of a block, whatever leaves for it.
+        """Reserve memory during a block, evicting whatever is needed.
 
         Raises:
             MemoryBudgetExceeded: it does not fit beside what is pinned.
@@ -36,10 +36,10 @@ class CacheBudget(Protocol):
 
 
 class Unlimited:
-    """No limit but the size of the cache."""
+    """A budget without a limit; only the cache's size applies."""
 
     def room_bytes(self) -> int:
-        """Return more than there is."""
+        """Return a number larger than any memory."""
         return _UNLIMITED
 
     def take(self, n_bytes: int) -> bool:
@@ -47,20 +47,20 @@ class Unlimited:
         return True
 
     def give(self, n_bytes: int) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def workspace(self, n_bytes: int) -> AbstractContextManager[None]:
-        """Nothing to do."""
+        """Do nothing."""
         return nullcontext()
 
 
 class LedgerBudget:
-    """The budget of a Pager: a cache gets what is left when every weight is in memory, and debits it.
+    """The budget of a Pager: a cache gets, and debits, what is left when every weight is in memory.
 
-    Reading a weight again at each token costs more than any hit saves: weights that do not fit leave nothing.
+    Rereading a weight per token costs more than any hit saves, so weights that do not fit leave nothing for a cache.
 
     Args:
-        pager: whose ledger is debited (account `cache`).
+        pager: owner of the ledger that is debited (account `cache`).
     """
 
     def __init__(self, pager: Pager) -> None:
@@ -71,7 +71,7 @@ class LedgerBudget:
         return self._pager.spare_bytes()
 
     def take(self, n_bytes: int) -> bool:
-        """Debit, if that leaves all managed tensors their place."""
+        """Debit the memory if all managed tensors still fit beside it."""
         return self._pager.lend(CACHE_OWNER, n_bytes)
 
     def give(self, n_bytes: int) -> None:
@@ -81,7 +81,7 @@ class LedgerBudget:
 
     @contextmanager
     def workspace(self, n_bytes: int) -> Iterator[None]:
-        """Debit for the length of a block."""
+        """Debit the memory during a block."""
         self._pager.debit(WORKSPACE_OWNER, n_bytes, PROCESS)
         try:
             yield

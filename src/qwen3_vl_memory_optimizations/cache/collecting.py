@@ -1,4 +1,4 @@
-"""`CacheStore`: what a collector may let go of in a cache."""
+"""`CacheStore`: the cache entries that a collector may release."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .ssd import SSDCache
 
 
 class CacheStore:
-    """The entries of a cache in memory. Nobody refers to them: what is let go of is computed, or read, again.
+    """The entries of a cache in memory. Nothing references them: a released entry is computed or read again.
 
     Args:
         memory: the level in memory.
@@ -29,27 +29,27 @@ class CacheStore:
         }
 
     def is_stored(self, key: Hashable) -> bool:
-        """Return whether an entry is on the SSD too."""
+        """Return whether an entry is also on the SSD."""
         return self._below is not None and self._below.store_files.size_of(str(key)) is not None
 
     def used(self) -> list[Hashable]:
-        """Return nothing: the cache tells of each use."""
+        """Return nothing: the cache reports each use itself."""
         return []
 
     def pressure(self) -> float:
-        """Return the share of the level that is filled; 1 where the budget wants memory back."""
+        """Return the filled share of the level; 1 if the budget needs memory back."""
         return self._memory.fill()
 
     def compress(self, key: Hashable) -> int:
-        """Pack an entry without a loss."""
+        """Pack an entry losslessly."""
         return self._memory.deflate(str(key))
 
     def swap(self, key: Hashable) -> int:
-        """Move an entry to the SSD; not possible for one that is to stay in memory."""
+        """Move an entry to the SSD; does nothing for entries that must stay in memory."""
         if self._below is None or not (self.is_stored(key) or self._memory.may_leave(str(key))):
             return 0
         return self._memory.evict(str(key))
 
     def free(self, key: Hashable) -> int:
-        """Forget an entry."""
+        """Remove an entry."""
         return self._memory.remove(str(key))

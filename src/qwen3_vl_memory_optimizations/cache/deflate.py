@@ -1,8 +1,8 @@
-"""Smaller without a loss: of 16-bit values the byte with the exponent takes two bits in five of its eight.
+"""Lossless packing: the exponent byte of 16-bit values takes two bits in five of its eight.
 
-The bytes of floating-point values are sorted by their place in the value; a place whose bytes are unevenly spread is
-Huffman coded (zlib, no search for repeats: there are none), the others stay as they are. bf16 takes 0.70 of its bytes,
-at about 0.4 GB/s there and 0.7 back a core.
+The bytes of floating-point values are grouped by their position in the value. A position with unevenly distributed
+bytes is Huffman coded (zlib, without searching for repeats, as there are none); the others stay unchanged. bf16 takes
+0.70 of its bytes, packed at about 0.4 GB/s and unpacked at 0.7 GB/s per core.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class DeflatedItem:
 
     Attributes:
         description: that of the item.
-        parts: of each of its parts the places of the bytes: coded, or as they are.
+        parts: for each part the byte positions, coded or unchanged.
         sizes: bytes of each part.
-        n_bytes: in all.
+        n_bytes: total bytes.
     """
 
     description: dict[str, Any]
@@ -50,10 +50,10 @@ class DeflatedItem:
 
 
 def deflate(encoded: EncodedItem) -> DeflatedItem | None:
-    """Return an item in fewer bytes, or `None` where that is not worth it.
+    """Return an item in fewer bytes, or `None` if that is not worthwhile.
 
     Args:
-        encoded: its parts lie in memory of the CPU.
+        encoded: its parts are in CPU memory.
     """
     itemsizes = [_ITEM_BYTES.get(dtype, 1) for row in encoded.description["tensors"] for _, dtype, _ in row["segments"]]
     parts, n_bytes = [], 0

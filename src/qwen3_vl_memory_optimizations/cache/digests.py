@@ -1,4 +1,4 @@
-"""Keys: cryptographic digests of what a result depends on. Two inputs that differ never share one."""
+"""Cache keys: cryptographic digests of everything a result depends on. Different inputs never share a key."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _STEP_BYTES = 1 << 20
 
 
 def digest(*parts: Any) -> str:
-    """Return 64 hexadecimal digits of parts that JSON can hold, in order."""
+    """Return 64 hexadecimal digits for JSON-serializable parts, in order."""
     text = json.dumps(parts, separators=(",", ":"), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).hexdigest()
 
 
 def digest_of_tensor(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
-    """Return 64 hexadecimal digits of the bytes, the shape and the dtype of a tensor (about 1 GB/s).
+    """Return 64 hexadecimal digits for the bytes, shape and dtype of a tensor (about 1 GB/s).
 
     Args:
         tensor: of any shape.
-        dtype: that it is cast to first, about a megabyte at a time; default: its own.
+        dtype: dtype to cast to first, about a megabyte at a time; default: its own.
     """
     dtype = dtype or tensor.dtype
     head = f"{dtype} {tuple(tensor.shape)} ".encode()

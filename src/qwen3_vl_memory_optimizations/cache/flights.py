@@ -1,4 +1,4 @@
-"""Single flight: what several threads ask for at once is computed by one of them."""
+"""Single flight: one thread computes what several request at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Flight:
     """A key that one thread looks up or computes while others wait.
 
     Attributes:
-        item: the result, once there is one; `None` after a failure.
+        item: the result, once available; `None` after a failure.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class Flight:
         self._landed = threading.Event()
 
     def land(self, item: CacheItem | None) -> None:
-        """Give those who wait the result, or `None`: then one of them has to try."""
+        """Give waiting threads the result, or `None`, after which one of them must try."""
         self.item = item
         self._landed.set()
 
@@ -31,16 +31,16 @@ class Flight:
 
 
 class Flights:
-    """The flights under way, by key."""
+    """The flights in progress, by key."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._by_key: dict[str, Flight] = {}
 
     def claim(self, keys: Iterable[str]) -> tuple[dict[str, Flight], dict[str, Flight]]:
-        """Return the flights that are the caller's to land, and those of others, which the caller may wait for.
+        """Return the flights that the caller must land, and those of other threads, which it may wait for.
 
-        Whoever has claimed some lands them before waiting for others, so that no two threads wait for each other.
+        A caller lands its own flights before it waits for others, so that no two threads wait for each other.
         """
         mine: dict[str, Flight] = {}
         others: dict[str, Flight] = {}

@@ -1,4 +1,4 @@
-"""`CacheItem`: one or several tensors and a small note about them; and the form in which levels keep it."""
+"""`CacheItem`: one or more tensors with a small note; and the encoded form that levels store."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALIGNMENT_BYTES = 64
 LOSSLESS = "lossless"
 CODECS = (LOSSLESS, "int8")
 TOLERANCE = 0.02
-"""The largest relative error that a level with a lossy codec takes; what would lose more is kept as it is."""
+"""Maximum relative error accepted by a level with a lossy codec; other tensors are stored unchanged."""
 _WORTH_CODING_BYTES = 1 << 16
 _SAMPLE = 4096
 _MOSTLY_ZERO = 0.6
@@ -46,11 +46,11 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class CacheItem:
-    """What is cached under one key.
+    """The value cached under one key.
 
     Attributes:
         tensors: by name, of any shape and dtype.
-        meta: a small note about them, JSON.
+        meta: a small JSON note.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -58,7 +58,7 @@ class CacheItem:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the tensors."""
+        """Size of the tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
@@ -67,7 +67,7 @@ class EncodedItem:
     """An item as bytes.
 
     Attributes:
-        description: names, shapes, dtypes, codecs, the note; JSON.
+        description: names, shapes, dtypes, codecs and the note; JSON.
         parts: the segments of all tensors in order, each a flat uint8 tensor.
     """
 
@@ -76,11 +76,11 @@ class EncodedItem:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the parts."""
+        """Size of the parts in bytes."""
         return sum(part.nbytes for part in self.parts)
 
     def owned(self) -> EncodedItem:
-        """Return the same in memory of its own."""
+        """Return a copy in separate memory."""
         return EncodedItem(self.description, [part.clone() for part in self.parts])
 
     def pieces(self) -> list[memoryview]:
@@ -93,21 +93,21 @@ class EncodedItem:
 
 
 def encode(item: CacheItem, codec: str = LOSSLESS) -> EncodedItem:
-    """Return the form that a level keeps; its parts may share memory with the tensors.
+    """Return the form that a level stores; its parts may share memory with the tensors.
 
     Args:
-        item: what is to be kept.
-        codec: `lossless`: as they are, or only what is not zero where most is; `int8`: a scale a row, half the bytes of
-            16-bit values, for tensors that lose less than 2 %.
+        item: the item to store.
+        codec: `lossless`: unchanged, or only the nonzero values of mostly zero tensors; `int8`: one scale per row, half
+            the bytes of 16-bit values, for tensors that lose less than 2 %.
 
     Raises:
-        ConfigurationError: a tensor of a dtype that is not kept.
+        ConfigurationError: a tensor has an unsupported dtype.
     """
     rows, parts = [], []
     for name, tensor in item.tensors.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in _DTYPES:
-            raise ConfigurationError(f"cache: tensors of dtype {dtype} are not kept")
+            raise ConfigurationError(f"cache: tensors of dtype {dtype} are not supported")
         compressed = _compressed(tensor.detach(), codec)
         segments = {"data": tensor.detach()} if compressed is None else compressed.encoded
         for segment in segments.values():
@@ -131,8 +131,8 @@ def decode(encoded: EncodedItem, *, copy: bool) -> CacheItem:
     """Return the item.
 
     Args:
-        encoded: as `encode` gave it.
-        copy: in memory of its own; otherwise tensors may share memory with `encoded`.
+        encoded: a result of `encode`.
+        copy: return separate memory; otherwise tensors may share memory with `encoded`.
     """
     parts = iter(encoded.parts)
     tensors: dict[str, torch.Tensor] = {}
@@ -148,10 +148,10 @@ def decode(encoded: EncodedItem, *, copy: bool) -> CacheItem:
 
 
 def split_payload(description: dict[str, Any], payload: memoryview) -> EncodedItem:
-    """Return the item whose `pieces` were joined to a payload.
+    """Return the encoded item from the payload that joins its `pieces`.
 
     Raises:
-        ValueError: the payload is not as long as the description says.
+        ValueError: the payload's length does not match the description.
     """
     whole = torch.frombuffer(payload, dtype=torch.uint8) if len(payload) else torch.empty(0, dtype=torch.uint8)
     parts, start = [], 0
@@ -161,12 +161,12 @@ def split_payload(description: dict[str, Any], payload: memoryview) -> EncodedIt
             parts.append(whole[start : start + n_bytes])
             start += n_bytes + -n_bytes % ALIGNMENT_BYTES
     if start != len(payload):
-        raise ValueError(f"the payload has {len(payload)} bytes, its description says {start}")
+        raise ValueError(f"the payload has {len(payload)} bytes, but its description says {start}")
     return EncodedItem(description, parts)
 
 
 def _compressed(tensor: torch.Tensor, codec: str) -> CompressedTensor | None:
-    """Return a tensor in a smaller form, or `None` where it is kept as it is."""
+    """Return a tensor in a smaller form, or `None` if it is stored unchanged."""
     if not tensor.is_floating_point() or tensor.nbytes < _WORTH_CODING_BYTES or tensor.is_cuda:
         return None
     candidates: Sequence[TensorCompressor] = ()

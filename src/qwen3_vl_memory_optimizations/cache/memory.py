@@ -18,13 +18,13 @@ from .item import CODECS, LOSSLESS, CacheItem, EncodedItem, decode, encode
 from .stats import LevelStats
 
 MOST_SHARE = 4
-"""An entry takes at most one part in four of a level: a larger one would flush it."""
+"""An entry takes at most 1/4 of a level: a larger one would flush it."""
 _MOST_SHARE_OF_ROOM = 2
 
 
 @dataclass(slots=True)
 class _Held:
-    """An entry: its form, what it is worth, and what that follows from.
+    """An entry: its form, its worth, and the inputs of that worth.
 
     Attributes:
         dense: it cannot be packed into fewer bytes.
@@ -40,20 +40,20 @@ class _Held:
 
     @property
     def deflated(self) -> bool:
-        """Whether it is packed."""
+        """Return whether it is packed."""
         return isinstance(self.encoded, DeflatedItem)
 
 
 class CPUCache:
     """Entries in memory.
 
-    Its lock is never held while the budget is asked: the budget has a lock of its own, and may call `shrink`.
+    Its lock is never held while the budget is called: the budget has its own lock, and may call `shrink`.
 
     Args:
-        size: the most bytes it holds.
-        budget: is debited for what it holds; without one, only `size` counts.
+        size: maximum bytes held.
+        budget: debited for the bytes held; without one, only `size` applies.
         codec: `lossless`, or `int8` for floating-point tensors that lose less than 2 %.
-        on_evict: called with key, form, seconds saved and kind of what leaves for something else.
+        on_evict: called with the key, form, seconds saved and kind of an entry evicted for another use.
 
     Raises:
         ConfigurationError: an unknown codec.
@@ -77,7 +77,7 @@ class CPUCache:
         self.counters = LevelStats()
         self._budget = budget or Unlimited()
         self._lock = threading.Lock()
-        self._entries: OrderedDict[str, _Held] = OrderedDict()  # the least recently used first
+        self._entries: OrderedDict[str, _Held] = OrderedDict()  # least recently used first
         self._used_bytes = 0
         self._clock = 0.0
 
@@ -96,9 +96,9 @@ class CPUCache:
         """Return an entry, or `None`.
 
         Args:
-            key: of the entry.
-            uses: how often it was asked for lately.
-            copy: in memory of its own; otherwise it may share memory with the cache, and is only to be read.
+            key: key of the entry.
+            uses: number of recent requests for it.
+            copy: return separate memory; otherwise the entry may share memory with the cache and must not be modified.
         """
         with self._lock:
             held = self._entries.get(key)
@@ -117,14 +117,14 @@ class CPUCache:
         return decode(encoded, copy=copy)
 
     def store(self, key: str, item: CacheItem, *, saved_s: float, uses: int = 1, kind: str | None = None) -> bool:
-        """Keep an item, if it is worth more than what would have to leave for it; return whether it is kept.
+        """Store an item if it is worth more than what it would evict; return whether it is stored.
 
         Args:
-            key: of the entry.
-            item: is copied.
-            saved_s: what a hit is expected to save.
-            uses: how often it was asked for lately.
-            kind: what it is; `None`: it is to stay out of the levels below.
+            key: key of the entry.
+            item: copied.
+            saved_s: expected seconds saved per hit.
+            uses: number of recent requests for it.
+            kind: kind of the item; `None`: keep it out of the levels below.
         """
         n_bytes = item.n_bytes
         if key in self._entries:
@@ -161,22 +161,22 @@ class CPUCache:
                 self._entries[key] = held
                 self.counters.admitted += 1
                 self.counters.admitted_bytes += held.n_bytes
-        if twice:  # by another thread meanwhile
+        if twice:  # another thread stored it meanwhile
             self._release(held.n_bytes)
 
     def resize(self, size: int) -> None:
-        """Allow more bytes, or fewer: then the least worth goes.
+        """Change the size; if it shrinks, the least valuable entries are evicted.
 
         Raises:
             ConfigurationError: below one byte.
         """
         if size < 1:
-            raise ConfigurationError(f"size: {size} bytes; a cache holds at least one")
+            raise ConfigurationError(f"size: {size} bytes; use at least one byte")
         self.size_bytes = int(size)
         self.shrink(self.size_bytes)
 
     def shrink(self, to_bytes: int) -> int:
-        """Let the least worth go until at most so much is held; return the bytes released."""
+        """Evict the least valuable entries until at most `to_bytes` are held; return the bytes released."""
         if self._used_bytes <= to_bytes:
             return 0
         with self._lock:
@@ -184,14 +184,14 @@ class CPUCache:
         return self._let_go(leaving)
 
     def fit(self, growth_bytes: int = 0) -> None:
-        """Give back what the budget needs: now, and for so much more that is about to be reserved."""
+        """Give back the memory that the budget needs now, and for `growth_bytes` about to be reserved."""
         if self._used_bytes:
             room = self._budget.room_bytes() - growth_bytes
             if room < 0:
                 self.shrink(max(0, self._used_bytes + room))
 
     def remove(self, key: str) -> int:
-        """Forget an entry; return the bytes released."""
+        """Remove an entry; return the bytes released."""
         with self._lock:
             held = self._entries.pop(key, None)
         if held is None:
@@ -202,16 +202,16 @@ class CPUCache:
     # --- for a collector ----------------------------------------------------------------------------------------------
 
     def entries(self) -> dict[str, _Held]:
-        """Return the entries as they are now, the least recently used first; they are only to be read."""
+        """Return a snapshot of the entries, least recently used first; they must not be modified."""
         with self._lock:
             return dict(self._entries)
 
     def fill(self) -> float:
-        """Return the share of the level that is filled; 1 where the budget has no room."""
+        """Return the filled share of the level; 1 if the budget has no room."""
         return 1.0 if self._budget.room_bytes() <= 0 else self._used_bytes / max(self.size_bytes, 1)
 
     def may_leave(self, key: str) -> bool:
-        """Return whether an entry may go to the level below."""
+        """Return whether an entry may move to the level below."""
         held = self._entries.get(key)
         return held is not None and held.kind is not None
 
@@ -226,7 +226,7 @@ class CPUCache:
         return self._let_go([(key, held)])
 
     def deflate(self, key: str) -> int:
-        """Pack an entry into fewer bytes, without a loss; return the bytes released."""
+        """Pack an entry losslessly; return the bytes released."""
         held = self._entries.get(key)
         if held is None or not isinstance(held.encoded, EncodedItem) or held.dense:
             return 0
@@ -245,7 +245,7 @@ class CPUCache:
         return freed
 
     def clear(self) -> None:
-        """Forget all entries."""
+        """Remove all entries."""
         with self._lock:
             freed = sum(held.n_bytes for held in self._entries.values())
             self._entries.clear()
@@ -256,7 +256,7 @@ class CPUCache:
         return self.counters.as_dict(entries=len(self), used_bytes=self._used_bytes, size_bytes=self.size_bytes)
 
     def _choose(self, needed_bytes: int, value: float | None) -> list[tuple[str, _Held]] | None:
-        """Take out what leaves for something worth `value`; used under the lock."""
+        """Remove and return the entries to evict for something worth `value`; called under the lock."""
         victims = choose_victims(
             {key: (held.worth, held.n_bytes) for key, held in self._entries.items()} if needed_bytes > 0 else {},
             needed_bytes,
@@ -280,7 +280,7 @@ class CPUCache:
                 self.on_evict(key, encoded, held.saved_s, held.kind)
                 del encoded
             del held
-        leaving.clear()  # the memory goes before the budget is told
+        leaving.clear()  # free the memory before crediting the budget
         self._release(freed)
         return freed
 
@@ -292,10 +292,10 @@ class CPUCache:
 
 
 class GPUCache(CPUCache):
-    """Entries in the memory of a CUDA device; without one it is absent, and holds nothing.
+    """Entries in the memory of a CUDA device; empty if there is no device.
 
     Args:
-        size: the most bytes it holds.
+        size: maximum bytes held.
 
     Attributes:
         available: whether there is a device.
@@ -312,7 +312,7 @@ class GPUCache(CPUCache):
         return super().load(key, uses=uses, copy=copy) if self.available else None
 
     def store(self, key: str, item: CacheItem, *, saved_s: float, uses: int = 1, kind: str | None = None) -> bool:
-        """Keep an item whose tensors are on the device; nothing else comes here."""
+        """Store an item whose tensors are on the device; other items are refused."""
         on_device = all(tensor.is_cuda for tensor in item.tensors.values())
         return self.available and on_device and super().store(key, item, saved_s=saved_s, uses=uses, kind=kind)
 

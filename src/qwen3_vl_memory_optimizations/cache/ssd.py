@@ -22,7 +22,7 @@ from .stats import LevelStats
 logger = logging.getLogger(__name__)
 
 _FIRST_BYTES_PER_S = 200e6
-"""What a disk is taken to read until it was measured: little, so that a first hit must be worth it on any SSD."""
+"""Read bandwidth assumed until it is measured: low, so that a first hit is worthwhile on any SSD."""
 _FIXED_S = 0.0005
 _NEW_SHARE = 0.3
 
@@ -31,8 +31,8 @@ class SSDCache:
     """Entries on the SSD; other processes may share the directory.
 
     Args:
-        size: the most bytes of its files.
-        directory: where they lie, made when the first entry comes; default: `reuse` in the cache directory.
+        size: maximum bytes of its files.
+        directory: directory of the files, created with the first entry; default: `reuse` in the cache directory.
         codec: `lossless`, or `int8` for floating-point tensors that lose less than 2 %.
         timer: a monotonic clock in seconds.
 
@@ -58,36 +58,36 @@ class SSDCache:
         self.store_files = ContentStore(MemoryConfig().reuse_dir if directory is None else directory)
         self._timer = timer
         self._measured_bytes_per_s: float | None = None
-        self._mine: set[str] = set()  # admitted by this process, and not found again yet
+        self._mine: set[str] = set()  # stored by this process, and not found again yet
 
     @property
     def directory(self) -> Path:
-        """Where the files lie."""
+        """Directory of the files."""
         return self.store_files.directory
 
     def predict_read_s(self, key: str) -> float | None:
-        """Return how long an entry is expected to take to read, or `None` if it is not there."""
+        """Return the expected read time of an entry, or `None` if it is not stored."""
         n_bytes = self.store_files.size_of(key)
         return None if n_bytes is None else _FIXED_S + n_bytes / self.read_bytes_per_s()
 
     def noted_saved_s(self, key: str) -> float | None:
-        """Return what a hit was expected to save when the entry was written, or `None` if that is not known."""
+        """Return the seconds saved per hit as expected when the entry was written, or `None` if unknown."""
         entry = self.store_files.index().entries.get(key)
         return None if entry is None else _number(entry.facts, "saved_s") or None
 
     def read_bytes_per_s(self) -> float:
-        """Return the bandwidth that reads of entries had, checking them included."""
+        """Return the measured read bandwidth of entries, including checks."""
         if self._measured_bytes_per_s is None:
             stored = self.store_files.index().state.get("read_bytes_per_s")
             self._measured_bytes_per_s = float(stored) if isinstance(stored, int | float) and stored > 0 else None
         return self._measured_bytes_per_s or _FIRST_BYTES_PER_S
 
     def load(self, key: str, *, uses: int = 1) -> CacheItem | None:
-        """Return an entry, or `None`: also where its file is not what was written there, which is logged and counted.
+        """Return an entry, or `None`; a damaged file is logged and counted, and also gives `None`.
 
         Args:
-            key: of the entry.
-            uses: how often it was asked for lately.
+            key: key of the entry.
+            uses: number of recent requests for it.
         """
         start_s = self._timer()
         try:
@@ -96,12 +96,12 @@ class SSDCache:
             if loaded is not None:
                 item = decode(split_payload(loaded.meta, loaded.payload), copy=False)
         except (CorruptDataError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            logger.warning("a cached entry is not used, and is removed: %s", str(error))
+            logger.warning("a damaged cache entry is removed: %s", str(error))
             self.counters.corrupt += 1
             self._remove(key)
             loaded = item = None
         except StorageError as error:
-            logger.warning("a cached entry cannot be read now: %s", str(error))
+            logger.warning("a cache entry cannot be read now: %s", str(error))
             self.counters.failures += 1
             loaded = item = None
         if loaded is None or item is None:
@@ -117,7 +117,7 @@ class SSDCache:
         return item
 
     def note_hit(self, key: str) -> None:
-        """Note that an entry was found and read by another way than `load`."""
+        """Record that an entry was found and read by other means than `load`."""
         n_bytes = self.store_files.size_of(key) or 0
         self.counters.hits += 1
         self.counters.hit_bytes += n_bytes
@@ -127,21 +127,21 @@ class SSDCache:
         self._note_use(key, n_bytes, 1)
 
     def store(self, key: str, item: CacheItem, *, saved_s: float, uses: int = 1, kind: str = "general") -> bool:
-        """Write an item, if it is worth more than what would have to leave for it; return whether it is there.
+        """Write an item if it is worth more than what it would evict; return whether it is stored.
 
         Args:
-            key: of the entry.
-            item: what to write.
-            saved_s: what a hit is expected to save.
-            uses: how often it was asked for lately.
-            kind: what it is, for those who look at the directory.
+            key: key of the entry.
+            item: the item to write.
+            saved_s: expected seconds saved per hit.
+            uses: number of recent requests for it.
+            kind: a label for inspecting the directory.
         """
         return self.store_encoded(key, encode(item, self.codec), saved_s=saved_s, uses=uses, kind=kind)
 
     def store_encoded(
         self, key: str, encoded: EncodedItem, *, saved_s: float, uses: int = 1, kind: str = "general"
     ) -> bool:
-        """Do what `store` does with an item in another level's form."""
+        """Store an item that another level has already encoded; otherwise like `store`."""
         if encoded.n_bytes > self.size_bytes // MOST_SHARE:
             self.counters.refused += 1
             return False
@@ -179,7 +179,7 @@ class SSDCache:
         return True
 
     def remove(self, key: str) -> None:
-        """Forget an entry."""
+        """Remove an entry."""
         self.store_files.remove(key)
 
     def clear(self) -> int:
@@ -191,7 +191,7 @@ class SSDCache:
         return self.store_files.clear()
 
     def close(self, learnt: Mapping[str, float] | None = None) -> None:
-        """Write what was learnt: uses, worth, the bandwidth.
+        """Save learned figures: uses, worth, the bandwidth.
 
         Args:
             learnt: other figures to keep beside the entries.
@@ -206,10 +206,10 @@ class SSDCache:
         try:
             self.store_files.flush(note)
         except StorageError as error:
-            logger.warning("what was learnt about cached entries is not kept: %s", str(error))
+            logger.warning("the learned figures of cache entries could not be saved: %s", str(error))
 
     def stats(self) -> dict[str, Any]:
-        """Return counters, bytes held and ratios, and the bandwidth of reads (`None` until there was one)."""
+        """Return counters, bytes held and ratios, and the read bandwidth (`None` before the first read)."""
         index = self.store_files.index()
         return {
             "directory": str(self.directory),
@@ -239,7 +239,7 @@ class SSDCache:
         try:
             self.store_files.remove(key)
         except StorageError as error:
-            logger.warning("it could not be removed: %s", str(error))
+            logger.warning("a cache entry could not be removed: %s", str(error))
 
 
 def _number(facts: Facts, name: str) -> float:

@@ -1,4 +1,4 @@
-"""Counters of a cache level, apart from its logic."""
+"""Counters of a cache level, separate from its logic."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 
 @dataclass(slots=True)
 class LevelStats:
-    """What happened at a level since the start.
+    """Counters of a level since the start.
 
     Attributes:
-        hits, misses: look-ups that found, or did not find, an entry here. A level is asked after those above it missed.
-        declined: entries that were here, and would have taken longer to read than to compute again.
+        hits, misses: look-ups that found, or did not find, an entry here. A level is looked up after a miss above it.
+        declined: entries found here that would have taken longer to read than to recompute.
         hit_bytes: bytes of the entries found.
-        admitted, admitted_bytes: entries taken in.
-        refused: entries not taken in: too large for the level, worth less than what is there, or no room in the budget.
-        reused: entries taken in that were found here at least once since.
-        evictions, evicted_bytes: entries that left for others, or because the budget needed the room.
-        migrations: entries that came from the level below after a hit there, or from the level above when they left it.
-        corrupt: entries on the SSD that were not what was written there, or not ours: each was a miss.
+        admitted, admitted_bytes: entries stored.
+        refused: entries not stored: too large for the level, worth less than existing ones, or no room in the budget.
+        reused: stored entries that were found here at least once since.
+        evictions, evicted_bytes: entries evicted for others, or because the budget needed the room.
+        migrations: entries moved up after a hit in the level below, or down when the level above evicted them.
+        corrupt: SSD entries that differ from what was written, or have another owner; each was a miss.
         failures: reads and writes that the system refused.
-        saved_s: seconds that hits saved: the predicted time to compute, less the time to load.
+        saved_s: seconds saved by hits: the predicted compute time less the load time.
     """
 
     hits: int = 0
@@ -40,7 +40,7 @@ class LevelStats:
     saved_s: float = 0.0
 
     def as_dict(self, *, entries: int, used_bytes: int, size_bytes: int) -> dict[str, Any]:
-        """Return the counters, what is held, and the ratios that follow; a ratio of nothing is `None`."""
+        """Return the counters, the bytes held, and derived ratios; a ratio with a zero denominator is `None`."""
         asked = self.hits + self.misses
         return {
             **asdict(self),

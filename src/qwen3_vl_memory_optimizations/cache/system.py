@@ -1,4 +1,4 @@
-"""`HierarchicalCacheSystem`: the levels, and what moves between them."""
+"""`HierarchicalCacheSystem`: the cache levels, and movement between them."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from .ssd import SSDCache
 
 _NEW_SHARE = 0.3
 _CHEAPER = 0.9
-"""A read must be predicted to take less than this part of computing: predictions are not exact."""
+"""A read must be predicted to take less than this share of the compute time, because predictions are inexact."""
 
 
 class HierarchicalCacheSystem:
     """Content-addressed entries in GPU memory, RAM and on the SSD.
 
-    What is computed goes to memory and to the SSD, each by its own admission; what is found on the SSD moves up to
-    memory if it is worth that by now; what leaves memory moves down if it is not there. An entry on the SSD is read
-    only if that is predicted to take less time than computing it again.
+    Computed results go to memory and to the SSD, each with its own admission. SSD hits move up to memory if they are
+    now worth it. Entries evicted from memory move down unless they are already there. An SSD entry is read only if
+    that is predicted to be faster than recomputing it.
 
     Args:
         config: sizes, switches, private mode and directory.
-        budget: what the memory comes out of.
-        directory: of the SSD level, where it is not that of the configuration.
+        budget: budget for the memory.
+        directory: directory of the SSD level; overrides the configuration.
         timer: a monotonic clock in seconds.
 
     Attributes:
@@ -77,8 +77,8 @@ class HierarchicalCacheSystem:
 
         Args:
             key: 64 hexadecimal digits (see `digest`).
-            compute_s: what computing it again is expected to take; `None`: what it took when it was kept.
-            copy: in memory of its own; otherwise it may share memory with the cache, and is only to be read.
+            compute_s: expected time to recompute it; `None`: the time recorded when it was stored.
+            copy: return separate memory; otherwise the entry may share memory with the cache and must not be modified.
         """
         item = self._found(key, compute_s, copy)
         if item is not None:
@@ -86,10 +86,9 @@ class HierarchicalCacheSystem:
         return item
 
     def listen(self, listener: Callable[[str, int, str], None]) -> None:
-        """Call `listener` at each use of an entry, found or new, with its key, its bytes and its kind.
+        """Call `listener` at each use of an entry, found or new, with its key, bytes and kind.
 
-        The kind is that of `put`; of one that was found, and that no listener was told of before, it is not known
-        (`general`).
+        The kind is that of `put`; it is `general` for a found entry that was not reported to any listener before.
         """
         self._listeners = (*self._listeners, listener)
 
@@ -133,10 +132,10 @@ class HierarchicalCacheSystem:
 
         Args:
             key: 64 hexadecimal digits.
-            item: is copied where it is kept.
-            saved_s: what a hit is expected to save.
-            kind: what it is, for people.
-            persist: also to the SSD.
+            item: copied by each level that stores it.
+            saved_s: expected seconds saved per hit.
+            kind: a label for display.
+            persist: also offer it to the SSD.
         """
         uses = self._counts.of(key)
         self._tell(key, item, kind)
@@ -148,19 +147,19 @@ class HierarchicalCacheSystem:
             try:
                 with self._budget.workspace(STAGE_BYTES):
                     self.l3_cache.store(key, item, saved_s=saved_s, uses=uses, kind=kind)
-            except MemoryBudgetExceeded:  # no room to write it with: it is computed again
+            except MemoryBudgetExceeded:  # no room for the write buffer: the entry will be recomputed
                 self.l3_cache.counters.refused += 1
 
     def get_or_compute(
         self, key: str, compute: Callable[[], CacheItem], *, kind: str = "general", units: float = 1.0
     ) -> CacheItem:
-        """Return an entry, computed by `compute` where it is not there; threads that ask at once compute it once.
+        """Return an entry, computing it with `compute` if missing; concurrent requests compute it once.
 
         Args:
             key: 64 hexadecimal digits.
             compute: called without arguments.
-            kind: what it is; items of one kind are taken to need time in proportion to their units.
-            units: how much work this one is, in any unit.
+            kind: kind of the item; compute time within a kind is assumed proportional to the units.
+            units: work for this item, in any unit.
         """
         return self.resolve([key], lambda indices: [compute()], kind=kind, units=[units])[0]
 
@@ -174,15 +173,15 @@ class HierarchicalCacheSystem:
         accepts: Callable[[int, CacheItem], bool] = lambda index, item: True,
         persist: bool = True,
     ) -> list[CacheItem]:
-        """Return several entries; those that are not there are computed in one call.
+        """Return several entries; missing ones are computed in one call.
 
         Args:
-            keys: 64 hexadecimal digits each; one may occur twice.
-            compute: given the positions of the entries that are missing, each key once, returns their items.
+            keys: 64 hexadecimal digits each; duplicates are allowed.
+            compute: called with the positions of the missing entries, each key once; returns their items.
             kind: as in `get_or_compute`.
-            units: the work of each.
-            accepts: whether an entry that was found is one that the caller can use.
-            persist: new ones also to the SSD.
+            units: work for each item.
+            accepts: returns whether the caller can use an entry that was found.
+            persist: also store new ones on the SSD.
         """
         found: dict[str, CacheItem] = {}
         position: dict[str, int] = {}
@@ -238,7 +237,7 @@ class HierarchicalCacheSystem:
     # --- predictions --------------------------------------------------------------------------------------------------
 
     def predict_compute_s(self, kind: str, units: float) -> float | None:
-        """Return how long so much work of a kind is expected to take, or `None` before the first was measured."""
+        """Return the expected time for this much work of a kind, or `None` before the first measurement."""
         rate = self._seconds_per_unit.get(kind)
         if rate is None and self.l3_cache is not None:
             stored = self.l3_cache.store_files.index().state.get(_rate_name(kind))
@@ -248,14 +247,14 @@ class HierarchicalCacheSystem:
         return None if rate is None else rate * units
 
     def note_compute_s(self, kind: str, units: float, seconds: float) -> None:
-        """Note how long work of a kind took."""
+        """Record how long work of a kind took."""
         if units > 0 and seconds >= 0:
             self._computed_s += seconds
             rate, before = seconds / units, self._seconds_per_unit.get(kind)
             self._seconds_per_unit[kind] = rate if before is None else before + _NEW_SHARE * (rate - before)
 
     def predict_load_s(self, key: str) -> float | None:
-        """Return how long an entry is expected to take to load, or `None` if no level has it."""
+        """Return the expected load time of an entry, or `None` if no level has it."""
         if any(level is not None and key in level for level in (self.l1_cache, self.l2_cache)):
             return 0.0
         return None if self.l3_cache is None else self.l3_cache.predict_read_s(key)
@@ -263,18 +262,18 @@ class HierarchicalCacheSystem:
     # --- the whole ----------------------------------------------------------------------------------------------------
 
     def collectable(self) -> CacheStore | None:
-        """Return what a collector may let go of; `None` without a level in memory."""
+        """Return the entries that a collector may release; `None` without a level in memory."""
         return None if self.l2_cache is None else CacheStore(self.l2_cache, self.l3_cache)
 
     def make_room(self, growth_bytes: int = 0) -> None:
-        """Give memory back that the budget needs: now, and for so much more that is about to be reserved."""
+        """Give back the memory that the budget needs now, and for `growth_bytes` about to be reserved."""
         if self.l2_cache is not None:
             self.l2_cache.fit(growth_bytes)
 
     def stats(self) -> dict[str, Any]:
-        """Return the figures of each level, and of all: `hit_rate` is that of requests, whatever level served them.
+        """Return the figures of each level and the overall `hit_rate`: requests served by any level.
 
-        A level that is switched off is `None`; a GPU level without a device says so.
+        The entry of a level that is switched off is `None`; a GPU level without a device reports that.
         """
         levels = {"gpu": self.l1_cache, "cpu": self.l2_cache, "ssd": self.l3_cache}
         rows = {name: None if level is None else level.stats() for name, level in levels.items()}
@@ -300,13 +299,13 @@ class HierarchicalCacheSystem:
         return sum(each.hits for each in above), lowest.hits + lowest.misses + lowest.declined
 
     def clear(self) -> None:
-        """Forget all entries, those on the SSD too."""
+        """Remove all entries, including those on the SSD."""
         for level in (self.l1_cache, self.l2_cache, self.l3_cache):
             if level is not None:
                 level.clear()
 
     def close(self) -> None:
-        """Release the memory; write what was learnt beside the entries on the SSD, which stay."""
+        """Release the memory; save learned figures beside the SSD entries, which stay."""
         for level in (self.l1_cache, self.l2_cache):
             if level is not None:
                 level.clear()

@@ -1,4 +1,4 @@
-"""Access history -> next use. Pure: fed events, asked questions; no I/O, no lock, no clock."""
+"""Access history -> next use. Pure functions of recorded events; no I/O, locks or clocks."""
 
 from .cyclic_scan import choose_kept
 from .lifetime import SimpleMLPredictor, Situation

@@ -1,4 +1,4 @@
-"""`SimpleMLPredictor`: how likely it is that something is used again soon, learnt from what really was."""
+"""`SimpleMLPredictor`: the probability that an object is used again soon, learned from actual uses."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ _LEAST_EXAMPLES = 16
 _RATE, _BETA1, _BETA2, _EPSILON = 0.05, 0.9, 0.999, 1e-8
 _MOST_OVERDUE = 4.0
 _KEPT = 0.5 ** (1 / 256)
-"""What things of a sort did counts half after 256 of them."""
+"""Decay per object of a sort: after 256 of them, an observation counts half."""
 _PRIOR_WEIGHT = 2.0
-"""Of what is expected of a sort before anything is known of it, in things."""
+"""Weight of the prior for a sort, as a number of objects."""
 
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What is known of a thing when it is asked about; times in rounds.
+    """State of an object at prediction time; times in rounds.
 
     Attributes:
-        idle: since its last use; age: since it came; gap: mean between its uses, 0: used once.
-        uses: how often it was used.
+        idle: since its last use; age: since its creation; gap: mean between its uses, 0: used once.
+        uses: number of uses.
         n_bytes: its size.
-        creator: what made it: things of one creator are expected to be alike.
-        session_open: the session it was made in goes on.
+        creator: the code that created it; objects of one creator are expected to behave alike.
+        session_open: whether the session it was created in is still open.
     """
 
     idle: int
@@ -45,35 +45,35 @@ class SimpleMLPredictor:
     """Logistic regression, trained with Adam on a ring of 2,048 examples; below 64 it is not `ready`.
 
     Args:
-        seed: of what is drawn.
+        seed: seed of sampling.
 
     Attributes:
-        n_examples: seen so far.
+        n_examples: examples seen so far.
     """
 
     def __init__(self, seed: int = 0) -> None:
         self._draw = np.random.default_rng(seed)
         n = len(FEATURES)
         self._weights = np.zeros(n)
-        self._weights[FEATURES.index("like it")] = 1.0  # at first, what things like it did is all that counts
+        self._weights[FEATURES.index("like it")] = 1.0  # at first, only the behaviour of similar objects counts
         self._first, self._second = np.zeros(n), np.zeros(n)
         self._steps = 0
         self._inputs = np.zeros((_EXAMPLES, n))
         self._labels = np.zeros(_EXAMPLES)
-        self._sorts: dict[tuple[str, int], tuple[float, float]] = {}  # things, those of them that were used again
+        self._sorts: dict[tuple[str, int], tuple[float, float]] = {}  # objects, and those of them used again
         self.n_examples = 0
 
     @property
     def ready(self) -> bool:
-        """Whether it has seen enough to predict."""
+        """Return whether it has enough examples to predict."""
         return self._steps > 0
 
     def features_of(self, situation: Situation, prior: float = 0.5) -> list[float]:
-        """Return what the regression is given: a logarithm of odds, and the rest on scales of about 0 to 1.
+        """Return the inputs of the regression: a log odds, and the others scaled to about 0 to 1.
 
         Args:
-            situation: of the thing.
-            prior: the probability that is expected of things like it before anything is known of them.
+            situation: of the object.
+            prior: expected probability for similar objects before any observation.
         """
         rate = self.return_rate(situation, prior)
         overdue = situation.idle / situation.gap if situation.gap else 0.0
@@ -90,18 +90,18 @@ class SimpleMLPredictor:
         ]
 
     def return_rate(self, situation: Situation, prior: float = 0.5) -> float:
-        """Return the share of the things of its creator, idle about as long, that were used again."""
+        """Return the share of objects of its creator, idle about as long, that were used again."""
         things, returned = self._sorts.get(_sort_of(situation), (0.0, 0.0))
         prior = min(max(prior, 0.01), 0.99)
         return (returned + _PRIOR_WEIGHT * prior) / (things + _PRIOR_WEIGHT)
 
     def observe(self, features: Sequence[float], situation: Situation, used_again: bool) -> None:
-        """Learn, by and by, what became of something.
+        """Learn from the outcome of an object.
 
         Args:
-            features: `features_of` it when it was asked about.
-            situation: that it was in.
-            used_again: within the horizon.
+            features: its `features_of` at prediction time.
+            situation: its situation then.
+            used_again: whether it was used within the horizon.
         """
         place = self.n_examples % _EXAMPLES
         self._inputs[place] = features
@@ -111,7 +111,7 @@ class SimpleMLPredictor:
         self._sorts[_sort_of(situation)] = things * _KEPT + 1, returned * _KEPT + used_again
 
     def train(self, steps: int = 16) -> None:
-        """Take some steps on examples drawn from the ring; does nothing before there are enough."""
+        """Take some steps on examples sampled from the ring; does nothing before there are enough."""
         there = min(self.n_examples, _EXAMPLES)
         for _ in range(steps if there >= _LEAST_EXAMPLES else 0):
             chosen = self._draw.integers(there, size=_BATCH)
@@ -128,14 +128,14 @@ class SimpleMLPredictor:
         return _sigmoid(np.asarray(features, np.float64).reshape(-1, len(FEATURES)) @ self._weights)
 
     def explain(self) -> dict[str, float]:
-        """Return the weight of each feature, times how much it varies, by name; above 0: it speaks for a use."""
+        """Return each feature's weight times its variation, by name; above 0: it makes a use more likely."""
         there = self._inputs[: min(self.n_examples, _EXAMPLES)]
         varies = there.std(axis=0) if len(there) else np.zeros(len(FEATURES))
         return dict(zip(FEATURES, (self._weights * varies).tolist(), strict=True))
 
 
 def _sort_of(situation: Situation) -> tuple[str, int]:
-    """Return its creator, and how long it is idle to a factor of two."""
+    """Return its creator, and its idle time to a factor of two."""
     return situation.creator, situation.idle.bit_length()
 
 

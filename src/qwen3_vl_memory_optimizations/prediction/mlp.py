@@ -1,4 +1,4 @@
-"""`LightweightMLPredictor`: a small network that learns from its own past how long a key waits for its next use."""
+"""`LightweightMLPredictor`: a small network that learns how long each key waits for its next use."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _LEAST_EXAMPLES = 256
 _RATE, _BETA1, _BETA2, _EPSILON = 0.01, 0.9, 0.999, 1e-8
 _MOST_LOG = 30.0
 _JUDGED = 0.2
-"""What the newest examples weigh beside all before, each time that they are judged."""
+"""Weight of the newest examples against all earlier ones, each time they are evaluated."""
 _FORMAT = "qwen3vl-mem wait predictor, version 1"
 
 
 def features_of(history: UseHistory, now: int, n_bytes: int, kind: str) -> list[float]:
-    """Return what the network is given: recency, gaps, counts, size and kind, on scales of about 0 to 1.
+    """Return the network's inputs: recency, gaps, counts, size and kind, scaled to about 0 to 1.
 
     Args:
         history: of the key.
         now: in uses of all keys, not before its last use.
-        n_bytes: what it takes.
-        kind: of the tensor; an unknown one is like none of `KINDS`.
+        n_bytes: size of the key's tensor.
+        kind: kind of the tensor; an unknown one matches none of `KINDS`.
     """
     return [
         math.log1p(now - history.last) / 8,
@@ -49,19 +49,19 @@ def features_of(history: UseHistory, now: int, n_bytes: int, kind: str) -> list[
 class LightweightMLPredictor:
     """One hidden layer of 16, trained with Adam on examples from a ring of 4,096.
 
-    Each use of a key gives an example: the features that it had at a random moment since its use before, and the wait
-    from then on, as a logarithm. Keys that never come back give none. Below 256 examples nothing is predicted.
+    Each use of a key gives an example: its features at a random moment since the previous use, and the remaining wait
+    as a logarithm. Keys that never return give none. Below 256 examples it makes no prediction.
 
-    New examples are judged before they are learnt, beside what a simple rule said of them: `better` tells whether the
-    network is worth asking.
+    New examples are evaluated before they are learned, against the prediction of a simple rule; `better` is true when
+    the network is at least as good.
 
     Args:
-        seed: of the first weights and of what is drawn.
+        seed: seed of the initial weights and of sampling.
 
     Attributes:
-        n_examples: seen so far.
-        error: mean absolute error of the last batch before it was learnt, in logarithms to base e; `None`: none yet.
-        errors: the same of new examples, older ones counted less: of the `network` and of the `rule`; `None`: none yet.
+        n_examples: examples seen so far.
+        error: mean absolute error of the last batch before it was learned, in natural logarithms; `None`: none yet.
+        errors: the same for new examples, older ones weighted less: `network` and `rule`; `None`: none yet.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -87,13 +87,13 @@ class LightweightMLPredictor:
     def observe(
         self, history: UseHistory, now: int, n_bytes: int, kind: str, rule: Callable[[int], float] | None = None
     ) -> None:
-        """Learn from a use, by and by.
+        """Learn from a use.
 
         Args:
             history: of the key, without this use.
-            now: when it is used, in uses of all keys.
+            now: time of the use, in uses of all keys.
             n_bytes, kind: of the key.
-            rule: says at a moment how long the key will wait, in uses of all keys; `None`: there is no rule.
+            rule: returns the predicted wait of the key at a moment, in uses of all keys; `None`: there is no rule.
         """
         gap = now - history.last
         if gap < 1:
@@ -107,17 +107,17 @@ class LightweightMLPredictor:
 
     @property
     def ready(self) -> bool:
-        """Whether it has seen enough to predict."""
+        """Return whether it has enough examples to predict."""
         return self._steps > 0 and (self._was_loaded or self.n_examples >= _LEAST_EXAMPLES)
 
     @property
     def better(self) -> bool:
-        """Whether it is `ready`, and no worse than the rule so far."""
+        """Return whether it is `ready`, and no worse than the rule so far."""
         network, rule = self.errors["network"], self.errors["rule"]
         return self.ready and (network is None or rule is None or network <= rule)
 
     def train(self, steps: int = 8) -> None:
-        """Take some steps on examples drawn from the ring; does nothing before there are enough."""
+        """Take some steps on examples sampled from the ring; does nothing before there are enough."""
         self._judge()
         there = min(self.n_examples, _EXAMPLES)
         for _ in range(steps if there >= _LEAST_EXAMPLES else 0):
@@ -125,7 +125,7 @@ class LightweightMLPredictor:
             self._step(self._inputs[chosen], self._labels[chosen])
 
     def _judge(self) -> None:
-        """Compare the network and the rule on the examples that came since the last time."""
+        """Compare the network and the rule on the examples added since the last comparison."""
         new = min(self.n_examples - self._n_judged, _EXAMPLES)
         self._n_judged = self.n_examples
         if not self.ready or not new:
@@ -138,12 +138,12 @@ class LightweightMLPredictor:
                 self.errors[name] = error if before is None else before + _JUDGED * (error - before)
 
     def predict(self, features: Sequence[Sequence[float]]) -> np.ndarray:
-        """Return the wait of each row of features (`features_of`) in uses of all keys, float64 `[rows]`."""
+        """Return the predicted wait for each row of `features_of`, in uses of all keys, float64 `[rows]`."""
         rows = np.asarray(features, np.float64).reshape(-1, len(FEATURES))
         return np.expm1(np.clip(self._forward(rows)[1], 0.0, _MOST_LOG))
 
     def explain(self) -> dict[str, float]:
-        """Return how much each feature moves the prediction: its mean effect times how much it varies, by name."""
+        """Return each feature's influence on the prediction: its mean effect times its variation, by name."""
         there = self._inputs[: min(self.n_examples, _EXAMPLES)]
         if not len(there):
             return dict.fromkeys(FEATURES, 0.0)
@@ -158,10 +158,10 @@ class LightweightMLPredictor:
 
     @classmethod
     def load(cls, path: Path) -> LightweightMLPredictor:
-        """Return a predictor that was saved; nothing in the file is executed. It goes on learning.
+        """Return a saved predictor, which can continue learning; nothing in the file is executed.
 
         Raises:
-            ConfigurationError: no such file, or it holds no predictor of this form.
+            ConfigurationError: there is no such file, or it holds no predictor in this format.
         """
         predictor = cls()
         try:
@@ -187,7 +187,7 @@ class LightweightMLPredictor:
         hidden, found = self._forward(rows)
         difference = found - labels
         self.error = float(np.abs(difference).mean())
-        # Huber: a wait that nothing foretold must not throw the others over.
+        # Huber loss: an unpredictable wait must not dominate the others.
         slope = np.clip(difference, -1.0, 1.0) / len(rows)
         inner = slope[:, None] * self._parameters["w2"] * (1 - hidden**2)
         gradients = {

@@ -1,4 +1,4 @@
-"""`NextUse`: when a key is used next, told from its own history."""
+"""`NextUse`: predict a key's next use from its own history."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 _HALF_LIFE = 12
-"""Uses are half forgotten after so many times as many uses as there are keys."""
+"""Half-life of a use, as a multiple of the number of keys, in uses."""
 _MOST_REMEMBERED = 16
-"""So many times as many keys as are in memory are remembered."""
+"""Number of keys remembered, as a multiple of the keys in memory."""
 _LEAST_REMEMBERED = 1024
 _STEADY = 0.25
-"""Gaps that differ by less than this share of their mean are a rhythm."""
+"""Gaps that vary by less than this share of their mean are periodic."""
 _LATE = 1.3
-"""A use that is later than this many gaps is not awaited any longer."""
+"""A use that has not come after this many gaps is no longer expected."""
 _GAP_WEIGHT = 0.4
 _FIRST_SPREAD = 0.2
-"""Of the first gap: a second use is taken for the beginning of a rhythm until a third one is not in it."""
+"""Share of the first gap: a second use is assumed periodic until a third one breaks the period."""
 
 
 @dataclass(slots=True)
 class UseHistory:
-    """What is known of a key.
+    """History of a key.
 
     Attributes:
-        first, last: when it was used, counted in uses of all keys.
-        weight: its uses, older ones counted less.
-        gap, spread: mean of the gaps between uses, and of how far they are from it; 0: only one use so far.
+        first, last: times of its uses, counted in uses of all keys.
+        weight: its uses, older ones weighted less.
+        gap, spread: mean gap between uses, and mean deviation from it; 0: only one use so far.
     """
 
     first: int
@@ -39,11 +39,11 @@ class UseHistory:
 
 
 class NextUse:
-    """Foretells when keys are used next, in uses of all keys, from their own history.
+    """Predicts the next use of keys, in uses of all keys, from their own history.
 
-    A key with a rhythm is expected one gap after its last use. For others a use is as likely now as at any time: the
-    expected wait is one over its rate, of which older uses count less. A key that was used once is
-    expected the later the longer ago that was.
+    A periodic key is expected one gap after its last use. For other keys a use is equally likely at any time: the
+    expected wait is one over the rate, in which older uses count less. The expected wait of a key used once grows with
+    the time since that use.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class NextUse:
         self._resident = 1
 
     def use(self, key: Hashable, resident: int) -> None:
-        """Note a use, with so many keys in memory."""
+        """Record a use, with `resident` keys in memory."""
         self.now += 1
         self._resident = max(resident, 1)
         history = self._known.pop(key, None)
@@ -73,7 +73,7 @@ class NextUse:
             self._known.popitem(last=False)
 
     def history(self, key: Hashable) -> UseHistory | None:
-        """Return what is known of a key; it changes with the next use."""
+        """Return the history of a key; it changes with the next use."""
         return self._known.get(key)
 
     def forget(self, key: Hashable) -> None:
@@ -81,11 +81,11 @@ class NextUse:
         self._known.pop(key, None)
 
     def wait(self, key: Hashable, now: int | None = None) -> float:
-        """Return in how many uses of all keys this one is expected; infinite: it is not known.
+        """Return the expected wait until the key's next use, in uses of all keys; infinite: unknown.
 
         Args:
-            key: of what is asked for.
-            now: when it is asked, not before its last use; default: now.
+            key: the key.
+            now: time of the prediction, not before the key's last use; default: the current time.
         """
         history = self._known.get(key)
         if history is None:
@@ -94,7 +94,7 @@ class NextUse:
         age = now - history.last
         if history.gap and history.spread <= _STEADY * history.gap and age <= _LATE * history.gap:
             return max(history.gap - age, 1.0)
-        # Uses over the time they could have come in, both with the same forgetting.
+        # Uses divided by the time in which they could have occurred, both with the same decay.
         life = self._half_life() / math.log(2)
         span = life * (1 - self._kept(now - history.first + 1)) + 1
         return (span + self._resident) / (history.weight * self._kept(age))

@@ -1,9 +1,9 @@
-"""Which entries of a cache are worth their bytes: by how often they were asked for, what they save, and when.
+"""Rank cache entries by frequency, savings and age.
 
-An entry is worth `uses * saved_s / n_bytes` above the clock of its cache. The clock is the worth of what left last, so
-an entry that is not used again ages as the cache turns over (greedy dual, size and frequency: Cherkasova 1998). Uses
-are counted for what is not kept as well, and halved now and then (as TinyLFU does: Einziger et al. 2017), so what
-comes back is known when it does.
+An entry is worth `uses * saved_s / n_bytes` above the clock of its cache. The clock is the worth of the last evicted
+entry, so an unused entry ages as the cache turns over (greedy dual, size and frequency: Cherkasova 1998). Uses of keys
+that are not cached are counted too, and all counts are halved periodically (as in TinyLFU: Einziger et al. 2017), so
+recurring keys are recognized.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _MOST_USES = 15
 
 
 class UseCounts:
-    """How often each key was asked for lately, kept or not; all counts are halved once a period.
+    """Recent requests per key, cached or not; all counts are halved once per period.
 
     Args:
-        period: requests in a period; about as many keys are remembered.
+        period: requests per period; about as many keys are remembered.
     """
 
     def __init__(self, period: int = _PERIOD) -> None:
@@ -27,7 +27,7 @@ class UseCounts:
         self._requests = 0
 
     def record(self, key: str) -> None:
-        """Note a request."""
+        """Record a request."""
         self._counts[key] = min(_MOST_USES, self._counts.get(key, 0) + 1)
         self._requests += 1
         if self._requests >= self._period:
@@ -40,13 +40,13 @@ class UseCounts:
 
 
 def worth(clock: float, uses: int, saved_s: float, n_bytes: int) -> float:
-    """Return what an entry is worth to a cache, in seconds saved a byte above its clock.
+    """Return the worth of an entry to a cache, in seconds saved per byte, above the cache's clock.
 
     Args:
-        clock: of the cache: the worth of what left last.
-        uses: how often it was asked for.
-        saved_s: what one hit saves.
-        n_bytes: what it takes.
+        clock: of the cache: the worth of the last evicted entry.
+        uses: number of requests for it.
+        saved_s: seconds saved per hit.
+        n_bytes: its size.
     """
     return clock + uses * max(saved_s, 0.0) / max(n_bytes, 1)
 
@@ -54,16 +54,16 @@ def worth(clock: float, uses: int, saved_s: float, n_bytes: int) -> float:
 def choose_victims(
     entries: Mapping[str, tuple[float, int]], needed_bytes: int, candidate_worth: float | None
 ) -> list[str] | None:
-    """Return the keys that leave for a new entry: the least worth, and of equals the first in order.
+    """Return the eviction victims for a new entry: the least valuable first, ties in the given order.
 
     Args:
-        entries: key -> (worth, bytes), the least recently used first.
-        needed_bytes: how much must become free.
-        candidate_worth: of the new entry; `None`: the room is needed for something else, whatever it costs.
+        entries: key -> (worth, bytes), least recently used first.
+        needed_bytes: bytes to free.
+        candidate_worth: worth of the new entry; `None`: the room is needed for another purpose, at any cost.
 
     Returns:
-        `None` where something worth more than the new entry would have to go: then nothing goes. (All that there is,
-        where even that is not enough and the room is needed for something else.)
+        `None` if an entry worth more than the new one would have to go; then nothing is evicted. If the room is needed
+        for another purpose and all entries are not enough, all keys.
     """
     victims: list[str] = []
     if needed_bytes <= 0:

@@ -1,12 +1,12 @@
-"""`PassSchedule`: the order in which weights are touched, learnt from the passes themselves.
+"""`PassSchedule`: the order in which weights are accessed, learned from the passes themselves.
 
-A transformer touches its weights in the same order at each forward. A *pass* is a run of accesses without
-repetition; the next one begins with the first access that was already made in the pass, or that is unexpected and
-known to begin passes. Passes that begin with the same tensor are of one sort: an image prefill begins with the vision
-tower, a decode step with the first layer. For each sort the last order seen is remembered, and which sort came after
-which, so the next uses of every tensor are known across the end of a pass.
+A transformer accesses its weights in the same order at each forward. A *pass* is a run of accesses without repetition.
+The next one begins with the first access that was already made in the pass, or that is unexpected and known to begin
+passes. Passes that begin with the same tensor are of the same sort: an image prefill begins with the vision tower, a
+decode step with the first layer. For each sort, the latest order and the sort that followed it are remembered, so the
+next use of every tensor is known across the end of a pass.
 
-Two models that take turns (one and its draft) have passes of their own: a pass never mixes the items of two groups.
+Two models that alternate (one and its draft) have separate passes: a pass never mixes the items of two groups.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 _RECENT_PASSES = 32
-"""How far back frequency is counted. Even, so that two sorts that take turns are equally frequent."""
+"""Number of recent passes in which frequency is counted. Even, so that two alternating sorts are equally frequent."""
 
 
 class PassSchedule:
-    """Learns passes and foretells accesses.
+    """Learns passes and predicts accesses.
 
     Args:
-        hint: the order to expect before anything was seen (the order of the checkpoint).
-        group_of: item -> the group it belongs to; not given, all are one.
+        hint: the order to expect before any access (the order of the checkpoint).
+        group_of: item -> its group; default: all are in one group.
 
     Attributes:
-        passes: how many are complete.
-        revision: grows when `cycles` changes.
+        passes: number of complete passes.
+        revision: increases when `cycles` changes.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class PassSchedule:
         self.revision = 0
 
     def record(self, item: Hashable) -> bool:
-        """Note an access; return whether it began a new pass."""
+        """Record an access; return whether it began a new pass."""
         position = self._position + 1
         expected = position < len(self._expected) and self._expected[position] == item
         group = self._group_of(item)
@@ -65,7 +65,7 @@ class PassSchedule:
             self._group = group
             self._expect(self._order_beginning_with(item))
             if group not in self._groups_known:
-                self.revision += 1  # `cycles` guesses better now
+                self.revision += 1  # `cycles` now guesses better
             position = 0
         elif not expected:
             position = self._index.get(item, self._position)
@@ -75,7 +75,7 @@ class PassSchedule:
         return begins
 
     def expect(self, order: Sequence[Hashable]) -> None:
-        """Foretell a pass in this order, before anything was seen. Its items are of one group."""
+        """Predict a pass in this order, before any access. Its items are in one group."""
         if not self._current and not self._orders and order:
             self._group = self._group_of(order[0])
             self._expect(list(order))
@@ -87,14 +87,14 @@ class PassSchedule:
         yield from self._following()
 
     def distances(self) -> dict[Hashable, int]:
-        """Return the number of accesses until each item that is expected again; what is missing is not expected."""
+        """Return the number of accesses until each expected item; items that are not expected are absent."""
         distances: dict[Hashable, int] = {}
         for distance, item in enumerate(self.upcoming(), start=1):
             distances.setdefault(item, distance)
         return distances
 
     def cycles(self) -> list[list[Hashable]]:
-        """Return the known orders, the lately most frequent sort of pass first, then guesses for groups without one."""
+        """Return the known orders, most frequent recent sort of pass first, then guesses for groups without one."""
         guesses = {self._group: self._expected} if self._expected else {}
         for group, hint in self._hints.items():
             guesses.setdefault(group, hint)
@@ -114,7 +114,7 @@ class PassSchedule:
         self._groups_known.add(self._group)
         self._recent.append(first)
         counts = Counter(self._recent)
-        before = dict.fromkeys((*self._ranking, first))  # where two are equally frequent nothing changes
+        before = dict.fromkeys((*self._ranking, first))  # keeps the order of equally frequent sorts
         ranking = sorted(before, key=lambda first: -counts[first])
         if changed or ranking != self._ranking:
             self._ranking = ranking
@@ -130,8 +130,8 @@ class PassSchedule:
         if known is not None:
             return known
         if self._previous is None and self._expected[:1] == [item]:
-            return self._expected  # as `expect` foretold
-        # A sort of pass not seen yet: it is most likely the rest of a known order from here on.
+            return self._expected  # as predicted by `expect`
+        # A new sort of pass: most likely the rest of a known order from here on.
         hint = self._hints.get(self._group, [])
         for order in ([self._orders[self._previous]] if self._previous is not None else []) + [hint]:
             if item in order:
