@@ -126,7 +126,7 @@ def test_a_counter_that_was_set_back_and_has_no_range_is_given_up(machine):
     with machine.meter() as meter:
         machine.set("intel-rapl:0", 1_000_000)
         assert meter.read() is None
-        assert meter.absent["processor"] == "package-0: the counter was set back"
+        assert meter.absent["processor"] == "package-0: the counter was reset"
         assert meter.counters == ()
 
 
@@ -139,7 +139,7 @@ def test_a_sum_that_lost_a_part_is_none(machine):
         machine.set("intel-rapl:0", 1_000_000)
         assert meter.read() is None
         assert meter.read_parts() == {}
-        assert meter.absent["processor"].startswith("package-0/dram: reading failed after it had worked")
+        assert meter.absent["processor"].startswith("package-0/dram: reading failed after earlier successes")
 
 
 def test_what_is_for_root_alone_is_absent_with_the_remedy():
@@ -164,7 +164,7 @@ def test_what_is_for_root_alone_is_absent_with_the_remedy():
     meter.start()
     assert meter.read() is None
     reason = meter.absent["processor"]
-    assert reason.startswith(f"{path} is for root alone")
+    assert reason.startswith(f"{path} is readable by root only")
     assert reason.endswith("sudo chmod a+r /sys/class/powercap/intel-rapl:*/energy_uj")
 
 
@@ -267,9 +267,9 @@ def test_a_gpu_alone_is_not_what_a_run_takes(tmp_path, play):
 @pytest.mark.parametrize(
     ("devices", "driver", "reason"),
     [
-        ((), False, "no driver of NVIDIA (Driver Not Loaded)"),
-        ((), True, "there is no GPU of NVIDIA"),
-        ((5, None), True, "gpu-1 does not count its energy (Not Supported); those from Volta on do"),
+        ((), False, "no NVIDIA driver (Driver Not Loaded)"),
+        ((), True, "there is no NVIDIA GPU"),
+        ((5, None), True, "gpu-1 does not measure its energy (Not Supported); GPUs from Volta on do"),
     ],
 )
 def test_gpus_that_do_not_count_are_absent_with_the_reason(tmp_path, play, devices, driver, reason):

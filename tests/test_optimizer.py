@@ -252,7 +252,7 @@ def test_what_cannot_be_allocated_is_named(optimizer):
 
 
 def test_a_budget_below_what_the_process_uses_is_refused_with_the_numbers(tmp_path):
-    with pytest.raises(MemoryBudgetExceeded, match="ram_budget of 50 MB cannot work") as caught:
+    with pytest.raises(MemoryBudgetExceeded, match="ram_budget of 50 MB is too small") as caught:
         MemoryOptimizer(memory_config={"ram_budget": "50MB", "cache_dir": tmp_path})
     assert caught.value.requested_bytes > caught.value.budget_bytes == 50_000_000
     with pytest.raises(ConfigurationError, match="cpu_modle"):

@@ -1,7 +1,7 @@
-"""Virtual memory for tensors: Qwen3-VL inside a hard memory budget.
+"""Virtual memory for tensors: run Qwen3-VL within a hard memory budget.
 
-`create_optimized_model` gives a transformers model whose weights live in a hierarchy of memory and SSD;
-`MemoryOptimizer` manages tensors directly.
+`create_optimized_model` returns a transformers model whose weights are paged between memory and SSD. `MemoryOptimizer`
+manages tensors directly.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from .errors import (
     MemoryOptimizationError,
     StorageError,
 )
-from .errors import CodecError as CodecError  # these are not listed: `errors` has the whole tree
+from .errors import CodecError as CodecError  # these are not in `__all__`: `errors` has the whole tree
 from .errors import CorruptDataError as CorruptDataError
 from .errors import InsufficientDiskSpaceError as InsufficientDiskSpaceError
 from .errors import ShortIOError as ShortIOError
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     )
     from .tuning import adapt_parameters_based_on_usage
 
-# torch takes seconds to import; the command line and `--help` do without it.
+# torch takes seconds to import; the command line and `--help` do not need it.
 _LAZY = {
     "AdvancedMemoryPool": ".pools",
     "CPUCache": ".cache",

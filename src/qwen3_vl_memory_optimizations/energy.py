@@ -1,8 +1,8 @@
-"""What computing costs: CPU seconds of this process, and joules where the machine counts them.
+"""Cost of computing: CPU seconds of this process, and joules if the machine measures them.
 
-Joules come from RAPL (the packages of processors, and their memory where that is counted) and from NVML (GPUs of NVIDIA
-from Volta on). They are those of the **whole machine**: what else runs on it is in them. What a machine does not count
-is reported as absent, with the reason; nothing is estimated.
+Joules come from RAPL (processor packages, and their memory if measured) and from NVML (NVIDIA GPUs from Volta on). They
+are those of the **whole machine**, including everything else that runs on it. What a machine does not measure is
+reported as absent, with the reason; nothing is estimated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from .process import read_int, read_lines
 
 WATCH_INTERVAL_S = 30.0
-"""Time between looks at the counters: at 1 kW the smallest one (65 kJ) turns over after 65 s."""
+"""Time between counter readings: at 1 kW the smallest counter (65 kJ) wraps around after 65 s."""
 
 _POWERCAP = "sys/class/powercap"
 _DOMAIN = re.compile(r"intel-rapl:(\d+)(:\d+)?")
@@ -32,23 +32,23 @@ class _Counter(Protocol):
     range_uj: int | None
 
     def read_uj(self) -> int:
-        """Return the count in microjoules; it starts again at 0 after `range_uj`, where that is a number."""
+        """Return the count in microjoules; it wraps around to 0 after `range_uj`, if that is a number."""
         ...
 
 
 class EnergyMeter:
-    """Measures the energy that the machine takes from `start` on.
+    """Measures the machine's energy use from `start` on.
 
-    Its methods may be called from several threads. A thread of its own reads the counters every `watch_interval_s`
-    between `start` and `close`, so that none turns over unseen; without counters there is no thread.
+    Its methods are thread-safe. Its own thread reads the counters every `watch_interval_s` between `start` and `close`,
+    so that no wraparound is missed; without counters there is no thread.
 
     Args:
-        root: of the tree that holds `/sys`.
-        watch_interval_s: between its own looks.
+        root: root of the tree that holds `/sys`.
+        watch_interval_s: time between its own readings.
 
     Attributes:
-        counters: the names of what is counted: `package-0` (a processor), `package-0/dram` (its memory), `gpu-0`.
-        absent: what is not, `processor` or `gpu`, with the reason.
+        counters: names of the counters: `package-0` (a processor), `package-0/dram` (its memory), `gpu-0`.
+        absent: `processor` or `gpu`, if not measured, with the reason.
     """
 
     def __init__(self, *, root: str | os.PathLike[str] = "/", watch_interval_s: float = WATCH_INTERVAL_S) -> None:
@@ -65,11 +65,11 @@ class EnergyMeter:
 
     @property
     def counters(self) -> tuple[str, ...]:
-        """The names of what is counted."""
+        """The names of the counters."""
         return tuple(counter.name for counter in self._counters)
 
     def start(self) -> None:
-        """Count from here on; called again, from the start."""
+        """Start measuring from zero; calling it again restarts."""
         with self._lock:
             self._last_uj, self._taken_uj, self._is_whole = {}, {}, True
             self._look()
@@ -78,10 +78,10 @@ class EnergyMeter:
             self._watch.start()
 
     def read(self) -> float | None:
-        """Return the joules since `start`, of all counters together.
+        """Return the joules since `start`, summed over all counters.
 
-        `None`: not started, a counter was lost since, or the processors are not counted: what a GPU takes alone is not
-        what a run takes.
+        `None`: not started, a counter was lost since, or the processors are not measured, because the energy of a GPU
+        alone is not that of a run.
         """
         parts = self.read_parts()
         if not self._is_whole or not any(name.startswith("package") for name in parts):
@@ -89,14 +89,14 @@ class EnergyMeter:
         return sum(parts.values())
 
     def read_parts(self) -> dict[str, float]:
-        """Return the joules since `start` by counter."""
+        """Return the joules since `start`, by counter."""
         with self._lock:
             if self._last_uj:
                 self._look()
             return {name: taken / 1e6 for name, taken in self._taken_uj.items()}
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Return what is counted of `processor` and `gpu`, or why it is not, as plain values, ready for JSON."""
+        """Return what is measured of `processor` and `gpu`, or why not, as plain values, ready for JSON."""
         return {
             part: {
                 "counters": [counter.name for counter in self._counters if _part_of(counter) == part],
@@ -106,7 +106,7 @@ class EnergyMeter:
         }
 
     def close(self) -> None:
-        """Stop for good."""
+        """Stop permanently."""
         self._stopped.set()
         if self._watch is not None:
             self._watch.join()
@@ -126,24 +126,24 @@ class EnergyMeter:
     # --- counting -----------------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """Add what was taken since the last look. The lock is held."""
+        """Add the energy used since the last reading. The lock is held."""
         for counter in list(self._counters):
             try:
                 now = counter.read_uj()
-            except Exception as error:  # NVML's errors share no base with those of files
-                self._lose(counter, f"{counter.name}: reading failed after it had worked ({error})")
+            except Exception as error:  # NVML's errors and file errors share no base class
+                self._lose(counter, f"{counter.name}: reading failed after earlier successes ({error})")
                 continue
             taken = now - self._last_uj.get(counter.name, now)
             if taken < 0:
                 if counter.range_uj is None:
-                    self._lose(counter, f"{counter.name}: the counter was set back")
+                    self._lose(counter, f"{counter.name}: the counter was reset")
                     continue
                 taken += counter.range_uj
             self._last_uj[counter.name] = now
             self._taken_uj[counter.name] = self._taken_uj.get(counter.name, 0) + taken
 
     def _lose(self, counter: _Counter, reason: str) -> None:
-        """Give up a counter and those it is one sum with: a part of a sum is no figure."""
+        """Drop a counter and all others in the same sum, because a partial sum is not a valid figure."""
         part = _part_of(counter)
         self.absent[part] = reason
         self._is_whole = False
@@ -163,8 +163,8 @@ class EnergyMeter:
         base = root / _POWERCAP
         domains = {path.name: path for path in base.glob("intel-rapl:*") if _DOMAIN.fullmatch(path.name)}
         names = {domain: next(iter(read_lines(path / "name")), "").strip() for domain, path in domains.items()}
-        # A package contains its cores and its graphics, but not its memory, although the tree shows that below it.
-        # `psys` contains the packages, and `intel-rapl-mmio` shows them once more: neither is counted.
+        # A package contains its cores and graphics, but not its memory, although the tree shows memory below it.
+        # `psys` contains the packages, and `intel-rapl-mmio` lists them again: neither is counted.
         counters: list[_Counter] = []
         for domain, path in sorted(domains.items()):
             above = domain.rsplit(":", 1)[0]
@@ -178,8 +178,8 @@ class EnergyMeter:
                 counters.append(_RaplCounter(name, path))
             except PermissionError:
                 self.absent["processor"] = (
-                    f"{path / 'energy_uj'} is for root alone (from Linux 5.10 on: it can betray what others compute); "
-                    f"until the next start, this opens it: sudo chmod a+r /{_POWERCAP}/intel-rapl:*/energy_uj"
+                    f"{path / 'energy_uj'} is readable by root only (since Linux 5.10, as it can leak data); "
+                    f"until the next boot, this opens it: sudo chmod a+r /{_POWERCAP}/intel-rapl:*/energy_uj"
                 )
                 return []
             except (OSError, ValueError) as error:
@@ -187,8 +187,8 @@ class EnergyMeter:
                 return []
         if not counters:
             self.absent["processor"] = (
-                f"the system shows no package in {base}: virtual machines and containers mostly do not; elsewhere, the "
-                "modules intel_rapl_common and intel_rapl_msr must be loaded"
+                f"the system shows no package in {base}: most virtual machines and containers do not; elsewhere, load "
+                "the modules intel_rapl_common and intel_rapl_msr"
             )
         return counters
 
@@ -196,12 +196,12 @@ class EnergyMeter:
         try:
             import pynvml
         except ImportError:
-            self.absent["gpu"] = "nvidia-ml-py is not installed; with a GPU of NVIDIA: the extra `energy` brings it"
+            self.absent["gpu"] = "nvidia-ml-py is not installed; for an NVIDIA GPU, install the extra `energy`"
             return []
         try:
             pynvml.nvmlInit()
         except pynvml.NVMLError as error:
-            self.absent["gpu"] = f"no driver of NVIDIA ({error})"
+            self.absent["gpu"] = f"no NVIDIA driver ({error})"
             return []
         counters: list[_Counter] = []
         try:
@@ -209,18 +209,18 @@ class EnergyMeter:
                 counters.append(_NvmlCounter(f"gpu-{index}", pynvml, pynvml.nvmlDeviceGetHandleByIndex(index)))
         except pynvml.NVMLError as error:
             pynvml.nvmlShutdown()
-            self.absent["gpu"] = f"gpu-{len(counters)} does not count its energy ({error}); those from Volta on do"
+            self.absent["gpu"] = f"gpu-{len(counters)} does not measure its energy ({error}); GPUs from Volta on do"
             return []
         if not counters:
             pynvml.nvmlShutdown()
-            self.absent["gpu"] = "there is no GPU of NVIDIA"
+            self.absent["gpu"] = "there is no NVIDIA GPU"
             return []
         self._nvml = pynvml
         return counters
 
 
 class _RaplCounter:
-    """A domain of RAPL: a file that counts microjoules, and starts again at 0 after its range."""
+    """A RAPL domain: a file that counts microjoules and wraps around to 0 after its range."""
 
     def __init__(self, name: str, directory: Path) -> None:
         self.name, self._path = name, directory / "energy_uj"
@@ -232,7 +232,7 @@ class _RaplCounter:
 
 
 class _NvmlCounter:
-    """A GPU: counts from the start of its driver in 64 bits, which never turn over."""
+    """A GPU: counts from driver start in 64 bits, which never wrap around."""
 
     def __init__(self, name: str, nvml: Any, handle: Any) -> None:
         self.name, self._nvml, self._handle = name, nvml, handle
@@ -252,11 +252,11 @@ def _part_of(counter: _Counter) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What was taken until now.
+    """Resources used so far.
 
     Attributes:
-        cpu_s: time on processors, of all threads of this process, in user and system mode.
-        joules: of the machine; `None`: not counted.
+        cpu_s: CPU time of all threads of this process, in user and system mode.
+        joules: of the machine; `None`: not measured.
     """
 
     cpu_s: float
@@ -264,7 +264,7 @@ class Cost:
 
     @classmethod
     def now(cls, meter: EnergyMeter | None = None) -> Cost:
-        """Return the cost until now, with the joules of a meter that was started."""
+        """Return the cost so far, with the joules of a started meter."""
         return cls(cpu_s=time.process_time(), joules=None if meter is None else meter.read())
 
     def per_token(self, until: Cost, tokens: int) -> dict[str, float | None]:

@@ -1,7 +1,7 @@
-"""What this machine is.
+"""Detect this machine's hardware.
 
-Nothing here is configured: a figure is read from the operating system, or it says that it is unknown. Files
-are read below an injectable `root`, so that other machines can be described in tests.
+Nothing here is configured: every figure comes from the operating system, or is reported as unknown. Files are read
+below an injectable `root`, so that tests can describe other machines.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _RELEVANT_FLAGS = (
     *("amx_tile", "amx_int8", "amx_bf16"),
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
 )
-# Values of ONEDNN_MAX_CPU_ISA under which oneDNN does not use the bf16 instructions that the processor has.
+# Values of ONEDNN_MAX_CPU_ISA with which oneDNN does not use the processor's bf16 instructions.
 _ONEDNN_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 _CONFIG_KEYS = ("cpu_model", "gpu_model", "memory_size", "storage_type")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GpuInfo:
-    """A CUDA device that is really there.
+    """A CUDA device that is present.
 
     Attributes:
         compute_capability: for example `(6, 1)`.
-        total_bytes: its memory.
+        total_bytes: size of its memory.
     """
 
     name: str
@@ -52,21 +52,20 @@ class GpuInfo:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HardwareProfile:
-    """What plans are made for: this machine, as this process may use it.
+    """The machine to plan for, as far as this process may use it.
 
     Attributes:
         physical_cores: cores this process may run on.
         logical_cores: hardware threads this process may run on.
-        isa: the instruction set extensions that matter here, of the processor.
+        isa: the processor's relevant instruction set extensions.
         cpu_capability: the vector extension that torch uses (`DEFAULT`, `AVX2`, `AVX512`, ...);
-            `ATEN_CPU_CAPABILITY` can hold it below what the processor has.
-        fast_bf16: bf16 matrix products run on bf16 instructions. Where not, they are 2.5 to 50 times slower
-            than fp32.
+            `ATEN_CPU_CAPABILITY` can set it below what the processor has.
+        fast_bf16: bf16 matrix products run on bf16 instructions. Otherwise they are 2.5 to 50 times slower than fp32.
         ram_bytes: the smaller of the machine's memory and the control-group limit.
-        available_ram_bytes: what of it can be used now without swapping.
+        available_ram_bytes: the part of it that can be used now without swapping.
         gpu: the first CUDA device; `None` without one.
-        storage_type: of the device that holds the path given to `detect_hardware`: one of `STORAGE_TYPES`.
-        requested_gpu_model: a GPU that the configuration names and this machine does not have; never used.
+        storage_type: type of the device that holds the path given to `detect_hardware`: one of `STORAGE_TYPES`.
+        requested_gpu_model: a GPU that is configured but not present on this machine; never used.
     """
 
     cpu_model: str
@@ -89,16 +88,16 @@ class HardwareProfile:
         path: str | os.PathLike[str] = ".",
         root: str | os.PathLike[str] = "/",
     ) -> HardwareProfile:
-        """Return the profile that a `hardware_config` describes; what it does not name is detected.
+        """Return the profile described by a `hardware_config`; missing keys are detected.
 
         Args:
-            hardware_config: any of `cpu_model`, `gpu_model`, `memory_size` (bytes; more than the machine has
-                counts as what it has) and `storage_type`.
-            path: where the files will lie, for the storage type.
+            hardware_config: any of `cpu_model`, `gpu_model`, `memory_size` (bytes; capped at the machine's memory) and
+                `storage_type`.
+            path: location of the files, for the storage type.
             root: the root of the tree that holds `/proc` and `/sys`.
 
         Raises:
-            ConfigurationError: an unknown key (with the nearest valid one) or a value that cannot be.
+            ConfigurationError: an unknown key (with the nearest valid one) or an impossible value.
         """
         if isinstance(hardware_config, HardwareProfile):
             return hardware_config
@@ -121,10 +120,10 @@ class HardwareProfile:
 
 
 def detect_hardware(path: str | os.PathLike[str] = ".", *, root: str | os.PathLike[str] = "/") -> HardwareProfile:
-    """Return what this machine is.
+    """Return the profile of this machine.
 
     Args:
-        path: a file or directory (it may be still to come) on the storage device to describe.
+        path: a file or directory (which need not exist yet) on the storage device to describe.
         root: the root of the tree that holds `/proc` and `/sys`.
     """
     base = Path(root)
@@ -193,7 +192,7 @@ def _is_gpu_model(gpu: GpuInfo | None, model: str) -> bool:
 
 
 def _read_cpuinfo(base: Path) -> list[dict[str, str]]:
-    """Return one table a hardware thread that this process may run on."""
+    """Return one table per hardware thread that this process may run on."""
     try:
         text = (base / "proc/cpuinfo").read_text(errors="replace")
     except OSError:
@@ -240,11 +239,11 @@ def _has_fast_bf16(flags: set[str], capability: str, environment: Mapping[str, s
 
 
 def detect_gpu() -> GpuInfo | None:
-    """Return the first CUDA device that can be used, `None` without one."""
+    """Return the first usable CUDA device, `None` without one."""
     import torch
 
     with warnings.catch_warnings():
-        # An unusable driver is reported by a warning; here it means the same as no device.
+        # An unusable driver only causes a warning; it counts as no device.
         warnings.simplefilter("ignore")
         if not torch.cuda.is_available():
             return None
@@ -266,7 +265,7 @@ def _storage_type(base: Path, path: Path) -> str:
     device = path.stat().st_dev
     block = base / f"sys/dev/block/{os.major(device)}:{os.minor(device)}"
     if not block.exists():
-        # btrfs and others report a device number of their own; the mount table names the real one.
+        # btrfs and others report their own device number; the mount table names the real one.
         source = _mount_source(base, device)
         if source is None:
             return "unknown"
@@ -285,7 +284,7 @@ def _mount_source(base: Path, device: int) -> str | None:
 
 
 def _block_storage_type(block: Path) -> str:
-    """Return the type of a block device; in a stack (LVM, RAID, encryption) the slowest decides."""
+    """Return the type of a block device; in a stack (LVM, RAID, encryption) the slowest device decides."""
     if not block.exists():
         return "unknown"
     block = block.resolve()
@@ -300,7 +299,7 @@ def _block_storage_type(block: Path) -> str:
     rotational = read_int(block / "queue/rotational")
     if rotational == 0:
         return "ssd"
-    # Virtual disks say "rotational" whatever they stand on.
+    # Virtual disks report "rotational" regardless of their host's device.
     if rotational is None or block.name.startswith(("vd", "xvd")):
         return "unknown"
     return "hdd"

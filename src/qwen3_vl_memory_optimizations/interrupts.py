@@ -1,11 +1,11 @@
-"""Ctrl-C comes between two changes of state, never in the midst of one.
+"""Deliver Ctrl-C between changes of state, never during one.
 
-Python runs signal handlers in the main thread between any two of its instructions, and what they raise (most often
-`KeyboardInterrupt`) tears apart what belongs together: a page that is marked as loading and its read, a pin and the
-`try` that undoes it. Within `shield` handlers wait; they run when the outermost block ends, or where `wait` waits.
+Python runs signal handlers in the main thread between any two of its instructions. An exception they raise (usually
+`KeyboardInterrupt`) separates steps that belong together: marking a page as loading and reading it, or a pin and the
+`try` that undoes it. Within `shield`, handlers are deferred until the outermost block ends, or until `wait` waits.
 
-Handlers can only be made to wait while they are wrapped: `deferrable` does that for a block, such as one `generate`. A
-block without, or a handler that is installed inside it, is interrupted as any other code is.
+Only wrapped handlers can be deferred: `deferrable` wraps them during a block, such as one `generate`. Without it, or
+for a handler installed inside it, code is interrupted as usual.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .errors import TensorFreedError
 
 _POLL_S = 0.1
 _SIGNALS = tuple(sorted(signum for signum in signal.valid_signals() if signum < 32))
-"""Those above are for real-time programs; each one more takes time in each pass."""
+"""Higher signals are for real-time programs; each additional one costs time per pass."""
 
 _FINALIZE = weakref.finalize.__call__.__code__
 
@@ -32,7 +32,7 @@ _main = threading.main_thread().ident
 
 
 class Shield:
-    """Signal handlers wait while the main thread is in a block of it. Blocks nest; in other threads they do nothing."""
+    """Defers signal handlers while the main thread is in a block of it. Blocks nest; other threads are unaffected."""
 
     __slots__ = ("_depth", "_waiting")
 
@@ -54,24 +54,24 @@ class Shield:
                 self.let_through()
 
     def leave_quietly(self) -> None:
-        """End a block of a finalizer, which may raise nothing: what waits is run by the next block that ends."""
+        """End a block in a finalizer, which must not raise: the next block that ends runs deferred handlers."""
         if threading.get_ident() == _main:
             self._depth -= 1
 
     @property
     def up(self) -> bool:
-        """Whether the main thread is in a block."""
+        """Return whether the main thread is in a block."""
         return self._depth > 0
 
     def hold_back(self, handler: Callable[[int, FrameType | None], Any], signum: int) -> None:
-        """Have a handler wait."""
+        """Defer a handler."""
         self._waiting.append((handler, signum))
 
     def let_through(self) -> None:
-        """Run handlers that wait, as at a place where nothing is half changed. In the main thread only.
+        """Run deferred handlers at a point where no state is half changed. In the main thread only.
 
         Raises:
-            BaseException: what a handler raises; later ones wait on.
+            BaseException: raised by a handler; later handlers stay deferred.
         """
         if threading.get_ident() == _main:
             while self._waiting:
@@ -86,13 +86,13 @@ class Shield:
 
 
 shield = Shield()
-"""The one of this process."""
+"""The shield of this process."""
 
 os.register_at_fork(after_in_child=shield._after_fork)
 
 
 class _Deferrable:
-    """A handler that waits while the shield is up."""
+    """A handler that is deferred while the shield is up."""
 
     __slots__ = ("handler",)
 
@@ -106,7 +106,7 @@ class _Deferrable:
 
 
 def _in_finalizer(frame: FrameType | None) -> bool:
-    """Whether a finalizer runs. It may raise nothing: what it was to do would be lost, and the signal too."""
+    """Return whether a finalizer is running. It must not raise: its action and the signal would be lost."""
     while frame is not None:
         if frame.f_code is _FINALIZE or frame.f_code.co_name == "__del__":
             return True
@@ -115,9 +115,9 @@ def _in_finalizer(frame: FrameType | None) -> bool:
 
 
 class deferrable:  # noqa: N801  (used as a block)
-    """Let `shield` hold back, within a block, the signal handlers that are installed when it begins.
+    """Let `shield` defer, within a block, the signal handlers that are installed when the block begins.
 
-    Blocks nest. In other threads than the main one, where no handler runs, it does nothing.
+    Blocks nest. Outside the main thread, where no handler runs, it does nothing.
     """
 
     __slots__ = ("_replaced",)
@@ -126,14 +126,14 @@ class deferrable:  # noqa: N801  (used as a block)
         self._replaced: list[tuple[int, _Deferrable]] = []
         if threading.get_ident() == _main:
             try:
-                with shield:  # a handler that is wrapped already waits until all are
+                with shield:  # an already wrapped handler is deferred until all are wrapped
                     for signum in _SIGNALS:
                         handler = signal.getsignal(signum)
                         if callable(handler) and not isinstance(handler, _Deferrable):
                             wrapped = _Deferrable(handler)
                             self._replaced.append((signum, wrapped))
                             signal.signal(signum, wrapped)
-            except BaseException:  # Ctrl-C: the block does not begin, and will not end
+            except BaseException:  # Ctrl-C: the block does not begin, so `__exit__` will not run
                 self._restore()
                 raise
         return self
@@ -144,10 +144,10 @@ class deferrable:  # noqa: N801  (used as a block)
         if self._replaced:
             self._restore()
             if not shield.up:
-                shield.let_through()  # what a finalizer left
+                shield.let_through()  # left by a finalizer
 
     def _restore(self) -> None:
-        """Give signals their handlers back, all of them, also where one of these interrupts it."""
+        """Restore the handlers of all signals, even if one of them interrupts this."""
         interrupt: BaseException | None = None
         while self._replaced:
             try:
@@ -162,10 +162,10 @@ class deferrable:  # noqa: N801  (used as a block)
 
 
 class OtherProcess:
-    """Takes the place of a lock in a forked process, where whoever had it, and the threads that serve it, are not."""
+    """Replaces a lock in a forked process, where the lock's holder and the threads that serve it do not exist."""
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        """Refuse; a finalizer, which does not block, is told that somebody else has it."""
+        """Raise; for a non-blocking call (from a finalizer), report the lock as taken."""
         if not blocking:
             return False
         raise TensorFreedError(
@@ -177,11 +177,11 @@ class OtherProcess:
         return self.acquire()
 
     def __exit__(self, *_: object) -> None:
-        """Nothing was taken."""
+        """Do nothing: no lock was taken."""
 
 
 locks_of_this_process: weakref.WeakSet[Any] = weakref.WeakSet()
-"""What has an attribute `_lock` that is of no use in a forked process."""
+"""Objects whose attribute `_lock` is unusable in a forked process."""
 
 
 def _refuse_in_child() -> None:
@@ -194,14 +194,14 @@ os.register_at_fork(after_in_child=_refuse_in_child)
 
 
 class ShieldedLock:
-    """A re-entrant lock whose blocks are blocks of the shield, so that what it guards is never half changed."""
+    """A re-entrant lock whose blocks are also shield blocks, so that the state it guards is never half changed."""
 
     __slots__ = ("__weakref__", "_is_owned", "_lock", "_release_save")
 
     def __init__(self) -> None:
         self._lock: Any = threading.RLock()
         locks_of_this_process.add(self)
-        # what `threading.Condition` asks of a lock that may be held several times
+        # required by `threading.Condition` for a re-entrant lock
         self._is_owned: Callable[[], bool] = self._lock._is_owned  # type: ignore[attr-defined]
         self._release_save: Callable[[], Any] = self._lock._release_save  # type: ignore[attr-defined]
 
@@ -224,7 +224,7 @@ class ShieldedLock:
         shield.__exit__(kind, error, trace)
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        """Take the lock as `threading.RLock` does, for a finalizer; return whether it was taken."""
+        """Acquire the lock like `threading.RLock`, from a finalizer; return whether it was acquired."""
         shield.__enter__()
         taken = self._lock.acquire(blocking, timeout)
         if not taken:
@@ -237,14 +237,14 @@ class ShieldedLock:
         shield.leave_quietly()
 
     def is_owned(self) -> bool:
-        """Whether the calling thread has it."""
+        """Return whether the calling thread holds it."""
         return self._is_owned()
 
 
 def wait(condition: threading.Condition) -> None:
-    """Wait for a change, a tenth of a second in the main thread: whoever calls looks anew, and waits again.
+    """Wait for a change, at most a tenth of a second in the main thread; the caller checks and waits again.
 
-    Precondition: the condition is held, what it guards is whole, and what a handler raises may leave here.
+    Precondition: the condition is held, the state it guards is consistent, and exceptions of handlers may propagate.
     """
     if threading.get_ident() != _main:
         condition.wait()
@@ -254,7 +254,7 @@ def wait(condition: threading.Condition) -> None:
 
 
 def wait_for(event: threading.Event) -> None:
-    """Wait for an event; handlers that the shield holds back run meanwhile. Preconditions as those of `wait`."""
+    """Wait for an event; deferred handlers run meanwhile. Same preconditions as `wait`."""
     if threading.get_ident() != _main:
         event.wait()
         return

@@ -1,4 +1,4 @@
-"""`MemoryOptimizer`: one of each component, wired together (section 4.2 of the specification)."""
+"""`MemoryOptimizer`: creates and connects one of each component (section 4.2 of the specification)."""
 
 from __future__ import annotations
 
@@ -58,29 +58,29 @@ class MemoryOptimizer(FigureMethods):
     """Owns the bytes of managed tensors, and keeps them, or the whole process, within a budget.
 
     Args:
-        hardware_config: keys `cpu_model`, `gpu_model`, `memory_size`, `storage_type`; what is missing is detected.
+        hardware_config: keys `cpu_model`, `gpu_model`, `memory_size`, `storage_type`; missing ones are detected.
         memory_config: the keys of `MemoryConfig`, as a dict or an instance.
 
     Attributes:
-        config: the settings, those of a profile among them.
+        config: the settings, including those of a profile.
         hardware: the machine.
         pager: moves the bytes.
         pool: address ranges of runtime tensors.
-        cache: results that are used again; `None` where `enable_cache_hierarchy` is off.
-        kv_store: keys and values of sequences that rest; `None`: none are kept.
-        attachment: takes off the model what was attached to it (`release`); `None`: no model is.
-        audit: compares the resident set with the ledger at each pass; `None`: not asked for (`paging.audit`).
-        collector: lets go of what is not expected to be used again; `None` where `enable_predictive_gc` is off.
-        lifecycle: who made which runtime tensor, in which session, and what outlives it.
-        pressure: gives memory up when others take it; `None` without `ram_budget`.
-        tiering: brings runtime tensors back before they are used; `None`: switched off, or without a budget.
-        parameters: what may be changed while a model runs, by name.
+        cache: reusable results; `None` if `enable_cache_hierarchy` is off.
+        kv_store: keys and values of idle sequences; `None`: none are kept.
+        attachment: detaches everything attached to the model (`release`); `None`: there is no model.
+        audit: compares the resident set size with the ledger at each pass; `None`: not enabled (`paging.audit`).
+        collector: releases objects that are not expected to be used again; `None` if `enable_predictive_gc` is off.
+        lifecycle: the creator and session of each runtime tensor, and the tensors that outlive their session.
+        pressure: gives memory up when other processes take it; `None` without `ram_budget`.
+        tiering: prefetches runtime tensors; `None`: switched off, or no budget.
+        parameters: settings that can be changed while a model runs, by name.
         tuner: changes them; `None`: `auto_tune` is off.
-        swapping: says which runtime tensors leave first; `None`: switched off, and the longest unused do.
+        swapping: the eviction order of runtime tensors; `None`: switched off, least recently used first.
 
     Raises:
         ConfigurationError: an unknown key or a bad value.
-        MemoryBudgetExceeded: `ram_budget` is below what the process uses already.
+        MemoryBudgetExceeded: `ram_budget` is below what the process already uses.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class MemoryOptimizer(FigureMethods):
         hardware_config: Mapping[str, Any] | None = None,
         memory_config: Mapping[str, Any] | MemoryConfig | None = None,
     ) -> None:
-        with ExitStack() as undo:  # threads, files and address space of what was made before something failed
+        with ExitStack() as undo:  # releases threads, files and address space if a later step fails
             self._build(hardware_config, memory_config, undo)
             undo.pop_all()
 
@@ -100,7 +100,7 @@ class MemoryOptimizer(FigureMethods):
     ) -> None:
         self.hardware = HardwareProfile.from_mapping(hardware_config or {})
         self.config = configure(memory_config, self.hardware)
-        create_codec(self.config.unmeasured_codec())  # refuses a name that is not known
+        create_codec(self.config.unmeasured_codec())  # raises for an unknown name
         self.baseline_bytes = rss_bytes()
         ledger = Ledger(self.config.ram_budget, self.config.tensor_budget)
         self._check_budget()
@@ -129,7 +129,7 @@ class MemoryOptimizer(FigureMethods):
             self.pressure.start()
         self.tiering: MemoryTieringSystem | None = None
         if ledger.limited and self.config.enable_tiering and self.config.enable_memory_tiering:
-            self.tiering = MemoryTieringSystem({**tier_memory(self.pager.swap_dir), "gpu": None})  # tensors stay off it
+            self.tiering = MemoryTieringSystem({**tier_memory(self.pager.swap_dir), "gpu": None})  # no tensors on a GPU
             undo.callback(self.tiering.close)
             self.pager.listen(self.tiering.note)
             if not self.config.private:
@@ -142,7 +142,7 @@ class MemoryOptimizer(FigureMethods):
         if self.config.enable_cache_hierarchy:
             self.cache = HierarchicalCacheSystem(self.config, budget=LedgerBudget(self.pager))
             undo.callback(self.cache.close)
-            if self._accounts is None:  # else it makes room before each forward
+            if self._accounts is None:  # otherwise it makes room before each forward
                 self.pager.on_pass = self.cache.make_room
         self.lifecycle = TensorLifecycleTracker()
         self._runtime_store: RuntimeStore | None = None
@@ -205,7 +205,7 @@ class MemoryOptimizer(FigureMethods):
         least = self.baseline_bytes + _LEAST_FRAMES_BYTES
         if budget is not None and budget < least:
             raise MemoryBudgetExceeded(
-                f"ram_budget of {format_bytes(budget)} cannot work: this process uses "
+                f"ram_budget of {format_bytes(budget)} is too small: this process uses "
                 f"{format_bytes(self.baseline_bytes)} before any tensor; give at least {format_bytes(least)}",
                 requested_bytes=least,
                 available_bytes=budget,
@@ -221,7 +221,7 @@ class MemoryOptimizer(FigureMethods):
         dtype: torch.dtype = torch.float16,
         tensor_type: str = "general",
     ) -> ManagedTensor:
-        """Return a zeroed tensor from the pool of its kind; it is freed when the last reference to it goes.
+        """Return a zeroed tensor from the pool of its kind; it is freed with the last reference to it.
 
         Args:
             shape: of the tensor.
@@ -229,14 +229,14 @@ class MemoryOptimizer(FigureMethods):
             tensor_type: `kv_cache`, `vision_features`, `text_embeddings` or `general`.
 
         Raises:
-            ConfigurationError: an unknown kind, or a negative extent.
-            MemoryBudgetExceeded: it does not fit, whatever else is swapped out.
+            ConfigurationError: an unknown kind, or a negative dimension.
+            MemoryBudgetExceeded: it does not fit, even with everything else swapped out.
         """
         if tensor_type not in TENSOR_KINDS:
             raise ConfigurationError(f"tensor_type: {tensor_type!r} is not one of {', '.join(TENSOR_KINDS)}")
         extents = (shape,) if isinstance(shape, int) else tuple(int(extent) for extent in shape)
         if any(extent < 0 for extent in extents):
-            raise ConfigurationError(f"shape: {list(extents)} has a negative extent")
+            raise ConfigurationError(f"shape: {list(extents)} has a negative dimension")
         codec = RawCodec()
         with shield:
             return self._allocate(extents, dtype, tensor_type, codec)
@@ -269,7 +269,7 @@ class MemoryOptimizer(FigureMethods):
             with self.pager.exclusive():
                 pool.free(address)
             raise
-        entry.on_released = partial(pool.free, address)  # once no view holds its pages
+        entry.on_released = partial(pool.free, address)  # when no view holds its pages any more
         tensor = ManagedTensor(self.pager, entry)
         self.lifecycle.refer(entry.tensor_id, tensor, _caller())
         weakref.finalize(tensor, self.pager.free_later, entry.tensor_id)
@@ -277,7 +277,7 @@ class MemoryOptimizer(FigureMethods):
         return tensor
 
     def record_tensor_access(self, tensor_id: str) -> None:
-        """Note that a tensor was used; operations on managed tensors note themselves.
+        """Record a use of a tensor; operations on managed tensors are recorded automatically.
 
         Raises:
             UnknownTensorError: no managed tensor has this id.
@@ -285,9 +285,9 @@ class MemoryOptimizer(FigureMethods):
         self.pager.record(self.pager.entry(tensor_id))
 
     def migrate_for_compute(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return `tensor` in the tier and format it is computed in: decoded, in memory, pinned while it lives.
+        """Return `tensor` in its compute tier and format: decoded, in memory, pinned while it lives.
 
-        A plain tensor passes through unchanged.
+        A plain tensor is returned unchanged.
         """
         return tensor.decoded() if isinstance(tensor, ManagedTensor) else tensor
 
@@ -298,12 +298,12 @@ class MemoryOptimizer(FigureMethods):
         return self.lifecycle.begin_session()
 
     def end_inference_session(self) -> None:
-        """Close the latest session of this thread; with the last one, free page frames go back to the system.
+        """Close the latest session of this thread; after the last one, free page frames return to the system.
 
-        What was allocated in it and is still referenced is reported by `lifecycle.leaks`.
+        Tensors allocated in it that are still referenced are reported by `lifecycle.leaks`.
 
         Raises:
-            ConfigurationError: none is open.
+            ConfigurationError: no session is open.
         """
         self.lifecycle.end_session()
         if self.collector is not None:
@@ -313,7 +313,7 @@ class MemoryOptimizer(FigureMethods):
 
     @contextmanager
     def inference_session(self) -> Iterator[MemoryOptimizer]:
-        """Open a session for a block."""
+        """Open a session for the duration of a block."""
         self.start_inference_session()
         try:
             yield self
@@ -322,7 +322,7 @@ class MemoryOptimizer(FigureMethods):
 
     @contextmanager
     def generation(self) -> Iterator[None]:
-        """Open a session for one `generate`; free page frames stay for the next."""
+        """Open a session for one `generate`; free page frames are kept for the next."""
         began = None
         try:
             with shield:
@@ -336,7 +336,7 @@ class MemoryOptimizer(FigureMethods):
                         self.collector.end_round()
 
     def keep_sequences(self, store: Any) -> None:
-        """Have the systems decide about the keys and values of sequences that rest (`model.kv.store.KVStore`)."""
+        """Let the policies manage the keys and values of idle sequences (`model.kv.store.KVStore`)."""
         self.kv_store = self._parts.kv_store = store
         store.own = self.lifecycle.own
         if self.swapping is not None:
@@ -347,10 +347,10 @@ class MemoryOptimizer(FigureMethods):
     # --- budget -------------------------------------------------------------------------------------------------------
 
     def reserve_activations(self, n_bytes: int) -> None:
-        """Set memory aside for the transient tensors of a forward that is about to run.
+        """Reserve memory for the transient tensors of a forward pass that is about to run.
 
         Raises:
-            MemoryBudgetExceeded: it does not fit beside what the weights need at least.
+            MemoryBudgetExceeded: it does not fit beside the minimum that the weights need.
         """
         if self._accounts is not None:
             if self.cache is not None:
@@ -358,14 +358,14 @@ class MemoryOptimizer(FigureMethods):
             self._accounts.reserve_activations(n_bytes)
 
     def free_for_activations(self) -> int | None:
-        """Return the most that the transient tensors of a forward may take in bytes, `None` without `ram_budget`."""
+        """Return the maximum bytes for the transient tensors of a forward pass, `None` without `ram_budget`."""
         return None if self._accounts is None else self.pager.ledger.most_bytes("activations")
 
     def measure_process(self) -> None:
-        """Account for what the process uses by now besides managed memory, libraries imported meanwhile included.
+        """Charge what the process now uses besides managed memory, including libraries imported meanwhile.
 
         Raises:
-            MemoryBudgetExceeded: it does not fit beside what the weights need at least.
+            MemoryBudgetExceeded: it does not fit beside the minimum that the weights need.
         """
         if self._accounts is not None:
             self.baseline_bytes = self._accounts.measure()
@@ -373,9 +373,9 @@ class MemoryOptimizer(FigureMethods):
     # --- figures ----------------------------------------------------------------------------------------------------
 
     def get_memory_efficiency_stats(self) -> dict[str, Any]:
-        """Return what is held where, and what happened.
+        """Return memory use by place, and event counters.
 
-        The keys: `budget`, `paging`, `tiers`, `pools`, `kinds`, `codecs`, `cache`, `kv` (sequences that rest), `gc`,
+        The keys: `budget`, `paging`, `tiers`, `pools`, `kinds`, `codecs`, `cache`, `kv` (idle sequences), `gc`,
         `tuning`, `sessions_open`.
         """
         memory = process_memory()
@@ -427,10 +427,10 @@ class MemoryOptimizer(FigureMethods):
     # --- end --------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Stop the I/O threads, remove the swap file, return the memory. Managed tensors are unusable afterwards.
+        """Stop the I/O threads, remove the swap file, release the memory. Managed tensors become unusable.
 
-        What nobody refers to any more (the model, its tensors, this) is closed soon after, and what is still open when
-        the interpreter ends then.
+        An optimizer whose references (the model, its tensors, this object) are gone is closed soon after. One that is
+        still open when the interpreter exits is closed then.
         """
         _open.discard(self)
         self._parts.close()
@@ -445,11 +445,11 @@ class MemoryOptimizer(FigureMethods):
 
 
 class _Parts:
-    """What an optimizer has to close; refers to no optimizer.
+    """The parts of an optimizer to close; holds no reference to the optimizer.
 
     Attributes:
-        kv_store: keys and values of sequences that rest; `None`: none are kept.
-        closed: all is.
+        kv_store: keys and values of idle sequences; `None`: none are kept.
+        closed: whether everything is closed.
     """
 
     def __init__(self, systems: list[Any], pager: Pager, pool: AdvancedMemoryPool) -> None:
@@ -459,7 +459,7 @@ class _Parts:
         self._pager, self._pool = pager, pool
 
     def close(self) -> None:
-        """Close all, in the order in which they use each other."""
+        """Close everything, users before the parts they use."""
         for system in ([] if self.kv_store is None else [self.kv_store]) + self._systems:
             system.close()
         self._pager.close()
@@ -473,7 +473,7 @@ _closing: set[threading.Thread] = set()
 
 
 def _close_in_thread(parts: _Parts) -> None:
-    """Close what was dropped; the collector may run this in one of the threads that are to end, or with a lock held."""
+    """Close in a new thread: the collector may call this in a thread that must end, or with a lock held."""
 
     def close() -> None:
         try:
@@ -489,14 +489,14 @@ def _close_in_thread(parts: _Parts) -> None:
 
 
 def _close_open() -> None:
-    """Close what nobody closed: a thread that the end of the interpreter meets inside torch would abort the process."""
+    """Close what is still open: a thread that is inside torch at interpreter exit would abort the process."""
     for thread in list(_closing):
         thread.join(_CLOSING_S)
     for optimizer in list(_open):
         try:
             optimizer.close()
-        except Exception as error:  # the process ends all the same
-            logger.warning("could not be closed: %s: %s", type(error).__name__, str(error))
+        except Exception as error:  # the process exits anyway
+            logger.warning("could not close the optimizer: %s: %s", type(error).__name__, str(error))
 
 
 def _forget_open() -> None:
@@ -507,11 +507,11 @@ def _forget_open() -> None:
 
 
 atexit.register(_close_open)
-os.register_at_fork(after_in_child=_forget_open)  # its threads and its swap file are the parent's
+os.register_at_fork(after_in_child=_forget_open)  # the threads and the swap file belong to the parent
 
 
 def _caller() -> str:
-    """Return the place in the code that called into this module."""
+    """Return the code location that called into this module."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename == __file__:
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""`Periodic`: a thread that does something again and again, with pauses that may change while it runs."""
+"""`Periodic`: a thread that runs a function repeatedly, with an adjustable pause."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ logger = logging.getLogger(__name__)
 
 
 class Periodic:
-    """Does `work` after each pause, until that returns `False` or `close` is called.
+    """Calls `work` after each pause, until it returns `False` or `close` is called.
 
-    Work that raises is logged, counted and remembered, and done again after the next pause.
+    An exception in `work` is logged, counted and stored; the next call follows after the pause.
 
     Args:
-        work: returns whether there is more to do. It should refer weakly to what owns this thread.
+        work: returns whether to continue. It should refer weakly to the owner of this thread.
         interval_s: the pause in seconds.
-        name: of the thread.
+        name: name of the thread.
 
     Attributes:
-        failures: how often the work raised.
-        last_error: what it raised last; `None`: it never did.
+        failures: number of exceptions raised by the work.
+        last_error: the latest exception; `None`: none so far.
 
     Raises:
         ConfigurationError: the pause is not above zero.
@@ -42,7 +42,7 @@ class Periodic:
 
     @property
     def interval_s(self) -> float:
-        """The pause in seconds; a new one begins at once."""
+        """The pause in seconds; a new value takes effect at once."""
         return self._interval_s
 
     @interval_s.setter
@@ -53,20 +53,20 @@ class Periodic:
         self._changed.set()
 
     def start(self) -> None:
-        """Begin, with a pause."""
+        """Start, with a pause first."""
         self._thread.start()
 
     def wake(self) -> None:
-        """Do the work now, or once more if it is being done; never waits."""
+        """Run the work now, or once more if it is running; never wait."""
         self._due = True
         self._changed.set()
 
     def is_alive(self) -> bool:
-        """Whether the thread runs."""
+        """Return whether the thread is running."""
         return self._thread.is_alive()
 
     def close(self) -> None:
-        """End the thread, once what it does just now is done."""
+        """Stop the thread after the current call of the work."""
         self._ended = True
         self._changed.set()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
@@ -87,6 +87,6 @@ class Periodic:
             return self._work()
         except Exception as error:
             self.failures += 1
-            self.last_error = error.with_traceback(None)  # its frames would keep alive what the work refers to
-            logger.exception("%s: failed (%d times so far); it goes on", self._thread.name, self.failures)
+            self.last_error = error.with_traceback(None)  # its frames would keep the work's objects alive
+            logger.exception("%s: failed (%d times so far); retrying after the pause", self._thread.name, self.failures)
             return True

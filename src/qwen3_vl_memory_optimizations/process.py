@@ -1,7 +1,7 @@
-"""The memory of this process and of its control groups: read, and given back where it is not needed.
+"""Memory of this process and of its control groups: read the figures, and release unneeded memory.
 
-Nothing is configured: a figure is read from the operating system. Files are read below an injectable `root`, so that
-other machines can be described in tests.
+Nothing is configured: all figures come from the operating system. Files are read below an injectable `root`, so that
+tests can describe other machines.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class ProcessMemory:
     """Resident memory of this process.
 
     Attributes:
-        rss_bytes: all of it.
-        anonymous_bytes: the part that no file backs, shared memory included: only swap could take it.
+        rss_bytes: total.
+        anonymous_bytes: the part without a backing file, including shared memory: only swap could take it.
         file_bytes: mapped files; the kernel drops them when memory is short.
-        peak_rss_bytes: the most `rss_bytes` has been.
+        peak_rss_bytes: maximum of `rss_bytes` so far.
     """
 
     rss_bytes: int
@@ -47,12 +47,12 @@ class GroupMemory:
     """A memory control group that limits this process.
 
     Attributes:
-        limit_bytes: what its members may use together without being killed, or throttled: above `memory.high` the
-            kernel reclaims from them and slows them down.
-        used_bytes: what they use: anonymous memory, cached files, memory of the kernel.
-        cached_bytes: cached files that nobody maps; the kernel drops them when the group is at its limit.
-        droppable_bytes: cached files that were not used of late.
-        files_bytes: all pages of files, mapped ones too: the kernel drops the code that runs before it gives in.
+        limit_bytes: what its members may use together without being killed or throttled: above `memory.high` the kernel
+            reclaims from them and slows them down.
+        used_bytes: what they use: anonymous memory, cached files, kernel memory.
+        cached_bytes: cached files that no process maps; the kernel drops them when the group is at its limit.
+        droppable_bytes: cached files that were not used recently.
+        files_bytes: all file pages, including mapped ones: the kernel drops running code before it gives up.
     """
 
     limit_bytes: int
@@ -65,7 +65,7 @@ class GroupMemory:
 def process_memory(*, root: str | os.PathLike[str] = "/") -> ProcessMemory:
     """Return the resident memory of this process.
 
-    Without a `/proc` all of it counts as anonymous: nothing is taken for reclaimable that may not be.
+    Without `/proc`, all of it counts as anonymous, so that reclaimable memory is never overestimated.
     """
     status = read_colon_table(Path(root) / "proc/self/status")
     if "VmRSS" not in status:
@@ -82,7 +82,7 @@ def process_memory(*, root: str | os.PathLike[str] = "/") -> ProcessMemory:
 
 
 def rss_bytes() -> int:
-    """Return the resident memory of this process in bytes; about 10 us, cheap enough for every allocation."""
+    """Return the resident memory of this process in bytes; takes about 10 us, cheap enough for every allocation."""
     try:
         with open("/proc/self/statm", "rb", buffering=0) as statm:
             return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -91,7 +91,7 @@ def rss_bytes() -> int:
 
 
 def mapped_file_bytes() -> int:
-    """Return the part of `rss_bytes` that files back, code of libraries most of all; about 10 us."""
+    """Return the file-backed part of `rss_bytes`, mostly library code; takes about 10 us."""
     try:
         with open("/proc/self/statm", "rb", buffering=0) as statm:
             return int(statm.read().split()[2]) * os.sysconf("SC_PAGE_SIZE")
@@ -100,7 +100,7 @@ def mapped_file_bytes() -> int:
 
 
 def reset_peak_rss() -> bool:
-    """Have `peak_rss_bytes` begin anew; return whether the system allows it."""
+    """Reset `peak_rss_bytes`; return whether the system allows it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -109,7 +109,7 @@ def reset_peak_rss() -> bool:
 
 
 def major_faults() -> int:
-    """Return how often this process has waited for a page to be read, code of libraries most of all; 0: not known."""
+    """Return how often this process has waited for a page to be read, mostly library code; 0: unknown."""
     try:
         import resource
     except ImportError:
@@ -118,7 +118,7 @@ def major_faults() -> int:
 
 
 def usable_memory(*, root: str | os.PathLike[str] = "/", groups: bool = True) -> tuple[int, int]:
-    """Return (usable, available now) bytes: the least that the machine and (with `groups`) its control groups allow."""
+    """Return (usable, available now) bytes: the minimum over the machine and (with `groups`) its control groups."""
     table = read_colon_table(Path(root) / "proc/meminfo")
     if "MemTotal" in table:
         total = _kilobytes(table["MemTotal"])
@@ -136,7 +136,7 @@ def usable_memory(*, root: str | os.PathLike[str] = "/", groups: bool = True) ->
 
 
 def limiting_groups(*, root: str | os.PathLike[str] = "/") -> Iterator[GroupMemory]:
-    """Yield the control groups with a memory limit that this process is in, the innermost first."""
+    """Yield the memory-limited control groups that contain this process, innermost first."""
     base = Path(root)
     groups = read_lines(base / "proc/self/cgroup")
     mount = base / "sys/fs/cgroup"
@@ -166,7 +166,7 @@ def _upwards(
     inner = mount / group.strip("/")
     # Inside a container the path is often the host's: then only the mount, its own group, exists.
     for directory in (inner, *inner.parents):
-        # 0 is written to force a reclaim, and leaves nothing to plan with.
+        # A limit of 0 is written to force a reclaim, and is not usable for planning.
         limit = min((limit for name in limit_names if (limit := read_int(directory / name))), default=_UNLIMITED_BYTES)
         if limit < _UNLIMITED_BYTES:
             table = dict(line.split(" ", 1) for line in read_lines(directory / "memory.stat") if " " in line)
@@ -183,11 +183,11 @@ def _upwards(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MemoryStalls:
-    """How long somebody has waited for memory so far, in seconds (pressure stall information, `some`).
+    """Total time that any task has waited for memory, in seconds (pressure stall information, `some`).
 
     Attributes:
-        group_s: somebody in the control group of this process; `None`: not counted (version 1, or an old kernel).
-        system_s: somebody on this machine; `None`: not counted.
+        group_s: tasks in this process's control group; `None`: not available (version 1, or an old kernel).
+        system_s: tasks on this machine; `None`: not available.
     """
 
     group_s: float | None
@@ -220,9 +220,9 @@ def _stall_s(path: Path) -> float | None:
 
 @contextlib.contextmanager
 def pause_collection() -> Iterator[None]:
-    """Keep Python's collector from running in a block, such as an import: it would look through all modules in vain.
+    """Pause Python's garbage collector in a block such as an import, where it would scan all modules in vain.
 
-    Importing torch and transformers makes half a million objects that stay; without collections it takes 0.4 s less.
+    Importing torch and transformers creates half a million lasting objects; without collections it takes 0.4 s less.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -246,20 +246,20 @@ def _libc() -> ctypes.CDLL:
 def tame_allocator() -> None:
     """Make glibc keep the memory of large temporaries between operations, in few arenas.
 
-    Given back after each operation (a low threshold for mmap) it must be faulted in anew by the next: a prefill then
-    takes twice as long. What a pass leaves behind, `trim_heap` gives back.
+    Memory returned after each operation (a low mmap threshold) must be faulted in again by the next, which doubles the
+    time of a prefill. `trim_heap` releases what a pass leaves behind.
     """
     try:
         libc = _libc()
         libc.mallopt(_M_ARENA_MAX, 2)
         libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
-    except (OSError, AttributeError):  # another C library has other habits
+    except (OSError, AttributeError):  # another C library behaves differently
         return
 
 
 def trim_heap() -> None:
-    """Give the holes in the heap back to the system; a prefill leaves tens of megabytes of them."""
+    """Return the holes in the heap to the system; a prefill leaves tens of megabytes of them."""
     try:
         _libc().malloc_trim(0)
     except (OSError, AttributeError):  # another C library
@@ -267,25 +267,25 @@ def trim_heap() -> None:
 
 
 def release_library_pages() -> None:
-    """Give back the code of libraries: starting up reads far more of it than computing needs (100 MB of 112).
+    """Release library code: startup reads far more of it than computing needs (100 MB of 112).
 
-    Pages that are needed come back with the next access, from the cache or from the disk. Pages that other processes
-    map stay. About 60 ms, and as long to read the needed ones again.
+    Needed pages return with the next access, from the cache or the disk. Pages that other processes map stay. Takes
+    about 60 ms, and as long to read the needed ones again.
     """
     for line in read_lines(Path("/proc/self/maps")):
         fields = line.split(None, 5)
-        # Only code: data that the loader wrote to has no file to come back from.
+        # Only code: data that the loader wrote to has no file to be read from again.
         if len(fields) == 6 and "x" in fields[1] and fields[5].startswith("/"):
             start, stop = (int(text, 16) for text in fields[0].split("-"))
             try:
-                _libc().madvise(start, stop - start, _MADV_PAGEOUT)  # refused, harmlessly, before Linux 5.4
+                _libc().madvise(start, stop - start, _MADV_PAGEOUT)  # fails harmlessly before Linux 5.4
             except (OSError, AttributeError):
                 return
     drop_cached_libraries()
 
 
 def drop_cached_libraries() -> None:
-    """Drop what the page cache holds of this process's libraries and nobody maps: read-ahead that was not needed."""
+    """Drop cached but unmapped pages of this process's libraries, which are unneeded readahead."""
     mappings = (line.split(None, 5) for line in read_lines(Path("/proc/self/maps")))
     files = {fields[5].strip() for fields in mappings if len(fields) == 6}
     for module in list(sys.modules.values()):
@@ -298,7 +298,7 @@ def drop_cached_libraries() -> None:
             continue
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        except OSError:  # deleted since, or no file
+        except OSError:  # deleted since, or not a file
             continue
         try:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -312,7 +312,7 @@ def drop_cached_libraries() -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a file; none where it cannot be read."""
+    """Return the lines of a file; empty if it cannot be read."""
     try:
         return path.read_text(errors="replace").splitlines()
     except OSError:
@@ -320,7 +320,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def read_int(path: Path) -> int | None:
-    """Return the number in the first line of a file, `None` where there is none."""
+    """Return the number in the first line of a file, `None` if there is none."""
     first = next(iter(read_lines(path)), "").strip()
     return int(first) if first.isdigit() else None
 

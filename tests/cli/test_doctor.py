@@ -69,7 +69,7 @@ def test_the_report_fits_80_columns():
     report = {
         "profile": PROFILE,
         "energy": {
-            "processor": {"counters": [], "absent": f"/sys/{'long/' * 20}energy_uj is for root alone [0]"},
+            "processor": {"counters": [], "absent": f"/sys/{'long/' * 20}energy_uj is readable by root only [0]"},
             "gpu": {"counters": ["gpu-0", "gpu-1"], "absent": None},
         },
         "hardware": {
@@ -108,7 +108,7 @@ def test_the_report_fits_80_columns():
     assert max(len(line.rstrip()) for line in screen.getvalue().splitlines()) <= 80
     assert "bf16 runs at 0.0086 times the speed of fp32" in screen.getvalue()
     text = " ".join(screen.getvalue().split())
-    assert "is for root alone [0]" in text
+    assert "is readable by root only [0]" in text
     assert "measured by gpu-0, gpu-1" in text
     assert "ram_budget = 4.8 GB, enable_tiering = on" in text
     assert "not server memory from 24 GB (8 GB)" in text
