@@ -18,7 +18,7 @@ _LATE = 1.3
 """A use that has not come after this many gaps is no longer expected."""
 _GAP_WEIGHT = 0.4
 _FIRST_SPREAD = 0.2
-"""Share of the first gap: a second use is assumed periodic until a third one breaks the period."""
+"""Initial spread, as a share of the first gap: a second use counts as periodic until a third breaks the period."""
 
 
 @dataclass(slots=True)

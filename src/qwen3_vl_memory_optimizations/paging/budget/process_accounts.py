@@ -27,7 +27,7 @@ _LEAST_CODE_BYTES = 48 * 2**20
 _CODE_SHARE = 32
 """Library code that computing runs (35 to 45 MB), or 1/32 of a small budget."""
 _CACHE_SHARE = 16
-"""A group's file cache is charged up to this share of the budget; the kernel can drop the rest."""
+"""A group's file cache is charged up to 1/16 of the budget; the kernel can drop the rest."""
 _CACHE_SLACK_BYTES = 16 * 2**20
 
 

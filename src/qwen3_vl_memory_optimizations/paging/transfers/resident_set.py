@@ -16,7 +16,7 @@ from .moves import PageMover
 READ_AHEAD_BYTES = 5 * PAGE_BYTES
 _READ_AHEAD_SHARE = 8
 _MOST_READ_AHEAD_SHARE = 2
-"""Maximum share of the memory for weights, if the window is set explicitly."""
+"""An explicitly set read-ahead window takes at most 1/2 of the memory for weights."""
 _LOOK_AHEAD_TENSORS = 64
 
 
