@@ -195,7 +195,7 @@ def _require_workable(config: MemoryConfig) -> None:
     least = rss_bytes() + (0 if _is_imported() else _LIBRARIES_BYTES) + FIXED_RESERVE_BYTES + _LEAST_FRAMES_BYTES
     if config.ram_budget is not None and config.ram_budget < least:
         raise MemoryBudgetExceeded(
-            f"ram_budget of {format_bytes(config.ram_budget)} cannot work: interpreter, torch, transformers and a "
+            f"ram_budget of {format_bytes(config.ram_budget)} is too small: interpreter, torch, transformers and a "
             f"working set need at least {format_bytes(least)} here; raise the budget",
             requested_bytes=least,
             available_bytes=config.ram_budget,

@@ -139,7 +139,7 @@ def test_autocast_computes_in_its_dtype(pair):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, expected = logits(pair[0]), logits(pair[1])
     assert found.dtype == expected.dtype == torch.bfloat16
-    assert float((found - expected).abs().max()) < 0.5
+    assert float((found - expected).abs().max()) < 1
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
