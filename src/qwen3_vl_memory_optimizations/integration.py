@@ -1,8 +1,8 @@
 """Provide Qwen3-VL and its two parts as subclasses of the transformers classes, with managed weights (section 4.3).
 
-Nothing is computed here. The classes are built without weights, on the meta device; `factory` or `model.loading` add
-managed weights. Built inside `torch.device("meta")`, as the factory builds the skeleton of a checkpoint, they stay
-without.
+Nothing is computed here. The classes are built without weights, on the meta device; `factory` or
+`model.checkpoint.loading` add managed weights. Built inside `torch.device("meta")`, as the factory builds the skeleton
+of a checkpoint, they stay without.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class _NotOffloaded:
     """Occupies accelerate's hook attribute, and rejects the first hook that accelerate sets."""
 
     def detach_hook(self, module: nn.Module) -> NoReturn:
-        """Called before the first hook is set."""
+        """Reject a hook before accelerate sets it."""
         raise ConfigurationError(
             "managed weights cannot be offloaded by accelerate: they are already paged from the SSD; set ram_budget "
             "instead"

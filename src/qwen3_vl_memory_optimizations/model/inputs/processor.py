@@ -138,7 +138,7 @@ class Processor:
 
         Args:
             prompt: the question. Text that spells a control token stays plain text.
-            images: one or several in any form (`model.images.ImageSource`), placed before the question in this order.
+            images: one or several in any form (`model.inputs.images.ImageSource`), placed in order before the question.
             video: a video file, a directory of frames, or frames; placed after the images.
             system: system prompt.
             max_pixels: the most pixels per image and per frame; larger ones are scaled down. One token covers
