@@ -231,7 +231,7 @@ def test_a_disk_without_room_is_a_clear_error_before_anything_is_written(tmp_pat
 PACK = """
 import sys
 from qwen3_vl_memory_optimizations.config import MemoryConfig
-from qwen3_vl_memory_optimizations.model import packing
+from qwen3_vl_memory_optimizations.model.checkpoint import packing
 if sys.argv[3] == "slow":
     import time
     encode = packing._encoded_chunks

@@ -9,7 +9,7 @@ from qwen3_vl_memory_optimizations import (
     MemoryOptimizer,
     create_optimized_model,
 )
-from qwen3_vl_memory_optimizations.evaluation import checkpoint
+from qwen3_vl_memory_optimizations.evaluation import codecs
 from qwen3_vl_memory_optimizations.hardware import HardwareProfile
 from qwen3_vl_memory_optimizations.planning import pack_model
 from qwen3_vl_memory_optimizations.profiles import choice as choice_module
@@ -213,7 +213,7 @@ def test_each_codec_is_evaluated_within_the_profile_and_not_replaced_by_its_code
         loaded.append(config)
         raise InputError("seen")
 
-    monkeypatch.setattr(checkpoint, "create_optimized_model", load)
+    monkeypatch.setattr(codecs, "create_optimized_model", load)
     with pytest.raises(InputError, match="seen"):
-        next(checkpoint.evaluate_codecs(tiny.DIRECTORY, ["auto"], [], config=MemoryConfig(profile="mine")))
+        next(codecs.evaluate_codecs(tiny.DIRECTORY, ["auto"], [], config=MemoryConfig(profile="mine")))
     assert loaded == [MemoryConfig(tensor_budget="2MB", codec="auto")]
