@@ -254,6 +254,6 @@ def test_what_cannot_work_is_refused(config, carrying, optimizer):
     with pytest.raises(ConfigurationError, match="MemoryOptimizer, got dict"):
         OptimizedVisionEncoder(config, {})
     (carrying / "config.json").write_text('{"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}')
-    with pytest.raises(CheckpointError, match="Qwen3ForCausalLM, which OptimizedVisionLanguageModel is not"):
+    with pytest.raises(CheckpointError, match="Qwen3ForCausalLM; OptimizedVisionLanguageModel is not"):
         OptimizedVisionLanguageModel.from_pretrained(carrying)
     assert torch.get_default_dtype() == torch.float32

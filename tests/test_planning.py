@@ -127,7 +127,7 @@ def test_where_nothing_is_encoded_the_source_is_read_in_place(tmp_path):
 
 def test_a_plan_of_another_checkpoint_is_refused(tmp_path):
     plan = CompressionPlan({"model.up": PlannedWeight("int8", "", {})}, 0.02, "nothing", "bytes")
-    with pytest.raises(ConfigurationError, match="'model.up', which is no large weight"):
+    with pytest.raises(ConfigurationError, match="'model.up', not a large weight"):
         pack_model(tiny.DIRECTORY, MemoryConfig(cache_dir=tmp_path), plan=plan)
     assert not list(tmp_path.rglob("*"))
 

@@ -26,7 +26,7 @@ def look(model):
         state = module.__dict__
         found[name] = (
             {key: id(value) for key, value in state.items() if key not in NOT_COMPARED},
-            {key: set(value) for key, value in state.items() if "hooks" in key and value},
+            {key: set(value) for key, value in state.items() if "hooks" in key and isinstance(value, dict)},
             {key: type(value) for key, value in module._parameters.items()},
         )
     return found, model.config.get_text_config()._attn_implementation

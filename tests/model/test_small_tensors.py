@@ -49,5 +49,5 @@ def test_a_damaged_one_is_refused(tmp_path):
         file.seek(extent.offset_bytes)
         file.write(b"\xff")
     direct = DirectFile(extent.path)
-    with pytest.raises(CorruptDataError, match=r"\.scale: page 0"):
+    with pytest.raises(CorruptDataError, match=r"\.scale: the checksum of page 0"):
         read_small_tensors([extent], lambda extent: direct)

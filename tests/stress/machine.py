@@ -195,7 +195,7 @@ class Machine:
         assert not _held(pager.ledger.accounts())
         assert not any(row["used_bytes"] for row in pools.stats().values())
         self.optimizer.close()
-        held = [(each.tensor_id, [page.pins for page in each.pages]) for each in pager._registry._lingering]
+        held = [(each.tensor_id, [page.pins for page in each.pages]) for each in pager._tensors._lingering]
         _equal((pager.frames.committed_bytes, dict(pager.entries), held), (0, {}, []))
 
 

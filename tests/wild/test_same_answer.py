@@ -137,5 +137,5 @@ def test_where_nothing_may_be_written(tmp_path, unmeasured, caplog):
     assert not (tmp_path / "private").exists() and not caplog.records
     (tmp_path / "file").write_text("")
     recall_bf16_cost(MemoryConfig(cache_dir=tmp_path / "file" / "below"))
-    assert "not kept" in caplog.text
+    assert "not stored" in caplog.text
     assert kernels.bf16_cost() > 0
