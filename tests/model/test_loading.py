@@ -300,6 +300,7 @@ def test_an_interrupted_generation_leaves_a_usable_model(tmp_path):
     inputs = tiny.cases()["image"]
     with pytest.raises(KeyboardInterrupt):
         model.generate(**inputs, max_new_tokens=18, min_new_tokens=18, do_sample=False, streamer=Interrupting())
+    model.memory_optimizer.pager.debit("test", 0)  # runs what finalizers queued while another thread held the lock
     assert not any(page.pins for entry in model.memory_optimizer.pager.entries.values() for page in entry.pages)
     assert torch.equal(model(**inputs).logits, tiny.reference()(**inputs).logits)
     model.memory_optimizer.close()
