@@ -136,10 +136,11 @@ def test_managed_weights_refuse_gradients_and_nothing_else_asks_for_them_then(mo
 
 
 def test_autocast_computes_in_its_dtype(pair):
+    exact = logits(pair[1])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, expected = logits(pair[0]), logits(pair[1])
-    assert found.dtype == expected.dtype == torch.bfloat16
-    assert float((found - expected).abs().max()) < 1
+        found, plain = logits(pair[0]), logits(pair[1])
+    assert found.dtype == plain.dtype == torch.bfloat16
+    assert float((found - exact).abs().max()) < 2 * float((plain - exact).abs().max())
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
