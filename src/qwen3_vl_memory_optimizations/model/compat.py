@@ -14,6 +14,17 @@ MAKE_CACHE_METHOD = "_prepare_cache_for_generation"
 """The method of `generate` that creates the cache and adds it to the model's arguments."""
 PREFILL_METHOD = "_prefill"
 """The method of `generate` that runs the prompt; not in every version."""
+OTHER_DECODING = (
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "use_mtp",
+    "penalty_alpha",
+    "dola_layers",
+    "constraints",
+    "force_words_ids",
+    "custom_generate",
+)
+"""Arguments of `generate` that choose another way of decoding than one token per pass."""
 INIT_METHOD = "_init_weights"
 """The method that initializes the weights and computed buffers of one module."""
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ...errors import MemoryBudgetExceeded
-from ..compat import CACHE_NAMES, vision_tower
+from ..compat import CACHE_NAMES, OTHER_DECODING, vision_tower
 from ..kv.cache import ManagedKVCache
 from ..kv.naming import Span, Token, find_spans, named_tokens
 from ..kv.store import KVStore
@@ -45,19 +45,12 @@ _KNOWN = frozenset(
 )
 """Arguments of `generate` with a known effect on keys and values, besides the decoding settings."""
 _FOREIGN = (
+    *OTHER_DECODING,
     "inputs_embeds",
     "position_ids",
     "mm_encoder_outputs",
     "assistant_model",
-    "custom_generate",
     "negative_prompt_ids",
-    "prompt_lookup_num_tokens",
-    "assistant_early_exit",
-    "use_mtp",
-    "penalty_alpha",
-    "dola_layers",
-    "constraints",
-    "force_words_ids",
     "prefill_chunk_size",
     "cache_implementation",
     "output_attentions",

@@ -15,22 +15,12 @@ import torch
 from torch import nn
 
 from ...errors import ConfigurationError
-from ..compat import CACHE_NAMES, cache_of
+from ..compat import CACHE_NAMES, OTHER_DECODING, cache_of
 
 logger = logging.getLogger(__name__)
 
 ASSISTANT = "assistant"
 
-_OTHER_KINDS = (
-    "prompt_lookup_num_tokens",
-    "assistant_early_exit",
-    "use_mtp",
-    "penalty_alpha",
-    "dola_layers",
-    "constraints",
-    "force_words_ids",
-    "custom_generate",
-)
 _OTHER_CACHES = ("cache_implementation", *CACHE_NAMES)
 
 
@@ -96,7 +86,7 @@ def _obstacle(model: Any, arguments: Mapping[str, Any]) -> str | None:
     for name in ("num_beams", "num_return_sequences"):
         if (setting(name) or 1) > 1:
             return f"{name}={setting(name)} (only 1 is supported)"
-    for name in _OTHER_KINDS:
+    for name in OTHER_DECODING:
         if setting(name):
             return f"{name} selects another kind of generation"
     if setting("use_cache") is False or any(setting(name) is not None for name in _OTHER_CACHES):
