@@ -1,6 +1,10 @@
-import pytest
+import os
 
-from qwen3_vl_memory_optimizations import MemoryOptimizer
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported: no test waits for the hub
+
+import pytest  # noqa: E402
+
+from qwen3_vl_memory_optimizations import MemoryOptimizer  # noqa: E402
 
 
 @pytest.fixture

@@ -127,3 +127,22 @@ def test_packed_dir_prefers_the_setting_then_the_environment(monkeypatch, tmp_pa
     assert MemoryConfig(cache_dir="~/mem").packed_dir == Path.home() / "mem/packed"
     monkeypatch.delenv("QWEN3VL_MEM_CACHE")
     assert MemoryConfig().packed_dir == Path.home() / ".cache/qwen3vl-mem/packed"
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [(30, 30.0), ("30s", 30.0), ("1.5min", 90.0), ("2m", 120.0), ("500 ms", 0.5), ("1h", 3600.0)]
+)
+def test_durations(given, seconds):
+    assert MemoryConfig(first_token_s=given).first_token_s == seconds
+
+
+@pytest.mark.parametrize("given", [0, -1, "soon", "30 days", True, float("inf"), None])
+def test_durations_that_are_none(given):
+    with pytest.raises(ConfigurationError, match="first_token_s"):
+        MemoryConfig(first_token_s=given)
+
+
+def test_a_level_of_detail_is_one_of_a_few():
+    assert MemoryConfig(detail="document").detail == "document"
+    with pytest.raises(ConfigurationError, match="low, medium, document, high, auto"):
+        MemoryConfig(detail="best")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from benchmarks.control_group import unavailable_reason
 from benchmarks.conversations.run import FINISHED, REFUSED, child_environment, measure
 from benchmarks.make_checkpoint import make_checkpoint
+from qwen3_vl_memory_optimizations.compression.kernels import fastest_dtype
 from qwen3_vl_memory_optimizations.config import MemoryConfig
 from qwen3_vl_memory_optimizations.model.checkpoint.packing import pack_checkpoint
 
@@ -41,8 +43,10 @@ def converse(packed, cache_dir, limit_gb, prompt_tokens, kind, *, avx2, options=
         (0.9, 1024, "text", True),
         (0.7, 4096, "text", False),
         (0.7, 4096, "text", True),
-        (1.0, 2048, "page", False),
-        (1.3, 2048, "page", True),
+        # A page takes more in fp32, which is what a processor without bf16 computes in. What libraries take beside
+        # (400 to 530 MB were seen) depends on the processor.
+        (1.1 if fastest_dtype() == torch.bfloat16 else 1.4, 2048, "page", False),
+        (1.4, 2048, "page", True),
     ],
 )
 def test_three_turns_stay_in_the_budget(packed, tmp_path, limit_gb, prompt_tokens, kind, avx2):

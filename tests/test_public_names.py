@@ -51,6 +51,7 @@ PUBLIC = [
     "adapt_parameters_based_on_usage",
     "calculate_metrics",
     "create_optimized_model",
+    "document_pages",
     "evaluate_accuracy_impact",
     "get_memory_performance_metrics",
     "load_processor",
@@ -137,6 +138,8 @@ def test_errors_are_also_what_python_code_expects(error, builtin):
     assert issubclass(getattr(errors, error), builtin)
 
 
-@pytest.mark.parametrize(("n_bytes", "text"), [(0, "0 B"), (999, "999 B"), (4000, "4 kB"), (1.25e9, "1.25 GB")])
+@pytest.mark.parametrize(
+    ("n_bytes", "text"), [(0, "0 B"), (999, "999 B"), (4000, "4 kB"), (999_999_488, "1 GB"), (1.25e9, "1.25 GB")]
+)
 def test_sizes_for_people(n_bytes, text):
     assert errors.format_bytes(n_bytes) == text

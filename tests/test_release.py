@@ -7,7 +7,14 @@ import copy
 import pytest
 import torch
 
-from qwen3_vl_memory_optimizations import ConfigurationError, MemoryBudgetExceeded, optimized, release
+from qwen3_vl_memory_optimizations import (
+    ConfigurationError,
+    MemoryBudgetExceeded,
+    OptimizedVisionLanguageModel,
+    TensorFreedError,
+    optimized,
+    release,
+)
 from qwen3_vl_memory_optimizations import create_optimized_model as optimize
 from qwen3_vl_memory_optimizations.model import attachment
 
@@ -29,7 +36,7 @@ def look(model):
             {key: set(value) for key, value in state.items() if "hooks" in key and isinstance(value, dict)},
             {key: type(value) for key, value in module._parameters.items()},
         )
-    return found, model.config.get_text_config()._attn_implementation
+    return type(model), found, model.config.get_text_config()._attn_implementation
 
 
 @pytest.mark.parametrize(
@@ -66,6 +73,32 @@ def test_a_block_ends_with_the_plain_model_also_after_an_exception(tmp_path):
         raise ZeroDivisionError
     assert look(model) == before
     copy.deepcopy(model)
+
+
+def test_a_with_block_closes_the_optimizer_also_after_an_exception(tmp_path):
+    plain, expected = tiny.reference(), tiny.reference().generate(**tiny.cases()["text"], **OPTIONS)
+    with pytest.raises(ZeroDivisionError), optimize(tiny.DIRECTORY, {"codec": "none", "cache_dir": tmp_path}) as model:
+        optimizer = model.memory_optimizer
+        assert isinstance(model, type(plain)) and type(model).__name__ == type(plain).__name__
+        assert torch.equal(model.generate(**tiny.cases()["text"], **OPTIONS), expected)
+        raise ZeroDivisionError
+    assert optimizer._parts.closed
+    with pytest.raises(TensorFreedError):
+        model.generate(**tiny.cases()["text"], **OPTIONS)
+    assert not hasattr(plain, "__enter__")
+
+
+def test_a_model_that_is_released_within_its_block_stays_usable(tmp_path):
+    with optimize(tiny.DIRECTORY, {"codec": "none", "cache_dir": tmp_path}) as model:
+        release(model)
+    assert type(model) is type(tiny.reference())
+    model.generate(**tiny.cases()["text"], **OPTIONS)
+
+
+def test_the_class_of_the_package_closes_itself_too(tmp_path):
+    with OptimizedVisionLanguageModel.from_pretrained(tiny.DIRECTORY, {"cache_dir": tmp_path}) as model:
+        assert type(model) is OptimizedVisionLanguageModel
+    assert model.memory_optimizer._parts.closed
 
 
 def test_a_released_model_can_be_optimised_again(tmp_path):

@@ -27,7 +27,7 @@ TINY = ROOT / "src" / "qwen3_vl_memory_optimizations" / "assets" / "tiny-qwen3vl
 SUMMARY_BEGIN = "<!-- accuracy: begin (written by benchmarks/accuracy/run.py) -->"
 SUMMARY_END = "<!-- accuracy: end -->"
 SUMMARIES = {
-    "docs/choosing-a-codec.md": "| codec | bytes, of 16 bit | perplexity of SmolLM2 | accuracy of the tiny model |",
+    "docs/choosing-a-codec.md": "| codec | bytes vs. 16 bits | perplexity of SmolLM2 | accuracy of the tiny model |",
 }
 """Files with a short table, and its heading."""
 
@@ -135,13 +135,13 @@ def report(content: dict) -> Iterator[str]:
         yield f"**{model}**, {first['positions']:,} predictions ({task}), compared with {done[0]['baseline']}"
         yield ""
         yield (
-            "| codec | MB | of 16 bit | perplexity | accuracy | macro F1 | same top-1 | KL | layer error | "
+            "| codec | MB | vs. 16 bits | perplexity | accuracy | macro F1 | same top-1 | KL | layer error | "
             "same top-1 within a budget | stored as |"
         )
         yield "|---" * 11 + "|"
         before = first["baseline"]
         alone = " | ".join(number(before[key]) for key in ("perplexity", "accuracy", "f1"))
-        yield f"| *as it is* | | | {alone} | | | | | |"
+        yield f"| *uncompressed* | | | {alone} | | | | | |"
         for run in done:
             yield row(run, task)
     for run in runs:

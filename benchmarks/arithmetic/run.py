@@ -69,8 +69,8 @@ def report(content: dict) -> Iterator[str]:
     here, runs = content["environment"], content["runs"]
     yield from ["", results.machine_line(here), results.runs_line(here, runs), ""]
     yield (
-        "| instructions | codec | computes in | tokens before | token/s | a token, ms | products, ms "
-        "| their weights, GB | GB/s | memory, GB/s | attention, ms | the rest, ms |"
+        "| instructions | codec | compute dtype | context, tokens | tokens per second | time per token, ms "
+        "| products, ms | weights per token, GB | GB/s | memory bandwidth, GB/s | attention, ms | other, ms |"
     )
     yield "|" + "---|" * 12
     for isa, codec in dict.fromkeys((run["isa"], run["codec"]) for run in runs):

@@ -105,8 +105,8 @@ def report_model(model: str, runs: list[dict]) -> Iterator[str]:
     if warm := sum(not run["cold"] for run in runs):
         yield f"The page cache could not be dropped before {warm} of the runs."
     yield ""
-    heads = ("limit", "text", "help", "token/s", "of none", "tokens a pass", "passes of the draft")
-    yield f"| {' | '.join((*heads, 'read a token, GB', 'same answer'))} |"
+    heads = ("limit", "text", "method", "tokens per second", "vs. none", "tokens per pass", "draft passes")
+    yield f"| {' | '.join((*heads, 'SSD reads per token, GB', 'same answer'))} |"
     yield "|---" * 9 + "|"
     for limit in dict.fromkeys(run["limit"] for run in runs):
         for text in TEXTS:
@@ -136,7 +136,7 @@ def _costs(runs: list[dict]) -> Iterator[str]:
         return
     rows = list(measured[0]["costs"])
     yield ""
-    yield "A pass over some new tokens (measured, ms; read, GB):"
+    yield "Time per pass by number of new tokens (measured, ms; SSD reads, GB):"
     yield ""
     yield "| limit | " + " | ".join(f"{row} token{'s' if row != '1' else ''}" for row in rows) + " |"
     yield "|---" * (len(rows) + 1) + "|"
@@ -152,11 +152,11 @@ def _costs(runs: list[dict]) -> Iterator[str]:
             derived.append(f"| {_named(limit)} | {100 * rate:.0f} % | {' | '.join(f'{gain:.2f}x' for gain in gains)} |")
     yield ""
     yield (
-        "What follows (derived, not measured): the speed-up if each guessed token is right so often, guesses cost "
-        "nothing, and each pass checks all but one of its tokens:"
+        "Derived, not measured: the speed-up at an acceptance rate per drafted token, if drafts cost "
+        "nothing and each pass verifies all but one of its tokens:"
     )
     yield ""
-    yield "| limit | right | " + " | ".join(f"passes over {row}" for row in rows[1:]) + " |"
+    yield "| limit | acceptance rate | " + " | ".join(f"passes over {row}" for row in rows[1:]) + " |"
     yield "|---" * (len(rows) + 1) + "|"
     yield from derived
 

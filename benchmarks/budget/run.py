@@ -83,8 +83,8 @@ def measure(model: str, limit_bytes: int, options: list[str]) -> dict:
 def publish(results: list[dict]) -> None:
     """Write the table of all results into the README, between its markers."""
     lines = [
-        "| shape | limit | peak of the group | resident at most | first token | token/s | hit rate (Belady) "
-        "| read a token (missing) | SSD by probes | share of that | reading |",
+        "| shape | limit | peak of the group | peak resident set | first token | token/s | hit rate (Belady) "
+        "| SSD reads per token (missing bytes) | SSD bandwidth, probed | share of it | SSD busy |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for model, limit in sorted({(r["model"], r["limit_bytes"]) for r in results}, key=lambda key: (key[0], -key[1])):

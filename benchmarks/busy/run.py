@@ -106,7 +106,10 @@ def report(content: dict) -> Iterator[str]:
     yield f"{results.machine_line(here)} {here['threads']} threads."
     yield f"Model: {here['model']}, INT8, in memory. {content['date']}, at {content['commit']}."
     yield ""
-    yield "| cores kept busy by others | all threads, ms a token | threads that have a processor | of the time |"
+    yield (
+        "| cores busy with other processes | all threads, ms per token "
+        "| one thread per free core, ms per token | ratio |"
+    )
     yield "|---|---|---|---|"
     for row in content["rows"]:
         whole, chosen = row["all"], row["free"]

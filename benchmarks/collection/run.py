@@ -64,8 +64,9 @@ def report(content: dict) -> Iterator[str]:
     here, runs = content["environment"], content["runs"]
     yield from ["", results.machine_line(here), results.runs_line(here, runs), ""]
     yield (
-        "| kept | seed | peak without, MB | with, MB | saved | mean without, MB | with, MB | let go of | needed again "
-        "| success | foretold rightly | always the commoner | hits without, with | from the SSD | same answers |"
+        "| cache | seed | peak without, MB | peak with, MB | reduction | mean without, MB | mean with, MB "
+        "| collected | needed again | success rate | prediction accuracy | majority baseline "
+        "| hits without, with | SSD hits | same answers |"
     )
     yield "|" + "---|" * 15
     pairs = list(zip(runs[::2], runs[1::2], strict=True))
@@ -75,7 +76,7 @@ def report(content: dict) -> Iterator[str]:
     success = [collected["gc"]["success_rate"] for _, collected in pairs]
     yield ""
     yield (
-        f"- Saved of the peak: {100 * statistics.median(saved):.0f} % "
+        f"- Reduction of the peak: {100 * statistics.median(saved):.0f} % "
         f"({100 * min(saved):.0f} to {100 * max(saved):.0f}); "
         f"success rate {statistics.median(success):.3f} ({min(success):.3f} to {max(success):.3f})."
     )

@@ -104,7 +104,9 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = {}
     trace = None
-    print("| setting | found in memory | reused | swapped out / in | ahead | brought back (used) | collected | s |")
+    print(
+        "| setting | found in memory | reused | swapped out / in | prefetched | promoted (used) | collected | time, s |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for name in arguments.only:
         row, recorder = run(VARIANTS[name], arguments.turns)
@@ -117,7 +119,7 @@ def main() -> None:
             flush=True,
         )
     if trace is not None:
-        print("\n| memory, of all | lru | clock | predictive | Belady |\n|---|---|---|---|---|")
+        print("\n| memory, share of all bytes | lru | clock | predictive | Belady |\n|---|---|---|---|---|")
         for share in (0.1, 0.25, 0.5):
             capacity = int(share * trace.total_bytes)
             found = [

@@ -79,22 +79,22 @@ def main() -> None:
         "",
         "| figure | without | record | page open |",
         "|---|---|---|---|",
-        "| a token, ms (median) | " + " | ".join(f"{token_ms[mode]:.2f}" for mode in MODES) + " |",
-        "| / without, median of all tokens | 1 | "
+        "| time per token, ms (median) | " + " | ".join(f"{token_ms[mode]:.2f}" for mode in MODES) + " |",
+        "| relative to without, median of all tokens | 1 | "
         + " | ".join(f"{token_ms[mode] / token_ms['without']:.4f}" for mode in MODES[1:])
         + " |",
-        "| / without, median of rounds | 1 | "
+        "| relative to without, median of rounds | 1 | "
         + " | ".join(f"{statistics.median(each[mode] / each['without'] for each in rounds):.4f}" for mode in MODES[1:])
         + " |",
-        "| processor time of the process / without, median of rounds | 1 | "
+        "| CPU time of the process, relative to without, median of rounds | 1 | "
         + " | ".join(
             f"{statistics.median(each[mode] / each['without'] for each in cpu_rounds):.4f}" for mode in MODES[1:]
         )
         + " |",
-        "| processor time of its threads, of one core | 0 | "
+        "| CPU time of its threads, share of one core | 0 | "
         + " | ".join(f"{100 * statistics.mean(shares[mode]):.2f} %" for mode in MODES[1:])
         + " |",
-        f"| that of the browser | 0 | 0 | {100 * statistics.mean(shares['browser']):.1f} % |",
+        f"| CPU time of the browser, share of one core | 0 | 0 | {100 * statistics.mean(shares['browser']):.1f} % |",
         "",
     ]
     print("\n".join(lines))

@@ -139,7 +139,7 @@ def report(directories: list[Path]) -> Iterator[str]:
     yield ""
     yield f"{results.machine_line(results.machine())} {results.now()}, at {results.commit()}."
     yield ""
-    yield "| model | a token | of that prediction | share | calls a token |"
+    yield "| model | time per token | of it prediction | share | calls per token |"
     yield "|" + "---|" * 5
     for directory in directories:
         row = measure(directory, meter)

@@ -108,7 +108,10 @@ def report(content: dict) -> Iterator[str]:
     yield ""
     yield f"{results.machine_line(content['environment'])} {content['date']}, at {content['commit']}."
     yield ""
-    yield f"| trace | memory, of all | {' | '.join(RULES)} | of Belady | of the gap LRU leaves |"
+    yield (
+        f"| trace | memory, share of all bytes | {' | '.join(RULES)} "
+        "| predictive vs. Belady | gap between LRU and Belady closed |"
+    )
     yield "|" + "---|" * (len(RULES) + 4)
     for name, share in itertools.product(names, SHARES):
         best, least, found = (rate(name, share, rule) for rule in ("Belady", "lru", "predictive"))
@@ -117,9 +120,9 @@ def report(content: dict) -> Iterator[str]:
         cells += [f"{found / best:.2f}" if best else "-", f"{(found - least) / gap:.2f}" if gap >= 0.005 else "-"]
         yield f"| {name} | {100 * share:g} % | {' | '.join(cells)} |"
     yield ""
-    yield "The same by bytes (what has to be read), recorded traces:"
+    yield "Byte hit rates of the recorded traces (misses are read from the SSD):"
     yield ""
-    yield f"| trace | memory, of all | {' | '.join(RULES)} |"
+    yield f"| trace | memory, share of all bytes | {' | '.join(RULES)} |"
     yield "|" + "---|" * (len(RULES) + 2)
     for name, share in itertools.product(RECORDED, JUDGED):
         cells = [f"{rows[name, share, rule]['byte_hit_rate']:.3f}" for rule in RULES]
@@ -131,22 +134,25 @@ def report(content: dict) -> Iterator[str]:
         if rule == "predictive"
     )
     yield (
-        f"- Beside the better of LRU and CLOCK, prediction finds at the worst {100 * below[0]:+.2f} points "
-        f"({below[1]}, {100 * below[2]:g} % of memory)."
+        f"- Compared with the better of LRU and CLOCK, the hit rate of prediction differs by at worst "
+        f"{100 * below[0]:+.2f} points ({below[1]}, {100 * below[2]:g} % of memory)."
     )
     schedule = min((rate(name, share, "predictive") / rate(name, share, "Belady"), name, share)
                    for name in SCHEDULES for share in JUDGED)  # fmt: skip
-    yield f"- On schedules it finds at the least {schedule[0]:.3f} of Belady ({schedule[1]}, {100 * schedule[2]:g} %)."
+    yield (
+        f"- On schedules its hit rate is at least {schedule[0]:.3f} of Belady's "
+        f"({schedule[1]}, {100 * schedule[2]:g} %)."
+    )
     for name in ("mixed", "image-chat", "documents", "vision-and-decode"):
         mean = {rule: statistics.mean(rate(name, share, rule) for share in JUDGED) for rule in RULES}
         gap = (mean["predictive"] - mean["lru"]) / (mean["Belady"] - mean["lru"])
         yield (
             f"- {name}, mean of 10, 25 and 50 %: {mean['predictive']:.3f}, LRU {mean['lru']:.3f} "
             f"({mean['predictive'] / mean['lru']:.2f}x; Belady {mean['Belady'] / mean['lru']:.2f}x); "
-            f"{100 * gap:.0f} % of the gap."
+            f"{100 * gap:.0f} % of the gap closed."
         )
     slowest = max(row.get("us_per_use", 0.0) for row in content["rows"] if row["rule"] == "predictive")
-    yield f"- Prediction takes {slowest:g} us a use at the most, of CPU time, its three pretended memories included."
+    yield f"- Prediction takes {slowest:g} us of CPU time per use at most, including its three shadow caches."
 
 
 def plot(rows: list[dict]) -> None:

@@ -99,7 +99,10 @@ def report() -> Iterator[str]:
     yield ""
     yield f"{results.machine_line(results.machine())} {results.now()}, at {results.commit()}."
     yield ""
-    yield "| trace | right: network | own history | what decided | network decided | us a prediction | us a use |"
+    yield (
+        "| trace | accuracy: network | accuracy: own history | accuracy: the one that decided | network decided "
+        "| time per prediction, us | time per use, us |"
+    )
     yield "|" + "---|" * 7
     for name, trace in traces():
         row = measure(trace)

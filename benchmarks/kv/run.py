@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 from benchmarks import results  # noqa: E402
-from benchmarks.arithmetic.run import AVX2  # noqa: E402
+from benchmarks.peers.layout import AVX2_ENVIRONMENT  # noqa: E402
 from benchmarks.start.run import child_environment  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -70,7 +70,7 @@ def measure(command: list[str], *, avx2: bool) -> dict:
     """Run one measurement and return its figures, or how it failed."""
     done = subprocess.run(
         [sys.executable, str(HERE / "measure.py"), *command],
-        env=child_environment() | (AVX2 if avx2 else {}),
+        env=child_environment() | (AVX2_ENVIRONMENT if avx2 else {}),
         capture_output=True,
         text=True,
     )
@@ -99,7 +99,7 @@ def _step_table(runs: dict[str, dict]) -> Iterator[str]:
     if not runs:
         return
     yield ""
-    yield "| context | dtype | instructions | cache | step, ms | least | times as fast | GB | of 16 bit |"
+    yield "| context | dtype | instructions | cache | step, ms | minimum | speed-up | GB | vs. 16 bits |"
     yield "|" + "---|" * 9
     for run in runs.values():
         base = run["caches"]["dynamic"]["step_ms"]
@@ -135,7 +135,10 @@ def _swap_table(runs: list[dict]) -> Iterator[str]:
     if not runs:
         return
     yield ""
-    yield "| cache | context | KV, GB | budget, GB | step, ms | read a step, GB | read, GB/s | SSD, GB/s | of the SSD |"
+    yield (
+        "| cache | context | KV, GB | budget, GB | step, ms "
+        "| SSD reads per step, GB | read, GB/s | SSD, GB/s | share of the SSD |"
+    )
     yield "|" + "---|" * 9
     for run in runs:
         cells = [

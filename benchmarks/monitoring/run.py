@@ -61,8 +61,10 @@ def main() -> None:
         step_s[False][turn] / step_s[False][turn + 1] for turn in range(0, 2 * arguments.rounds, 2)
     ]  # without against without
     token_s = statistics.median(step_s[False])
-    own_s = parts["accesses a token"] * parts["access, us"] / 1e6 + parts["response hooks a token, us"] / 1e6
-    own_s += token_s * (parts["look, us"] / _LOOK_S + parts["scrape, us"] / _SCRAPE_S) / 1e6
+    own_s = (
+        parts["accesses per token"] * parts["time per access, us"] / 1e6 + parts["response hooks per token, us"] / 1e6
+    )
+    own_s += token_s * (parts["time per snapshot, us"] / _LOOK_S + parts["time per scrape, us"] / _SCRAPE_S) / 1e6
     lines = [
         "",
         f"Machine: {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, torch "
@@ -73,16 +75,16 @@ def main() -> None:
         "",
         "| figure | value |",
         "|---|---|",
-        f"| a token without it, ms (median) | {1e3 * token_s:.2f} |",
-        f"| a token with it, ms (median) | {1e3 * statistics.median(step_s[True]):.2f} |",
+        f"| time per token without monitoring, ms (median) | {1e3 * token_s:.2f} |",
+        f"| time per token with monitoring, ms (median) | {1e3 * statistics.median(step_s[True]):.2f} |",
         f"| with / without, median of all tokens | {_ratio(tokens_s, statistics.median):.4f} |",
         f"| with / without, mean of the middle 80 % of all tokens | {_ratio(tokens_s, _middle):.4f} |",
-        f"| with / without, least of all answers | {_ratio(step_s, min):.4f} |",
+        f"| with / without, fastest answers | {_ratio(step_s, min):.4f} |",
         f"| with / without, median of rounds | {statistics.median(ratios):.4f} |",
-        f"| its quartiles | {_quartiles(ratios)} |",
-        f"| without / without, quartiles: the noise | {_quartiles(noise)} |",
+        f"| with / without, quartiles of rounds | {_quartiles(ratios)} |",
+        f"| without / without, quartiles of rounds (noise) | {_quartiles(noise)} |",
         *(f"| {name} | {value:.1f} |" for name, value in parts.items()),
-        f"| **sum of the parts, of a token** | **{100 * own_s / token_s:.3f} %** |",
+        f"| **sum of the parts, share of the time per token** | **{100 * own_s / token_s:.3f} %** |",
         "",
     ]
     print("\n".join(lines))
@@ -133,8 +135,6 @@ class Watched:
         self._model, self._optimizer = model, optimizer
         self._exporter = MetricsExporter(optimizer)
         self._exporter.serve(0)
-        self._hooks = dict(model._forward_pre_hooks), dict(model._forward_hooks)
-        self._generate = model.generate
 
     @contextlib.contextmanager
     def on(self):
@@ -157,8 +157,9 @@ class Watched:
     def off(self):
         access, model = self._optimizer.pager._access, self._model
         recorders, access.recorders = access.recorders, ()
-        generate = model.__dict__.pop("generate")
-        model.generate = generate.__wrapped__
+        times = self._optimizer.figures.responses
+        times.begin = lambda: None
+        times.end = lambda n_tokens=0, length=0: None
         pre_hooks, hooks = dict(model._forward_pre_hooks), dict(model._forward_hooks)
         for table in (model._forward_pre_hooks, model._forward_hooks):
             for key in [key for key, hook in table.items() if hook.__module__.endswith("response_times")]:
@@ -167,7 +168,7 @@ class Watched:
             yield
         finally:
             access.recorders = recorders
-            model.generate = generate
+            del times.begin, times.end
             model._forward_pre_hooks.update(pre_hooks)
             model._forward_hooks.update(hooks)
 
@@ -197,11 +198,11 @@ class Watched:
             urllib.request.urlopen(self._exporter.url, timeout=10).read()
 
         return {
-            "accesses a token": len(uses) / n_tokens,
-            "access, us": 1e6 * least_s(replay) / len(uses),
-            "response hooks a token, us": 1e6 * least_s(hooks) / 1000,
-            "look, us": 1e6 * least_s(lambda: take_snapshot(self._optimizer)),
-            "scrape, us": 1e6 * least_s(scrape),
+            "accesses per token": len(uses) / n_tokens,
+            "time per access, us": 1e6 * least_s(replay) / len(uses),
+            "response hooks per token, us": 1e6 * least_s(hooks) / 1000,
+            "time per snapshot, us": 1e6 * least_s(lambda: take_snapshot(self._optimizer)),
+            "time per scrape, us": 1e6 * least_s(scrape),
         }
 
 

@@ -20,6 +20,7 @@ AVX2_ENVIRONMENT = {
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
+    "QWEN3VL_MEM_ISA": "avx2",  # the native core reads none of the others
     "OV_CPU_MAX_ISA": "AVX2",  # OpenVINO's own kernels; it reads no other of these
 }
 

@@ -23,7 +23,8 @@ PACKAGES = ("gguf>=0.17", "diskcache", "matplotlib>=3.8")
 OPENVINO_PACKAGES = ("openvino>=2026.4", "openvino-genai>=2026.4")
 LLAMA_PACKAGE = "llama-cpp-python==0.3.36"
 CMAKE_ARGUMENTS = {
-    "native": "-DGGML_NATIVE=ON",
+    # Without AMX: this version dies with an illegal instruction (tiles are not configured in each of its threads).
+    "native": "-DGGML_NATIVE=ON -DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8",
     "avx2": "-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX_VNNI=OFF "
     "-DGGML_AVX512=OFF -DGGML_AVX512_VBMI=OFF -DGGML_AVX512_VNNI=OFF -DGGML_AVX512_BF16=OFF",
 }

@@ -162,9 +162,12 @@ def _start_table(group: Group) -> Iterator[str]:
                 )
     if rows:
         yield ""
-        yield "**Start of the process to first token (32 tokens of prompt), and what decoding takes** (medians)"
+        yield (
+            "**Start of the process to first token (prompt of 32 tokens), memory and disk reads while decoding** "
+            "(medians)"
+        )
         yield ""
-        yield "| | limit | start to first token, s | peak resident, GB | read from the disk a token, GB |"
+        yield "| | limit | start to first token, s | peak resident, GB | disk reads per token, GB |"
         yield "|---|---|---|---|---|"
         yield from rows
 
@@ -187,8 +190,9 @@ def _share_table(group: Group, probes: list[dict]) -> Iterator[str]:
     if rows:
         yield ""
         yield (
-            "**Decoding, of the lesser of its speed without a limit and what the disk allows** (the direct read before "
-            "the run, over the bytes read a token; random reads, so ordered ones can pass 100 %)"
+            "**Decoding speed, share of the lower of its speed without a limit and the bound set by the disk** "
+            "(the direct read before the run, over the bytes read per token; "
+            "random reads, so sequential ones can exceed 100 %)"
         )
         yield from ["", "| | limit | share |", "|---|---|---|", *rows]
 

@@ -26,9 +26,9 @@ ALLOCATORS: dict[str, tuple[list[str], dict[str, str]]] = {
 REPLAYS: dict[str, tuple[str, list[str], dict[str, str]]] = {
     "glibc": ("plain", [], {}),
     "glibc, as this library sets it": ("plain", ["--tamed"], {}),
-    "no pool: a mapping for each tensor": ("plain", [], {"MALLOC_MMAP_THRESHOLD_": str(64 * 2**10)}),
+    "no pool: one mapping per tensor": ("plain", [], {"MALLOC_MMAP_THRESHOLD_": str(64 * 2**10)}),
     "pools": ("pools", [], {}),
-    "pools, compacted each second": ("pools-1s", [], {}),
+    "pools, compacted every second": ("pools-1s", [], {}),
     "pools, each request a session": ("pools-sessions", [], {}),
 }
 OURS = "pools"
@@ -82,9 +82,9 @@ def report_speeds(rows: list[dict]) -> Iterator[str]:
         return median([each for row in found for each in row["us_all"]])
 
     sizes = list(dict.fromkeys(row["n_bytes"] for row in rows))
-    titles = {"one": "One tensor at a time", "request": "A request's worth of tensors, then all dropped"}
+    titles = {"one": "One tensor at a time", "request": "The tensors of a request, then all freed"}
     for pattern, title in titles.items():
-        yield f"{title}, us a tensor:"
+        yield f"{title}, us per tensor:"
         yield ""
         yield (
             "| size | allocator of torch | `torch.empty` + touch | ours + touch | | "
@@ -110,7 +110,7 @@ def report_speeds(rows: list[dict]) -> Iterator[str]:
             }
             (_, at), least = min(found.items(), key=lambda each: each[1])[0], min(found.values())
             name = "without zeroing" if way == "ours" else "zeroed"
-            parts.append(f"{name} {least:.2g}x of `torch.{peer}` at the least ({at >> 20} MiB)")
+            parts.append(f"{name} {least:.2g}x of `torch.{peer}` at least ({at >> 20} MiB)")
         yield f"- 1 MiB and more, {allocator}: {', '.join(parts)}."
     yield ""
 
@@ -129,11 +129,12 @@ def report_replays(rows: list[dict]) -> Iterator[str]:
     first = rows[0]
     yield (
         f"The recorded sequence: {first['requests']} requests, {first['events']} allocations and releases; "
-        f"in use {first['in_use_mean_bytes'] / 1e6:.0f} MB in the mean, "
+        f"in use {first['in_use_mean_bytes'] / 1e6:.0f} MB on average, "
         f"{first['in_use_peak_bytes'] / 1e6:.0f} MB at the peak, {first['in_use_end_bytes'] / 1e6:.0f} MB at the end."
     )
     yield ""
-    yield f"| memory | held, mean MB | peak MB | at the end MB | {' | '.join(map(fragments, whens.values()))} | CPU s |"
+    shares = " | ".join(map(fragments, whens.values()))
+    yield f"| allocator | held, mean MB | held, peak MB | held, at the end MB | {shares} | CPU s |"
     yield "|" + "---|" * (len(whens) + 5)
     for memory in REPLAYS:
         held = [f"{figure(memory, f'held_{when}_bytes') / 1e6:.0f}" for when in ("mean", "peak", "end")]

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 from benchmarks import results  # noqa: E402
-from benchmarks.arithmetic.run import AVX2  # noqa: E402
+from benchmarks.peers.layout import AVX2_ENVIRONMENT  # noqa: E402
 from benchmarks.reuse.measure import MODES  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace, processor: str, limit: str, mode: str, ph
     command += ["--mode", mode, "--phase", phase, "--image-px", str(arguments.image_px)]
     command += ["--images", str(arguments.images)]
     child = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
-    return results.run_limited(command, limit, child | (AVX2 if processor == "avx2" else {}))
+    return results.run_limited(command, limit, child | (AVX2_ENVIRONMENT if processor == "avx2" else {}))
 
 
 def report(content: dict) -> Iterator[str]:
@@ -85,8 +85,8 @@ def report(content: dict) -> Iterator[str]:
     yield f"From {dates[0]} to {dates[-1]}, at {', '.join(sorted({row['commit'] for row in rows}))}."
     yield ""
     yield (
-        "| processor | limit | kept | new, s | until `generate` returns | seen, s | times less "
-        "| seen before the restart, s | times less |"
+        "| processor | limit | kept | new image, s | until `generate` returns | seen image, s | speed-up "
+        "| seen before the restart, s | speed-up |"
     )
     yield "|" + "---|" * 9
     for processor, limit, mode in dict.fromkeys((row["processor"], row["limit"], row["mode"]) for row in rows):
@@ -105,7 +105,7 @@ def report(content: dict) -> Iterator[str]:
             yield f"{row['processor']}, {row['limit']}, {row['mode']}: {row['error'].replace('<', '&lt;')}"
     disturbed = sum(not each["undisturbed"] for row in rows for each in row.get("runs", []))
     if disturbed:
-        yield f"{disturbed} measurements during which the machine stood still are left out."
+        yield f"{disturbed} measurements during which the machine stalled are excluded."
 
 
 def _median(rows: list[dict], kind: str, figure: str = "s") -> float | None:

@@ -105,8 +105,8 @@ def report(content: dict) -> Iterator[str]:
         yield f"The page cache could not be dropped before {warm} of the runs."
     yield ""
     yield (
-        "| limit | prompt | to the first token, s | bound, s | of the bound | interpreter | import | load "
-        "| first token | of it waiting | the same again | needed, GB | SSD, GB/s | peak of the group, GB |"
+        "| limit | prompt | time to first token, s | bound, s | share of the bound | interpreter | import | load "
+        "| first token | of it waiting for the SSD | repeated | needed, GB | SSD, GB/s | peak of the group, GB |"
     )
     yield "|" + "---|" * 14
     for limit in dict.fromkeys(run["limit"] for run in runs):
@@ -121,7 +121,7 @@ def report(content: dict) -> Iterator[str]:
     if not any(content["imports"].values()):
         return
     yield ""
-    yield "| import, warm | s | of transformers' model class |"
+    yield "| import, warm | s | relative to transformers' model class |"
     yield "|---|---|---|"
     base = statistics.median(content["imports"]["transformers' model class"])
     for name, seconds in content["imports"].items():

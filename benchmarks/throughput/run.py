@@ -67,8 +67,8 @@ def report(content: dict) -> Iterator[str]:
         yield f"The page cache could not be dropped before {warm} of the runs."
     yield ""
     yield (
-        "| limit | prompts | token/s in all | of one prompt | a step, s | read a step, GB | weights of a step, GB "
-        "| memory for weights, GB | read beyond what is missing, GB | reading | prefill, s |"
+        "| limit | prompts | tokens per second | vs. one prompt | time per step, s | SSD reads per step, GB "
+        "| weights per step, GB | memory for weights, GB | excess SSD reads per step, GB | SSD busy | prefill, s |"
     )
     yield "|" + "---|" * 11
     for limit in dict.fromkeys(run["limit"] for run in runs):

@@ -57,20 +57,20 @@ def report(content: dict) -> Iterator[str]:
         yield ""
         yield f"**{workload}** ({run['date']}, at {run['commit']}): `{run['parameter']}`, {FIGURES[workload]}"
         yield ""
-        yield f"| in turns, first | {' | '.join(size(row['value']) for row in run['grid'])} |"
+        yield f"| alternating, before | {' | '.join(size(row['value']) for row in run['grid'])} |"
         yield "|" + "---|" * (len(run["grid"]) + 1)
         yield f"| grid | {' | '.join(format(row['figure'], '.3f') for row in run['grid'])} |"
         yield ""
-        yield "| in turns, afterwards | value | figure | all rounds |"
+        yield "| alternating, after | value | figure | all rounds |"
         yield "|---|---|---|---|"
         for name in ("best", "tuned", "start"):
             row = final[run[name]]
-            title = {"best": "best of the grid", "tuned": "what the tuner ended with", "start": "the start"}[name]
+            title = {"best": "best of the grid", "tuned": "value found by the tuner", "start": "start value"}[name]
             yield f"| {title} | {size(run[name])} | {row['figure']:.3f} | {', '.join(map(str, row['all']))} |"
         ratio = final[run["tuned"]]["figure"] / final[run["best"]]["figure"]
         rested = "and rested" if run["rested"] else "and had not come to rest"
         yield ""
-        yield f"The tuner ended at {100 * ratio:.1f} % of the best of the grid after {run['tuning_s']:.0f} s, {rested}."
+        yield f"The tuner ended at {100 * ratio:.1f} % of the grid's best after {run['tuning_s']:.0f} s, {rested}."
         yield "Its log:"
         yield ""
         yield "```"

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .evaluation import calculate_metrics, evaluate_accuracy_impact
     from .factory import create_optimized_model, optimized, release
     from .integration import OptimizedTextDecoder, OptimizedVisionEncoder, OptimizedVisionLanguageModel
+    from .model.inputs.documents import document_pages
     from .model.inputs.picture_budget import prepare_within_budget
     from .model.inputs.processor import load_processor
     from .monitoring import get_memory_performance_metrics
@@ -88,6 +89,7 @@ _LAZY = {
     "adapt_parameters_based_on_usage": ".tuning",
     "calculate_metrics": ".evaluation",
     "create_optimized_model": ".factory",
+    "document_pages": ".model.inputs.documents",
     "evaluate_accuracy_impact": ".evaluation",
     "get_memory_performance_metrics": ".monitoring",
     "load_processor": ".model.inputs.processor",
@@ -137,6 +139,7 @@ __all__ = [
     "adapt_parameters_based_on_usage",
     "calculate_metrics",
     "create_optimized_model",
+    "document_pages",
     "evaluate_accuracy_impact",
     "get_memory_performance_metrics",
     "load_processor",

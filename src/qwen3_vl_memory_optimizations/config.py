@@ -2,8 +2,8 @@
 
 Keys and defaults follow sections 4.1 and 5.2 of the specification; `profile`, `ram_budget`, `tensor_budget`,
 `gpu_budget`, `cache_dir`, `private`, `reuse_codec`, `prefix_reuse`, `codec`, `kv_codec`, `swap_algorithm`,
-`swap_dir`, `swap_size`, `image_policy`, `fused_modules`, `l2_cache_max`, `pool_compaction_interval` and `auto_tune`
-are additions of this library.
+`swap_dir`, `swap_size`, `image_policy`, `detail`, `first_token_s`, `fused_modules`, `l2_cache_max`,
+`pool_compaction_interval` and `auto_tune` are additions of this library.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .process import usable_memory
 
 SWAP_ALGORITHMS = ("lru", "clock", "predictive")
 IMAGE_POLICIES = ("downsize", "refuse")
+DETAILS = ("low", "medium", "document", "high", "auto")
 
 _UNITS = {
     "": 1,
@@ -34,6 +35,8 @@ _UNITS = {
     "GI": 2**30,
     "TI": 2**40,
 }
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(ms|s|min|m|h)?\s*", re.IGNORECASE)
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", re.IGNORECASE)
 _FRACTIONS = ("swap_pressure_threshold",)
 _INTERVALS = ("tier_migration_interval", "gc_collection_interval", "pool_compaction_interval")
@@ -52,6 +55,7 @@ _PATHS = ("cache_dir", "swap_dir")
 _CHOICES = {
     "swap_algorithm": SWAP_ALGORITHMS,
     "image_policy": IMAGE_POLICIES,
+    "detail": DETAILS,
     "fused_modules": ("auto", "on", "off"),
     "kv_codec": ("auto", "none", "int8", "int4"),
     "reuse_codec": ("lossless", "int8"),
@@ -88,6 +92,25 @@ def parse_size(value: object, *, key: str = "size") -> int:
     return int(number)
 
 
+def parse_duration(value: object, *, key: str = "duration") -> float:
+    """Return a duration in seconds, given as a number of seconds or a string such as `"30s"`, `"1.5min"`, `"500ms"`.
+
+    Raises:
+        ConfigurationError: not a duration, not finite, or not above zero.
+    """
+    number = math.nan
+    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
+    if match is not None:
+        number = float(match[1]) * _SECONDS[(match[2] or "s").lower()]
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        number = float(value)
+    if not math.isfinite(number) or number <= 0:
+        raise ConfigurationError(
+            f"{key}: {value!r} is not a duration; use seconds above zero, or such as '30s', '2min'"
+        )
+    return number
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryConfig:
     """Settings of a `MemoryOptimizer`. Sizes are in bytes; floats and strings such as `"4GB"` are accepted.
@@ -103,9 +126,9 @@ class MemoryConfig:
         codec: format of large weights: `auto` chooses per weight by measurement (`planning.make_plan`), `none` leaves
             them unchanged; else the name of a codec registered when the weights are loaded or packed.
         kv_codec: format of the KV cache except its newest tokens: `none` unchanged, `int8` half the size of 16 bits,
-            `int4` a quarter; `auto` is `int8` with a budget and lossy weights.
-        fused_modules: decoder layers with fewer, larger operations (`model.fused`): `auto` is `on` with lossy weights;
-            with `off`, results of codec `none` are bit-identical to those of transformers.
+            `int4` a quarter; `auto` is `int8` with lossy weights, if there is a budget or prompt prefixes are kept.
+        fused_modules: decoder layers with fewer, larger operations (`model.layers.decoder_layer`): `auto` is `on` with
+            lossy weights; with `off`, results of codec `none` are bit-identical to those of transformers.
         private: nothing derived from prompts or images is written to disk: no `l3` cache. (The swap file has no name
             and vanishes with the process.)
         reuse_codec: format of cached results: `lossless`, or `int8` for half the bytes.
@@ -133,6 +156,10 @@ class MemoryConfig:
         pool_compaction_interval: free page frames unused for this many seconds are returned to the system.
         auto_tune: try other settings at run time, one at a time, and keep improvements (`tuning`).
         image_policy: images too large for the budget are scaled down (`downsize`) or refused (`refuse`).
+        detail: pixels of each picture (`model.inputs.detail`): `low`, `medium`, `document`, `high` (its own size, or
+            150 dots per inch for a page), or `auto`: the most with which the first token is expected in
+            `first_token_s`.
+        first_token_s: target of `auto`, in seconds, or a string such as `"30s"`.
         memory_pool_size: address space reserved per pool of runtime tensors.
 
     Raises:
@@ -179,6 +206,8 @@ class MemoryConfig:
     swap_dir: Path | None = None
     swap_size: int | None = None
     image_policy: str = "downsize"
+    detail: str = "high"
+    first_token_s: float = 30.0
     fused_modules: str = "auto"
 
     def __post_init__(self) -> None:
@@ -246,7 +275,7 @@ class MemoryConfig:
         if self.kv_codec != "auto":
             return self.kv_codec
         limited = self.ram_budget is not None or self.tensor_budget is not None
-        return "int8" if limited and self.weight_codec() != "none" else "none"
+        return "int8" if (limited or self.reuses_prefixes()) and self.weight_codec() != "none" else "none"
 
     def reuses_prefixes(self) -> bool:
         """Return whether prompt prefixes are reused, with `auto` and the switches resolved."""
@@ -279,6 +308,8 @@ def _checked(key: str, value: Any) -> Any:
         return None
     if key in _SIZES:
         return parse_size(value, key=key)
+    if key == "first_token_s":
+        return parse_duration(value, key=key)
     if hint is bool:
         if not isinstance(value, bool):
             raise ConfigurationError(f"{key}: expected True or False, got {value!r}")

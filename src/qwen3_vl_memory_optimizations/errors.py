@@ -25,9 +25,18 @@ def format_bytes(n_bytes: float) -> str:
     """Format a size: `1.25 GB`, `310 MB`, `4.0 kB` (decimal units)."""
     value = float(n_bytes)
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(value) >= scale:
+        if abs(value) >= 0.9995 * scale:  # 999.7 kB would become 1e+03 kB
             return f"{value / scale:.3g} {unit}"
     return f"{value:.0f} B"
+
+
+def format_duration(seconds: float) -> str:
+    """Format a duration: `0.25 s`, `70 s`, `12 min`, `3.5 h`."""
+    for unit, scale, least in (("h", 3600.0, 7200.0), ("min", 60.0, 120.0)):
+        if seconds >= least:
+            value = seconds / scale
+            return f"{value:.0f} {unit}" if value >= 10 else f"{value:.2g} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 
 class MemoryOptimizationError(Exception):

@@ -25,6 +25,7 @@ from .model.checkpoint.loading import WeightLoader
 from .model.checkpoint.packing import Progress, find_packed
 from .model.checkpoint.saving import attach_saving
 from .model.checkpoint.skeleton import build_skeleton, compute_dtype, compute_dtype_of, skeleton_of
+from .model.closes_on_exit import attach_closing, detach_closing
 from .model.conversions import attach_conversions, is_offloaded
 from .model.layers.decode_threads import FreeProcessors, attach_decode_threads
 from .model.layers.decoder_layer import fuse_layers
@@ -33,13 +34,14 @@ from .model.layers.vision_block import step_vision_tower
 from .model.reuse.identity import ModelIdentity
 from .model.reuse.vision import attach_vision_reuse
 from .model.run.assisted import ASSISTANT, attach_draft, require_draft
-from .model.run.phases import attach_phases
+from .model.run.phases import attach_phases, attach_progress
 from .model.run.response_times import attach_response_times
 from .model.run.turns import Turns
+from .model.sources.uses import note_use
 from .optimizer import MemoryOptimizer
 from .paging import PAGE_BYTES, BlockSpace
 from .planning import pack_model
-from .process import pause_collection, release_library_pages, rss_bytes, tame_allocator, trim_heap
+from .process import pause_collection, process_memory, release_library_pages, rss_bytes, tame_allocator, trim_heap
 from .profiles import configure
 from .storage import Checkpoint
 
@@ -78,7 +80,8 @@ def create_optimized_model(
         progress: called with a description, the bytes done and the total bytes while packing and loading.
 
     Returns:
-        The model, with `.memory_optimizer` and, if one was given, `.assistant`.
+        The model, with `.memory_optimizer` and, if one was given, `.assistant`. The end of a `with` block closes the
+        optimizer; the model is unusable afterwards.
 
     Raises:
         ConfigurationError: an unknown key, a wrong type or an invalid size; an assistant with another vocabulary.
@@ -86,11 +89,12 @@ def create_optimized_model(
         CheckpointError: the checkpoint cannot be used.
     """
     config = configure(memory_config)
+    peak_before_bytes = process_memory().peak_rss_bytes
     files = None if _is_imported() else ImportFiles(config.packed_dir)
     if files is not None:
         files.read_ahead()
     if isinstance(model_config, str | os.PathLike):
-        model_config = open_checkpoint(local_directory(model_config))
+        model_config = open_checkpoint(model_config)
     carried = _carried_settings(model_config)
     if memory_config is None:
         config = configure(carried)
@@ -124,6 +128,10 @@ def create_optimized_model(
             if config.ram_budget is not None:
                 files.drop()
         model = _finish(source, draft, optimizer)
+        optimizer.figures.peak_before_bytes = peak_before_bytes  # so that packing counts
+        for each in (source, draft):
+            if each is not None:
+                note_use(config, each.given, each.checkpoint)
         undo.pop_all()
         return model
 
@@ -166,28 +174,6 @@ def _carried_settings(given: Any) -> Any:
     return settings
 
 
-def local_directory(name: str | os.PathLike[str]) -> Path:
-    """Return the directory of a checkpoint, downloading it from the hub if `name` is an id and not a path."""
-    try:
-        path = Path(name).expanduser()
-    except RuntimeError:  # `~` of a user without a home directory
-        path = Path(name)
-    text = os.fspath(name)
-    if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{text}: neither a local directory nor a model available from the hub ({type(error).__name__}); "
-            "download it and pass its directory",
-            path=path,
-        ) from error
-
-
 def _require_workable(config: MemoryConfig) -> None:
     """Reject an unknown codec, and a budget that cannot hold the process itself, before anything is loaded."""
     create_codec(config.unmeasured_codec())
@@ -212,6 +198,7 @@ class _Source:
         dtype: compute dtype.
         model: a skeleton, once built, or (with neither `checkpoint` nor `draws`) a model in memory.
         checkpoint: holds the weights.
+        given: the checkpoint that it is, or is the packed form of.
         model_class: the class to build from the checkpoint, if not its own.
         draws: initialize weights at random.
         loader: a loader that has already started.
@@ -221,6 +208,7 @@ class _Source:
     dtype: torch.dtype
     model: Any = None
     checkpoint: Checkpoint | None = None
+    given: Checkpoint | None = None
     model_class: Any = None
     draws: bool = False
     loader: WeightLoader | None = None
@@ -257,11 +245,11 @@ def _source_of(
 ) -> _Source:
     """Validate a model argument, and that the budget can work."""
     if isinstance(given, str | os.PathLike):
-        given = open_checkpoint(local_directory(given))
+        given = open_checkpoint(given)
     if isinstance(given, Checkpoint):
         _require_workable(config)
         dtype = compute_dtype_of(given.config, dtype, config)
-        return _Source(dtype, checkpoint=_packed_already(given, config), model_class=model_class)
+        return _Source(dtype, checkpoint=_packed_already(given, config), given=given, model_class=model_class)
     if isinstance(given, nn.Module):
         if any(is_offloaded(module) for module in given.modules()):
             raise ConfigurationError(
@@ -319,13 +307,14 @@ def _finish(source: _Source, draft: _Source | None, optimizer: MemoryOptimizer) 
     # These import transformers' caches, which come with its models.
     from .model.kv.store import KVStore
     from .model.reuse.prefix import PrefixReuse
+    from .model.run.estimate import PromptEstimator, attach_estimator
     from .model.run.generation import Generation, attach_forward, cache_maker
 
     attachment = Attachment([model] if draft is None else [model, draft.model])
     processors, turn = FreeProcessors(), Turns()
     reuses = optimizer.config.reuses_prefixes()
     generations: list[Generation] = []
-    identity = vision = None
+    identity = vision = known_prompts = None
     if optimizer.cache is not None:
         identity = ModelIdentity(model, optimizer.pager, optimizer.config, source.checkpoint)
 
@@ -334,7 +323,9 @@ def _finish(source: _Source, draft: _Source | None, optimizer: MemoryOptimizer) 
             optimizer.reserve_activations(max(held, with_heap(n_bytes)))
 
         vision = attach_vision_reuse(model, optimizer.cache, identity, reserve)
-    for each in (model,) if draft is None else (model, draft.model):
+    changes = (None,) if draft is None else attach_draft(model, draft.model)
+    models = (model,) if draft is None else (model, draft.model)
+    for each, change in zip(models, changes, strict=True):
         if optimizer.config.fuses_modules():
             fuse_layers(each)
             attach_decode_threads(each, processors)
@@ -348,12 +339,14 @@ def _finish(source: _Source, draft: _Source | None, optimizer: MemoryOptimizer) 
                 BlockSpace(optimizer.pager), optimizer.cache.l3_cache, optimizer.config.most_resting_bytes()
             )
             optimizer.keep_sequences(store)
-            reuse = PrefixReuse(model, store, identity, vision, make_cache)
+            reuse = known_prompts = PrefixReuse(model, store, identity, vision, make_cache)
         generations.append(
             Generation(
                 each,
                 turn=turn,
                 session=optimizer.generation if is_main else nullcontext,
+                times=optimizer.figures.responses if is_main else None,
+                change=change,
                 budget=budget if is_main else None,
                 pieces=runner,
                 make_cache=make_cache,
@@ -371,13 +364,18 @@ def _finish(source: _Source, draft: _Source | None, optimizer: MemoryOptimizer) 
         generation.attach()
     if vision is not None:
         vision.wanted = generations[0].is_running
-    if draft is not None:
-        attach_draft(model, draft.model)
-    for each in (model,) if draft is None else (model, draft.model):
+    for each in models:
         attach_conversions(each, optimizer)
         attach_saving(each)
     attach_phases(model, optimizer.lifecycle.enter_phase)
-    attach_response_times(model, optimizer.figures.responses)  # last, to wrap everything else
+    responses = optimizer.figures.responses
+    estimator = PromptEstimator(model, optimizer.config, reuse=known_prompts, vision=vision, cache=optimizer.cache)
+    stats = optimizer.pager.stats
+    attach_estimator(model, estimator, generations[0].is_running, lambda: stats.stall_s)
+    optimizer.estimator = estimator
+    attach_progress(model, responses.progress)
+    attach_response_times(model, responses)  # last, to measure after all other hooks
+    attach_closing(model)
     if identity is not None:
         identity.begin()
     attachment.complete()
@@ -406,6 +404,7 @@ def release(model: Any) -> Any:
         )
     attachment.require_memory()
     attachment.undo()
+    detach_closing(model)
     optimizer.attachment = None
     optimizer.close()
     return model

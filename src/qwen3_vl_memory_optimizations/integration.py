@@ -22,6 +22,7 @@ from .errors import ConfigurationError
 from .factory import create_optimized_model
 from .model.checkpoint.loading import WeightLoader
 from .model.checkpoint.skeleton import compute_dtype
+from .model.closes_on_exit import ClosesOnExit
 from .model.layers.forward_memory import text_bytes, vision_bytes, whole_prompt_bytes, with_heap
 from .model.run.pieces import forward_size
 from .optimizer import MemoryOptimizer
@@ -90,11 +91,11 @@ class OptimizedTextDecoder(Qwen3VLTextModel):
             _fill(self, memory_optimizer, activation_bytes)
 
 
-class OptimizedVisionLanguageModel(Qwen3VLForConditionalGeneration):
+class OptimizedVisionLanguageModel(ClosesOnExit, Qwen3VLForConditionalGeneration):
     """Qwen3-VL with managed weights, used like the transformers class from which it derives.
 
     The constructor initializes weights as transformers does, one module at a time; `from_pretrained` loads those of a
-    checkpoint.
+    checkpoint. The end of a `with` block closes the optimizer.
 
     Args:
         config: a `Qwen3VLConfig`. Its `memory_optimization_config` (the keys of `MemoryConfig`, as a dict or an

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import itertools
-import logging
-import os
 import sys
-import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,16 +15,16 @@ from typing import Any
 import torch
 
 from .cache import HierarchicalCacheSystem, LedgerBudget
+from .closing import Parts
 from .collection import PredictiveGarbageCollector, RuntimeStore, TensorLifecycleTracker
 from .compression import RawCodec, create_codec
 from .config import MemoryConfig
 from .errors import ConfigurationError, MemoryBudgetExceeded, format_bytes
-from .figures import FigureMethods, MemoryFigures
+from .figures import MemoryFigures, MemoryMetrics
 from .hardware import HardwareProfile
 from .interrupts import shield
 from .paging import (
     PAGE_BYTES,
-    TENSORS,
     Compactor,
     Ledger,
     ManagedTensor,
@@ -39,22 +35,19 @@ from .paging import (
     TensorEntry,
 )
 from .pools import AdvancedMemoryPool
-from .process import process_memory, rss_bytes
+from .process import rss_bytes
 from .profiles import configure
 from .runtime_policy import MemorySwappingSystem, MemoryTieringSystem, tier_memory
 from .storage import disks_first, swap_candidates
 from .tuning import AutoTuner, live_parameters
 
-logger = logging.getLogger(__name__)
-
 TENSOR_KINDS = ("kv_cache", "vision_features", "text_embeddings", "general")
 
 _LEAST_FRAMES_BYTES = 2 * PAGE_BYTES
 _LEARNT_WAITS = "learnt-waits.npz"
-_CLOSING_S = 10.0
 
 
-class MemoryOptimizer(FigureMethods):
+class MemoryOptimizer(MemoryMetrics):
     """Owns the bytes of managed tensors, and keeps them, or the whole process, within a budget.
 
     Args:
@@ -69,6 +62,7 @@ class MemoryOptimizer(FigureMethods):
         cache: reusable results; `None` if `enable_cache_hierarchy` is off.
         kv_store: keys and values of idle sequences; `None`: none are kept.
         attachment: detaches everything attached to the model (`release`); `None`: there is no model.
+        estimator: estimates the time to the first token (`model.run.estimate.PromptEstimator`); `None`: as above.
         audit: compares the resident set size with the ledger at each pass; `None`: not enabled (`paging.audit`).
         collector: releases objects that are not expected to be used again; `None` if `enable_predictive_gc` is off.
         lifecycle: the creator and session of each runtime tensor, and the tensors that outlive their session.
@@ -107,14 +101,14 @@ class MemoryOptimizer(FigureMethods):
         self.swapping: MemorySwappingSystem | None = None
         if self.config.enable_swapping and self.config.enable_memory_swapping:
             self.swapping = MemorySwappingSystem(self.config.swap_pressure_threshold, self.config.swap_algorithm)
-        order = None if self.swapping is None else self.swapping.algorithm
+        policy = None if self.swapping is None else self.swapping.algorithm
         named = self.config.swap_dir
         self.pager = Pager(
             ledger,
             swap_dir=disks_first(swap_candidates(self.config.base_dir)) if named is None else named,
             swap_bytes=self.config.swap_size,
             reuse_frames=self.config.enable_memory_pooling,
-            order=order,
+            policy=policy,
         )
         undo.callback(self.pager.close)
         budget = self.config.ram_budget
@@ -155,7 +149,7 @@ class MemoryOptimizer(FigureMethods):
         if self.config.enable_predictive_gc:
             self.collector = self._start_collector(undo)
         pool = self.pool if self.config.enable_memory_pooling else None
-        self.figures = MemoryFigures(self.pager, pool, self.cache, self.collector, self.tiering)
+        self.figures = MemoryFigures(self.pager, pool)
         self._compactor: Compactor | None = None
         if self.config.enable_memory_pooling:
             self._compactor = Compactor(self.pager, self.config.pool_compaction_interval)
@@ -175,15 +169,15 @@ class MemoryOptimizer(FigureMethods):
             self.tuner.start()
         self.kv_store: Any = None
         self.attachment: Any = None
+        self.estimator: Any = None
         self._ids = itertools.count()
-        self._parts = _Parts(
+        self._parts = Parts(
             [self.tuner, self.pressure, self.tiering, self.collector, self._compactor, self.cache],
             self.pager,
             self.pool,
         )
         self.pager.owner = weakref.ref(self)
-        weakref.finalize(self, _close_in_thread, self._parts).atexit = False
-        _open.add(self)
+        self._parts.close_after(self)
 
     def _start_collector(self, undo: ExitStack) -> PredictiveGarbageCollector:
         collector = PredictiveGarbageCollector(tracker=self.lifecycle)
@@ -361,68 +355,17 @@ class MemoryOptimizer(FigureMethods):
         """Return the maximum bytes for the transient tensors of a forward pass, `None` without `ram_budget`."""
         return None if self._accounts is None else self.pager.ledger.most_bytes("activations")
 
-    def measure_process(self) -> None:
+    def measure_process(self, *, release: bool = False) -> None:
         """Charge what the process now uses besides managed memory, including libraries imported meanwhile.
+
+        Args:
+            release: return free heap and unneeded library code to the system first; takes about 100 ms.
 
         Raises:
             MemoryBudgetExceeded: it does not fit beside the minimum that the weights need.
         """
         if self._accounts is not None:
-            self.baseline_bytes = self._accounts.measure()
-
-    # --- figures ----------------------------------------------------------------------------------------------------
-
-    def get_memory_efficiency_stats(self) -> dict[str, Any]:
-        """Return memory use by place, and event counters.
-
-        The keys: `budget`, `paging`, `tiers`, `pools`, `kinds`, `codecs`, `cache`, `kv` (idle sequences), `gc`,
-        `tuning`, `sessions_open`.
-        """
-        memory = process_memory()
-        pager, ledger = self.pager, self.pager.ledger
-        kinds: dict[str, dict[str, int]] = {}
-        codecs: dict[str, dict[str, int]] = {}
-        for use in pager.usage():
-            for table, key in ((kinds, use.kind), (codecs, use.codec)):
-                row = table.setdefault(key, {"tensors": 0, "logical_bytes": 0, "encoded_bytes": 0, "resident_bytes": 0})
-                row["tensors"] += 1
-                row["logical_bytes"] += use.logical_bytes
-                row["encoded_bytes"] += use.encoded_bytes
-                row["resident_bytes"] += use.resident_bytes
-        encoded = sum(row["encoded_bytes"] for row in kinds.values())
-        resident = sum(row["resident_bytes"] for row in kinds.values())
-        return {
-            "budget": {
-                "ram_budget_bytes": ledger.ram_budget_bytes,
-                "tensor_budget_bytes": ledger.tensor_budget_bytes,
-                "baseline_bytes": self.baseline_bytes,
-                "accounts_bytes": ledger.accounts(),
-                "tensor_accounts_bytes": ledger.accounts(TENSORS),
-                "frames_limit_bytes": pager.frames.limit_bytes if ledger.limited else None,
-                "frames_used_bytes": pager.frames.used_bytes,
-                "frames_peak_bytes": pager.frames.peak_bytes,
-                "pressure_reliefs": 0 if self.pressure is None else self.pressure.reliefs,
-                "process_rss_bytes": memory.rss_bytes,
-                "process_peak_rss_bytes": memory.peak_rss_bytes,
-            },
-            "paging": pager.stats.as_dict(pager.schedule.passes),
-            "tiers": {
-                "gpu": None,  # no device tier in this process
-                "cpu": {"resident_bytes": resident},
-                "ssd": {"only_there_bytes": encoded - resident, "swap_used_bytes": pager.swap_used_bytes},
-                "migrations": None if self.tiering is None else self.tiering.migrations,
-                "migrations_used": None if self.tiering is None else self.tiering.useful_migrations,
-                "predictor": None if self.tiering is None else self.tiering.explain(),
-            },
-            "pools": self.figures.pools(),
-            "kinds": kinds,
-            "codecs": codecs,
-            "cache": None if self.cache is None else self.cache.stats(),
-            "kv": None if self.kv_store is None else self.kv_store.stats(),
-            "gc": None if self.collector is None else self.collector.stats(),
-            "tuning": None if self.tuner is None else self.tuner.stats(),
-            "sessions_open": self.lifecycle.sessions_open,
-        }
+            self.baseline_bytes = self._accounts.measure(release=release)
 
     # --- end --------------------------------------------------------------------------------------------------------
 
@@ -432,7 +375,6 @@ class MemoryOptimizer(FigureMethods):
         An optimizer whose references (the model, its tensors, this object) are gone is closed soon after. One that is
         still open when the interpreter exits is closed then.
         """
-        _open.discard(self)
         self._parts.close()
 
     def __enter__(self) -> MemoryOptimizer:
@@ -442,72 +384,6 @@ class MemoryOptimizer(FigureMethods):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _Parts:
-    """The parts of an optimizer to close; holds no reference to the optimizer.
-
-    Attributes:
-        kv_store: keys and values of idle sequences; `None`: none are kept.
-        closed: whether everything is closed.
-    """
-
-    def __init__(self, systems: list[Any], pager: Pager, pool: AdvancedMemoryPool) -> None:
-        self.kv_store: Any = None
-        self.closed = False
-        self._systems = [system for system in systems if system is not None]
-        self._pager, self._pool = pager, pool
-
-    def close(self) -> None:
-        """Close everything, users before the parts they use."""
-        for system in ([] if self.kv_store is None else [self.kv_store]) + self._systems:
-            system.close()
-        self._pager.close()
-        with self._pager.exclusive():
-            self._pool.close()
-        self.closed = True
-
-
-_open: weakref.WeakSet[MemoryOptimizer] = weakref.WeakSet()
-_closing: set[threading.Thread] = set()
-
-
-def _close_in_thread(parts: _Parts) -> None:
-    """Close in a new thread: the collector may call this in a thread that must end, or with a lock held."""
-
-    def close() -> None:
-        try:
-            parts.close()
-        finally:
-            _closing.discard(threading.current_thread())
-
-    if parts.closed:
-        return
-    thread = threading.Thread(target=close, name="close-dropped", daemon=True)
-    _closing.add(thread)
-    thread.start()
-
-
-def _close_open() -> None:
-    """Close what is still open: a thread that is inside torch at interpreter exit would abort the process."""
-    for thread in list(_closing):
-        thread.join(_CLOSING_S)
-    for optimizer in list(_open):
-        try:
-            optimizer.close()
-        except Exception as error:  # the process exits anyway
-            logger.warning("could not close the optimizer: %s: %s", type(error).__name__, str(error))
-
-
-def _forget_open() -> None:
-    for optimizer in list(_open):
-        optimizer._parts.closed = True
-    _open.clear()
-    _closing.clear()
-
-
-atexit.register(_close_open)
-os.register_at_fork(after_in_child=_forget_open)  # the threads and the swap file belong to the parent
 
 
 def _caller() -> str:

@@ -26,9 +26,38 @@ def test_ls_lists_what_is_kept(run, kept):
     assert "1.50 s" in text.stdout
     listed = json.loads(run("cache", "ls", "--cache-dir", kept, "--json").stdout)
     assert listed["directory"] == str(kept / "reuse")
-    assert {row["key"] for row in listed["entries"]} == {digest(i) for i in range(3)}
-    assert listed["entries"][0]["key"] == digest(2)
-    assert listed["entries"][0]["uses"] == 2
+    assert {row["key"] for row in listed["results"]} == {digest(i) for i in range(3)}
+    assert listed["results"][0]["key"] == digest(2)
+    assert listed["results"][0]["hits"] == 1
+    totals = listed["totals"]
+    assert {name: row["count"] for name, row in totals.items()} == {
+        "pictures": 2,
+        "prefix": 1,
+        "packed models": 0,
+        "recorded runs": 0,
+    }
+
+
+def test_one_result_is_removed(run, kept):
+    removed = json.loads(run("cache", "rm", digest(1)[:12], "--cache-dir", kept, "--json").stdout)
+    assert removed["removed"] == digest(1) and removed["freed_bytes"] > 0
+    left = json.loads(run("cache", "ls", "--cache-dir", kept, "--json").stdout)["results"]
+    assert {row["key"] for row in left} == {digest(0), digest(2)}
+    for unknown in (digest(1)[:12], digest(2)[:2]):
+        found = run("cache", "rm", unknown, "--cache-dir", kept)
+        assert found.exit_code == 2 and "cache ls" in found.stderr
+
+
+def test_entries_of_earlier_versions_are_listed(run, kept):
+    index = kept / "reuse" / "index.json"
+    content = json.loads(index.read_text())
+    for _, facts in content["entries"].values():
+        del facts["made_at"]
+    content["entries"][digest(0)][1].clear()
+    index.write_text(json.dumps(content))
+    listed = json.loads(run("cache", "ls", "--cache-dir", kept, "--json").stdout)["results"]
+    assert {row["kind"] for row in listed} == {"pictures", "unknown"}
+    assert run("cache", "ls", "--cache-dir", kept).exit_code == 0
 
 
 def test_nothing_kept_is_said(run, tmp_path):
@@ -40,7 +69,7 @@ def test_nothing_kept_is_said(run, tmp_path):
 
 def test_stats_count_by_kind(run, kept):
     stats = json.loads(run("cache", "stats", "--cache-dir", kept, "--json").stdout)
-    assert {name: row["entries"] for name, row in stats["kinds"].items()} == {"vision": 2, "prefix": 1}
+    assert {name: row["entries"] for name, row in stats["kinds"].items()} == {"pictures": 2, "prefix": 1}
     assert stats["entries"] == 3
     assert stats["n_bytes"] == sum(path.stat().st_size for path in (kept / "reuse" / "objects").rglob("?" * 64))
     assert stats["read_bytes_per_s"] > 0
@@ -70,7 +99,7 @@ def test_clear_asks_and_removes(run, kept):
     assert json.loads(run("cache", "clear", "--cache-dir", kept, "--json").stdout)["removed"] == 0
 
 
-@pytest.mark.parametrize("command", ["ls", "stats", "verify", "clear"])
+@pytest.mark.parametrize("command", ["ls", "rm", "stats", "verify", "clear"])
 def test_help_shows_an_example(run, command):
     text = run("cache", command, "--help")
     assert text.exit_code == 0
@@ -84,4 +113,21 @@ def test_generate_in_private_keeps_nothing(run, tiny, tmp_path, demo_images):
     assert not (tmp_path / "reuse").exists()
     assert run(*arguments).exit_code == 0
     kinds = json.loads(run("cache", "stats", "--cache-dir", tmp_path, "--json").stdout)["kinds"]
-    assert any(name.startswith("vision") for name in kinds)
+    assert "pictures" in kinds
+
+
+def test_results_are_named_after_file_and_prompt(run, tiny, tmp_path, demo_images):
+    image = sorted(demo_images.glob("*.png"))[0]
+    question = "what is it? " * 120  # more than one block of keys and values
+    arguments = ("generate", tiny, "-i", image, "--max-new-tokens", 2, "--codec", "int8", "--cache-dir", tmp_path)
+    assert run(*arguments, "-p", question).exit_code == 0
+    assert run(*arguments, "-p", f"{question} and now?").exit_code == 0
+    results = json.loads(run("cache", "ls", "--cache-dir", tmp_path, "--json").stdout)["results"]
+    labels = {row["kind"]: row["label"] for row in results}
+    assert len(results) == 2 and labels["pictures"] == image.name
+    assert labels["keys and values"] == f"{image.name}: {question[:57]}..."
+    (prompts,) = (row for row in results if row["kind"] == "keys and values")
+    assert prompts["entries"] > 1 and prompts["hits"] >= 1
+    assert run("cache", "rm", prompts["key"][:12], "--cache-dir", tmp_path).exit_code == 0
+    left = json.loads(run("cache", "ls", "--cache-dir", tmp_path, "--json").stdout)["results"]
+    assert [row["kind"] for row in left] == ["pictures"]

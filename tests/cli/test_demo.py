@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from qwen3_vl_memory_optimizations.cli import demo
+from qwen3_vl_memory_optimizations.cli.demo import command as demo
 from qwen3_vl_memory_optimizations.errors import MemoryOptimizationError
 
 

@@ -18,7 +18,7 @@ def one_thread():
 
 
 def test_every_codec_is_compared_with_plain_transformers(run, tiny):
-    result = run("evaluate", tiny, "--images", "6", "--json")
+    result = run("evaluate", tiny, "--full", "--images", "6", "--json")
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert report["baseline"] == "plain transformers"
@@ -36,12 +36,23 @@ def test_every_codec_is_compared_with_plain_transformers(run, tiny):
     assert list(rows["int8"]["weights_stored_as"]) == ["int8"]
 
 
+def test_by_default_few_codecs_are_compared_and_one_is_recommended(run, tiny):
+    result = run("evaluate", tiny, "--images", "3")
+    assert result.exit_code == 0, result.stderr
+    table = result.stdout.split("weights by codec")[1]
+    assert all(name in table for name in ("int8_rotated", "int8 ", "int4"))
+    assert "svd" not in result.stdout and "sparse" not in result.stdout
+    assert "perplexity: how unsure" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("Use int8")
+
+
 def test_within_a_budget_the_table_fits_80_columns(run, tiny, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("what is the color of the shape? is there a red circle?")
     result = run("evaluate", tiny, "--codec", "int8", "--images", "2", "--text", text, "--tensor-budget", "2MB")
     assert result.exit_code == 0, result.stderr
-    assert max(len(line.rstrip()) for line in result.stdout.splitlines()) <= 80
+    tables = result.stdout.split("largest layer errors")[0]
+    assert max(len(line.rstrip()) for line in tables.splitlines()[:-1]) <= 80
     assert "codec none, within the same budget" in result.stdout
     assert "images: 2 predictions" in result.stdout
     assert "text: " in result.stdout

@@ -1,3 +1,4 @@
+import functools
 import json
 import urllib.request
 
@@ -6,8 +7,12 @@ import torch
 
 import qwen3_vl_memory_optimizations
 from qwen3_vl_memory_optimizations import energy
+from qwen3_vl_memory_optimizations.figures.figures import MemoryFigures
+from qwen3_vl_memory_optimizations.monitoring import AlertLimits
 
 FIGURES = {
+    "question",
+    "estimated_first_token_s",
     "answer",
     "interrupted",
     "prompt_tokens",
@@ -20,6 +25,8 @@ FIGURES = {
     "hit_rate",
     "cpu_s_per_token",
     "joules_per_token",
+    "over_budget_bytes",
+    "alerts",
 }
 
 
@@ -38,7 +45,33 @@ def test_the_answer_is_all_there_is_on_stdout(run, digits, expected_digits):
     result = run(*digits, "--tensor-budget", "2MB")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.strip() == expected_digits
-    assert result.stderr == ""
+    assert "tokens" not in result.stdout
+    quiet = run(*digits, "--tensor-budget", "2MB", "--quiet")
+    assert quiet.stdout == result.stdout and quiet.stderr == ""
+
+
+def test_an_alert_never_interrupts_the_answer_and_is_among_the_stats(run, digits, expected_digits, monkeypatch):
+    made = functools.partial(AlertLimits, hold_s=0.0, memory=0.0, memory_clear=0.0)
+    monkeypatch.setattr("qwen3_vl_memory_optimizations.monitoring.alerts.AlertLimits", made)
+    result = run(*digits, "--tensor-budget", "2MB", "--stats")
+    assert result.stdout.strip() == expected_digits
+    lines = result.stderr.splitlines()
+    [alert] = [line for line in lines if "memory fires" in line]
+    assert alert.startswith("alert: memory fires: ") and lines.index(alert) > lines.index(
+        next(line for line in lines if "first token after" in line)
+    ), "after the figures"
+    assert "fires" not in run(*digits, "--tensor-budget", "2MB").stderr
+    assert json.loads(run(*digits, "--tensor-budget", "2MB", "--json").stdout)["alerts"] == [
+        alert.removeprefix("alert: ")
+    ]
+
+
+def test_a_breach_of_the_budget_is_said_at_the_end(run, digits, monkeypatch):
+    monkeypatch.setattr(MemoryFigures, "peak_bytes", lambda self: 4_140_000_000)
+    result = run(*digits, "--ram-budget", "4GB", "--stats")
+    assert result.stderr.splitlines()[-1] == "peak 4.14 GB, over the budget of 4.00 GB by 0.14 GB"
+    assert result.stderr.count("over the budget") == 1
+    assert json.loads(run(*digits, "--ram-budget", "4GB", "--json").stdout)["over_budget_bytes"] == 140_000_000
 
 
 def test_stats_go_to_stderr(run, digits, expected_digits):
@@ -172,7 +205,7 @@ def test_ctrl_c_keeps_what_was_said(run, digits, monkeypatch, as_json):
         assert answer["new_tokens"] == 2
     else:
         assert "Traceback" not in result.stderr
-        assert result.stderr == "stopped\n"
+        assert result.stderr.endswith("stopped\n")
 
 
 def test_figures_are_served_while_it_runs_and_no_longer(run, digits, monkeypatch):
@@ -191,3 +224,21 @@ def test_figures_are_served_while_it_runs_and_no_longer(run, digits, monkeypatch
     assert "qwen3vl_mem_tokens_total 17.0" in scraped[0]
     with pytest.raises(OSError):
         urllib.request.urlopen(url, timeout=10)
+
+
+def test_a_seed_makes_sampling_repeatable(run, digits):
+    def answer(seed):
+        result = run(
+            *digits, "--temperature", "3", "--top-p", "0.99", "--seed", seed, "--json", "--max-new-tokens", "12"
+        )
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout)["answer"]
+
+    assert answer(1) == answer(1)
+    assert len({answer(seed) for seed in (1, 2, 3)}) > 1
+
+
+def test_top_p_without_sampling_is_refused(run, digits):
+    result = run(*digits, "--top-p", "0.9")
+    assert result.exit_code == 2
+    assert "--top-p has no effect on greedy decoding; set --temperature" in result.stderr

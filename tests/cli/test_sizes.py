@@ -1,32 +1,16 @@
 import pytest
 import torch
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLForConditionalGeneration
 
-from qwen3_vl_memory_optimizations.cli import _sizes
-from qwen3_vl_memory_optimizations.cli._sizes import MODELS, encoded_bytes, estimate
+from qwen3_vl_memory_optimizations.cli.common.model_shapes import MODELS, SpecialTokens, build_config
+from qwen3_vl_memory_optimizations.cli.common.model_sizes import encoded_bytes
 
 
-@pytest.mark.parametrize("shape", MODELS, ids=lambda shape: shape.name)
+@pytest.mark.parametrize(
+    "shape", [*MODELS, MODELS[2].reduced(layers=2, vision_blocks=3)], ids=["2B", "4B", "8B", "reduced"]
+)
 def test_the_sizes_are_those_of_the_model_itself(shape):
-    config = Qwen3VLConfig(
-        text_config={
-            "vocab_size": 151936,
-            "hidden_size": shape.hidden,
-            "intermediate_size": shape.mlp,
-            "num_hidden_layers": shape.layers,
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "tie_word_embeddings": shape.tied,
-        },
-        vision_config={
-            "depth": shape.vision_blocks,
-            "hidden_size": shape.vision_hidden,
-            "intermediate_size": shape.vision_mlp,
-            "out_hidden_size": shape.hidden,
-        },
-        tie_word_embeddings=shape.tied,
-    )
+    config = build_config(shape, SpecialTokens())
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration._from_config(config)
 
@@ -41,24 +25,9 @@ def test_int8_takes_a_byte_a_weight_and_a_little_a_row():
     assert bf16 / 2 < int8 < bf16 / 2 * 1.01
 
 
-def test_an_estimate_reads_what_does_not_fit():
-    shape = MODELS[2]
-    decoder = encoded_bytes(shape.decoder_matrices(), "int8")
-    bandwidths = {"ssd_bytes_per_s": 2e9, "memory_bytes_per_s": 16e9}
-    tight = estimate(shape, "int8", ram_budget_bytes=_sizes.PROCESS_BYTES + 5_000_000_000, **bandwidths)
-    assert tight.read_bytes_per_token == decoder - 5_000_000_000
-    assert tight.tokens_per_s == pytest.approx(2e9 / tight.read_bytes_per_token)
-    assert tight.bound_by == "ssd"
-
-    roomy = estimate(shape, "int8", ram_budget_bytes=32_000_000_000, **bandwidths)
-    assert (roomy.read_bytes_per_token, roomy.bound_by) == (0, "memory")
-    assert roomy.tokens_per_s == pytest.approx(16e9 / decoder)
-
-    tiny = estimate(shape, "int8", ram_budget_bytes=1_000, **bandwidths)
-    assert (tiny.resident_bytes, tiny.read_bytes_per_token) == (0, decoder)
-
-
-def test_without_a_measured_ssd_there_is_no_figure():
-    bandwidths = {"ssd_bytes_per_s": None, "memory_bytes_per_s": 16e9}
-    assert estimate(MODELS[2], "none", ram_budget_bytes=4_000_000_000, **bandwidths).tokens_per_s is None
-    assert estimate(MODELS[0], "int8", ram_budget_bytes=4_000_000_000, **bandwidths).tokens_per_s is not None
+def test_int4_leaves_the_head_in_int8():
+    shape = MODELS[0]
+    head = shape.decoder_matrices()[-1:]
+    assert encoded_bytes(head, "int4") == encoded_bytes(head, "int8")
+    layers = shape.decoder_matrices()[:-1]
+    assert 0.5 < encoded_bytes(layers, "int4") / encoded_bytes(layers, "int8") < 0.6

@@ -1,5 +1,6 @@
 """Runs are recorded by the commands that run a model, and shown by those that watch."""
 
+import io
 import json
 import os
 import re
@@ -11,7 +12,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from qwen3_vl_memory_optimizations.cli.top import frame
 from qwen3_vl_memory_optimizations.monitoring.recording.run_file import RunFile, recorded_runs
 
 PROGRAM = [sys.executable, "-c", "from qwen3_vl_memory_optimizations.cli import main; main()"]
@@ -71,6 +74,17 @@ def test_top_prints_a_frame(run, recorded):
     assert max(len(line) for line in result.stdout.splitlines()) <= 80
 
 
+def test_top_shows_the_phase_its_rate_and_its_time_left(recorded, monkeypatch):
+    followed = RunFile(recorded)
+    answer = {"phase": "answer", "done": 12, "total": 256, "unit": "tokens", "elapsed_s": 6.0}
+    answer |= {"left_s": 122.0, "tokens_per_s": 2.0, "first_token_s": 31.4}
+    followed.state.snapshot = {**followed.state.snapshot, "progress": answer}
+    monkeypatch.setattr(RunFile, "running", True)
+    screen = Console(width=80, file=io.StringIO())
+    screen.print(frame(followed, None, 80))
+    assert "answer  12 of 256 tokens, 2 tokens/s, at most 2 min 2 s left" in screen.file.getvalue()
+
+
 def test_top_gives_the_newest_figures_as_json(run, recorded):
     answer = json.loads(run("top", recorded, "--json").stdout)
     assert answer["snapshot"] == RunFile(recorded).state.snapshot
@@ -84,6 +98,13 @@ def test_report_writes_one_file(run, recorded, tmp_path):
     assert result.exit_code == 0, result.stderr
     assert result.stdout.strip() == str(tmp_path / "out.html")
     assert "tiny-qwen3vl" in (tmp_path / "out.html").read_text()
+
+
+def test_report_compares_two_runs(run, recorded, tmp_path):
+    result = run("report", recorded, recorded, "-o", tmp_path / "out.html", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["other"] == str(recorded)
+    assert "comparison of two runs" in (tmp_path / "out.html").read_text()
 
 
 @pytest.mark.parametrize("command", ["top", "report", "dashboard"])
@@ -117,6 +138,18 @@ def wait_for_url(process):
         if found := re.search(r"http://127\.0\.0\.1:\d+/", line):
             return found[0]
     raise AssertionError("no page was announced")
+
+
+def wait_for_passes(url, timeout_s=60.0):
+    """Return the state that the page shows once the model has made a pass."""
+    end_s = time.monotonic() + timeout_s
+    while True:
+        with urllib.request.urlopen(url + "api/snapshot", timeout=20) as answer:
+            state = json.load(answer)
+        if state["snapshot"]["paging"]["passes"] > 0 and state["t"] > 0.4:
+            return state
+        assert time.monotonic() < end_s, "the model makes no pass"
+        time.sleep(0.2)
 
 
 def test_dashboard_serves_the_newest_run_until_ctrl_c(recorded, cache_dir):
@@ -160,9 +193,7 @@ def test_the_page_of_an_answer_is_live_and_others_find_the_run(run, question, ru
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         url = wait_for_url(process)
-        time.sleep(2)
-        with urllib.request.urlopen(url + "api/snapshot", timeout=20) as answer:
-            first = json.load(answer)
+        first = wait_for_passes(url)
         followed = json.loads(run("top", "--json").stdout)
         assert followed["running"] and followed["header"]["pid"] == process.pid
         assert followed["t"] >= first["t"] > 0.4

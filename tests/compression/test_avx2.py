@@ -1,6 +1,6 @@
 """The codecs keep their contract with AVX2 alone, the instruction set of the small machines.
 
-Without VNNI the INT8 product saturates, and the digits differ; torch's INT4 kernel interleaves 32 rows instead of 64.
+Without VNNI the INT8 product of torch saturates; its INT4 kernel interleaves 32 rows instead of 64.
 """
 
 import os
@@ -15,6 +15,7 @@ AVX2 = {
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     "FBGEMM_ENABLE_INSTRUCTIONS": "AVX2",
+    "QWEN3VL_MEM_ISA": "avx2",
 }
 
 

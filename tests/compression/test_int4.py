@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from qwen3_vl_memory_optimizations import CodecError
-from qwen3_vl_memory_optimizations.compression import INT4Codec, LinearInput, Scratch, create_codec, int4
-from qwen3_vl_memory_optimizations.compression.int4 import LAYOUTS, kernel_layout
+from qwen3_vl_memory_optimizations.compression import INT4Codec, LinearInput, Scratch, create_codec
+from qwen3_vl_memory_optimizations.compression.codecs import int4
+from qwen3_vl_memory_optimizations.compression.codecs.int4 import LAYOUTS, kernel_layout
 
 from .contract import DTYPES, CodecContract, assert_snr, decoded, product
 

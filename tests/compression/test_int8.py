@@ -9,19 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_vl_memory_optimizations import CodecError
-from qwen3_vl_memory_optimizations.compression import (
-    INT8Codec,
-    LinearInput,
-    RotatedINT8Codec,
-    Scratch,
-    int8,
-    rotated,
-)
+from qwen3_vl_memory_optimizations.compression import INT8Codec, LinearInput, Scratch
 from qwen3_vl_memory_optimizations.compression.base import bf16_at_least, linear_in_steps
-from qwen3_vl_memory_optimizations.compression.int8 import dequantize
-from qwen3_vl_memory_optimizations.compression.kernels import int8_product_saturates
-from qwen3_vl_memory_optimizations.compression.rotated import RotatedInput
-from qwen3_vl_memory_optimizations.compression.rotation import rotate, rotate_back
+from qwen3_vl_memory_optimizations.compression.codecs import int8, rotated
+from qwen3_vl_memory_optimizations.compression.codecs.int8 import dequantize
+from qwen3_vl_memory_optimizations.compression.codecs.rotation import rotate, rotate_back
+from qwen3_vl_memory_optimizations.native import core
 
 from .contract import DTYPES, CodecContract, assert_snr, decoded, product
 
@@ -78,7 +71,7 @@ class TestRotatedINT8(TestINT8):
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("n_rows", [1, 3, 6, 40])
     @pytest.mark.parametrize("outliers", ["weights", "activations", "both"])
-    def test_outlier_channels_cost_no_precision(self, codec, n_rows, dtype, outliers, monkeypatch):
+    def test_outlier_channels_cost_no_precision(self, codec, n_rows, dtype, outliers):
         weights, x = torch.randn(96, 2048), torch.randn(n_rows, 2048)
         channels = torch.randperm(2048)[:10]
         if outliers != "activations":
@@ -88,14 +81,11 @@ class TestRotatedINT8(TestINT8):
         weights, x = weights.to(dtype), x.to(dtype)
         exact = F.linear(x.double(), weights.double())
         encoded = codec.encode(weights)
-        for fast in (True, False):
-            monkeypatch.setattr(rotated, "has_fast_int8_row", lambda fast=fast: fast)
-            found = product(codec, x, encoded)
-            assert_snr(exact, found, 33, f"{self.name} {n_rows} rows {dtype}, outliers in {outliers}")
+        found = product(codec, x, encoded)
+        assert_snr(exact, found, 33, f"{self.name} {n_rows} rows {dtype}, outliers in {outliers}")
 
-    def test_activations_that_stay_uneven_go_to_exact_kernels(self, codec, monkeypatch):
+    def test_activations_that_stay_uneven_lose_nothing(self, codec):
         """The rotation can make a spike, of what it makes of one."""
-        monkeypatch.setattr(rotated, "_digit_product", None)
         encoded = codec.encode(torch.randn(32, 2048))
         spike = torch.zeros(2048)
         spike[7] = 1
@@ -104,6 +94,23 @@ class TestRotatedINT8(TestINT8):
             x = torch.cat([torch.randn(n_rows - 1, 2048), uneven])
             exact = F.linear(x.double(), decoded(codec, encoded, torch.float64))
             assert_snr(exact, product(codec, x, encoded), 44)
+
+
+@pytest.fixture
+def without_core(monkeypatch):
+    """The products of torch, as where the native core is not built."""
+    for module in (int8, rotated):
+        monkeypatch.setattr(module, "core", lambda: None)
+
+
+@pytest.mark.usefixtures("without_core")
+class TestINT8WithTorch(TestINT8):
+    pass
+
+
+@pytest.mark.usefixtures("without_core")
+class TestRotatedINT8WithTorch(TestRotatedINT8):
+    pass
 
 
 @pytest.mark.parametrize("columns", [1, 2, 33, 64, 96, 576, 2048, 2560, 4304, 9728, 12288])
@@ -158,20 +165,13 @@ def outlier_problem(n_rows, n=96, k=512, dtype=torch.float32):
     return codec, x, encoded, F.linear(x.double(), decoded(codec, encoded, torch.float64))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n_rows", [1, 5, 32])
-def test_packed_kernel_with_outliers(n_rows, dtype):
-    _, x, encoded, exact = outlier_problem(n_rows, dtype=dtype)
-    assert_snr(exact, int8._packed_product(LinearInput(x), encoded, Scratch()), 44, f"packed {dtype}")
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [96, 92, 7, 1])
-def test_row_kernel_with_outliers(n, dtype):
-    _, x, encoded, exact = outlier_problem(1, n, dtype=dtype)
-    found = int8._row_product(LinearInput(x), encoded, Scratch())
-    assert found.dtype == dtype and found.shape == exact.shape
-    assert_snr(exact, found, 44, f"row {dtype}")
+@pytest.mark.parametrize(("dtype", "floor_db"), [(torch.float32, 60), (torch.float16, 58), (torch.bfloat16, 48)])
+@pytest.mark.parametrize(("n_rows", "n", "k"), [(1, 96, 512), (5, 7, 33), (40, 96, 512), (6, 130, 514)])
+def test_products_with_outliers(n_rows, n, k, dtype, floor_db):
+    codec, x, encoded, exact = outlier_problem(n_rows, n, k, dtype)
+    found = product(codec, x, encoded)
+    assert found.dtype == dtype
+    assert_snr(exact, found, floor_db if core() else 43, f"{dtype} {(n_rows, n, k)}")
 
 
 @pytest.mark.parametrize(("dtype", "floor_db"), [(torch.float32, 120), (torch.float16, 60), (torch.bfloat16, 43)])
@@ -181,77 +181,3 @@ def test_decoding_kernel_with_outliers(n_rows, dtype, floor_db, slot_bytes):
     codec, x, encoded, exact = outlier_problem(n_rows, dtype=dtype)
     found = linear_in_steps(LinearInput(x), encoded, None, codec.decode, Scratch(slot_bytes=slot_bytes))
     assert_snr(exact, found, floor_db, f"decoded {dtype}")
-
-
-@pytest.fixture(params=["7-bit", "8-bit"])
-def digits(request, monkeypatch):
-    if request.param == "8-bit" and int8_product_saturates():
-        pytest.skip("this machine's INT8 product saturates with 8-bit digits")
-    monkeypatch.setattr(int8, "int8_product_saturates", lambda: request.param == "7-bit")
-    return request.param
-
-
-@pytest.mark.parametrize(("dtype", "floor_db"), [(torch.float32, 60), (torch.float16, 58), (torch.bfloat16, 48)])
-@pytest.mark.parametrize(("n_rows", "n", "k"), [(5, 96, 512), (40, 96, 512), (9, 7, 33), (1, 1, 1), (6, 130, 514)])
-def test_split_kernel_with_outliers(digits, n_rows, n, k, dtype, floor_db):
-    _, x, encoded, exact = outlier_problem(n_rows, n, max(k, 3), dtype)
-    found = int8._split_product(LinearInput(x), encoded, Scratch())
-    assert_snr(exact, found, floor_db, f"split {digits} {dtype} {(n_rows, n, k)}")
-
-
-def test_split_kernel_at_the_ends_of_its_ranges(digits):
-    """Every product at its largest: the case in which 16-bit sums saturate."""
-    codec, k = INT8Codec(), 4096
-    for x_sign in (1, -1):
-        for w_sign in (1, -1):
-            encoded = codec.encode(torch.full((32, k), float(w_sign)))
-            x = torch.full((8, k), 3.0 * x_sign)
-            exact = F.linear(x.double(), decoded(codec, encoded, torch.float64))
-            assert_snr(
-                exact,
-                int8._split_product(LinearInput(x), encoded, Scratch()),
-                60,
-                f"{digits} {x_sign} {w_sign}",
-            )
-
-
-def test_split_kernel_with_a_zero_row_of_activations(digits):
-    codec = INT8Codec()
-    x = torch.randn(6, 64)
-    x[2] = 0
-    found = int8._split_product(LinearInput(x), codec.encode(torch.randn(8, 64)), Scratch())
-    assert float(found[2].abs().max()) == 0
-
-
-@pytest.mark.parametrize(("n", "k"), [(6, 64), (8, 40), (1, 32), (5, 33), (3, 31)])
-@pytest.mark.parametrize("n_rows", [1, 4, 16])
-def test_shapes_that_crash_the_packed_kernel_never_reach_it(monkeypatch, n, k, n_rows):
-    packed = torch._weight_int8pack_mm
-
-    def checked(x, data, scale):
-        assert data.shape[0] % 4 == 0 and data.shape[1] % 32 == 0
-        return packed(x, data, scale)
-
-    monkeypatch.setattr(torch, "_weight_int8pack_mm", checked)
-    codec = INT8Codec()
-    encoded, x = codec.encode(torch.randn(n, k)), torch.randn(n_rows, k)
-    exact = F.linear(x.double(), decoded(codec, encoded, torch.float64))
-    assert_snr(exact, product(codec, x, encoded), 44 if k % 32 == 0 else 60, f"{n}x{k}")
-
-
-@pytest.mark.parametrize("codec_class", [INT8Codec, RotatedINT8Codec])
-def test_a_product_in_steps_has_the_bits_of_one(codec_class):
-    # With many rows the integers of a product are made for some of them at a time.
-    x, codec = torch.randn(300, 512), codec_class()
-    encoded = codec.encode(torch.randn(96, 512))
-    if codec_class is RotatedINT8Codec and int8_product_saturates():
-        pytest.skip("without VNNI there is no product of digits")
-    product = rotated._digit_product if codec_class is RotatedINT8Codec else int8._split_product
-
-    def found(slot_bytes: int) -> torch.Tensor:
-        given = RotatedInput(x) if codec_class is RotatedINT8Codec else LinearInput(x)
-        return product(given, encoded, Scratch(slot_bytes=slot_bytes))
-
-    whole = found(1 << 24)
-    assert torch.equal(found(96 * 4 * 3 * 64), whole)  # 64 rows a step or 96, and a rest
-    assert torch.equal(found(1), whole)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_vl_memory_optimizations import CodecError
-from qwen3_vl_memory_optimizations.compression import FP16Codec, LinearInput, SparseCodec, SVDCodec, create_codec, svd
+from qwen3_vl_memory_optimizations.compression import FP16Codec, LinearInput, SparseCodec, SVDCodec, create_codec
+from qwen3_vl_memory_optimizations.compression.codecs import svd
 
 from .contract import DTYPES, CodecContract, assert_snr, decoded, product
 

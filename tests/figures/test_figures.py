@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qwen3_vl_memory_optimizations import MemoryConfig, MemoryOptimizer, create_optimized_model
 from qwen3_vl_memory_optimizations.cache import CacheItem, HierarchicalCacheSystem
@@ -13,6 +16,7 @@ from qwen3_vl_memory_optimizations.compression import EncodingLog, INT8Codec, cr
 from qwen3_vl_memory_optimizations.figures import METRICS, MemoryFigures, allocation_speedup
 from qwen3_vl_memory_optimizations.model.checkpoint.loading import WeightLoader
 from qwen3_vl_memory_optimizations.model.checkpoint.packed_encodings import ENCODINGS_FILE, PackedEncodings
+from qwen3_vl_memory_optimizations.model.checkpoint.packing import CODECS_KEY, original_dtypes
 from qwen3_vl_memory_optimizations.model.checkpoint.plan import CompressionPlan
 from qwen3_vl_memory_optimizations.model.run.response_times import ResponseTimes
 from qwen3_vl_memory_optimizations.paging import BlockSpace
@@ -38,7 +42,7 @@ def fill(optimizer, n_tensors):
 
 
 def test_before_anything_happened_only_what_is_known_is_said(make_optimizer):
-    metrics = make_optimizer(8 * MIB).figures.metrics(measure=False)
+    metrics = make_optimizer(8 * MIB).metrics(measure=False)
     assert tuple(metrics) == METRICS and len(METRICS) == 14
     known = {key: value for key, value in metrics.items() if value is not None}
     assert known == {"pool_utilization_rate": 0.0, "swap_operations_count": 0, "tier_migration_rate": 0.0}
@@ -99,8 +103,11 @@ def test_cache_hit_rate_and_efficiency_follow_from_hits_and_seconds(make_optimiz
     clock = Clock()
     config = MemoryConfig(private=True)
     cache = HierarchicalCacheSystem(config, timer=clock)
-    figures = MemoryFigures(make_optimizer(8 * MIB).pager, cache=cache)
-    assert (figures.cache_hit_rate(), figures.cache_efficiency()) == (None, None)
+    optimizer = make_optimizer(8 * MIB)
+    optimizer.cache = None
+    assert (optimizer.get_cache_hit_rate(), optimizer.get_cache_efficiency()) == (None, None)
+    optimizer.cache = cache
+    assert (optimizer.get_cache_hit_rate(), optimizer.get_cache_efficiency()) == (None, None)
 
     def compute():
         clock.now_s += 2.0
@@ -108,9 +115,8 @@ def test_cache_hit_rate_and_efficiency_follow_from_hits_and_seconds(make_optimiz
 
     for _ in range(4):
         cache.get_or_compute("ab" * 32, compute)
-    assert figures.cache_hit_rate() == 3 / 4
-    assert figures.cache_efficiency() == 6.0 / 8.0  # 2 s computed, 3 times 2 s saved
-    assert MemoryFigures(make_optimizer(8 * MIB).pager).cache_efficiency() is None
+    assert optimizer.get_cache_hit_rate() == 3 / 4
+    assert optimizer.get_cache_efficiency() == 6.0 / 8.0  # 2 s computed, 3 times 2 s saved
 
 
 # --- compression --------------------------------------------------------------------------------------------------
@@ -170,7 +176,7 @@ def test_of_weights_packed_by_a_plan_its_errors_are_told(tmp_path):
     with load("auto").memory_optimizer as optimizer:
         [path] = (tmp_path / "packed").glob("*.plan.json")
         plan = CompressionPlan.load(path)
-        sizes = {use.tensor_id: use.logical_bytes for use in optimizer.pager.usage() if use.kind == "weights"}
+        sizes = {use.tensor_id: use.original_bytes for use in optimizer.pager.usage() if use.kind == "weights"}
         lost = sum(sizes[name] * weight.relative_error for name, weight in plan.weights.items() if name in sizes)
         assert set(sizes) <= set(plan.weights)
         assert optimizer.get_compression_quality() == pytest.approx(1 - lost / sum(sizes.values()))
@@ -180,12 +186,31 @@ def test_of_weights_packed_by_a_plan_its_errors_are_told(tmp_path):
         assert optimizer.get_compression_quality() == 1.0
 
 
+def test_the_ratio_is_relative_to_the_checkpoint_and_not_to_what_the_model_computes_in(tmp_path):
+    source = tmp_path / "bf16"
+    shutil.copytree(DIRECTORY, source)
+    path = source / "model.safetensors"
+    save_file({name: value.bfloat16() for name, value in load_file(path).items()}, path, {"format": "pt"})
+    for codec, expected in (("none", 1.0), ("int8", 1.95)):
+        model = create_optimized_model(source, {"cache_dir": tmp_path, "codec": codec}, dtype=torch.float32)
+        with model.memory_optimizer as optimizer:
+            assert optimizer.get_average_compression_ratio() == pytest.approx(expected, rel=0.02)
+            kinds = optimizer.get_memory_efficiency_stats()["kinds"]["weights"]
+            assert kinds["logical_bytes"] == 2 * kinds["original_bytes"]
+
+
+def test_of_checkpoints_packed_before_dtypes_were_recorded_the_configuration_counts():
+    codecs = {CODECS_KEY: json.dumps({"a": "int8"})}
+    for config, dtype in (({"text_config": {"dtype": "bfloat16"}}, torch.bfloat16), ({}, torch.float32)):
+        assert original_dtypes(SimpleNamespace(metadata=codecs, config=config)) == {"a": dtype}
+
+
 # --- swap and tiers -----------------------------------------------------------------------------------------------
 
 
 def test_swaps_stalls_and_moves_are_counted_page_by_page(make_optimizer):
     optimizer, clock = make_optimizer(4 * MIB, swap_algorithm="lru"), Clock()
-    figures = MemoryFigures(optimizer.pager, timer=clock)
+    optimizer.figures = MemoryFigures(optimizer.pager, timer=clock)
     tensors = fill(optimizer, 5)  # the first is written
     tensors[0].sum()  # it is read, and the second written for it
     settle(optimizer.pager)
@@ -193,7 +218,7 @@ def test_swaps_stalls_and_moves_are_counted_page_by_page(make_optimizer):
     assert optimizer.get_swap_efficiency() == 0.0  # one read, and it was waited for
     assert optimizer.get_tier_effectiveness() is None
     clock.now_s = 10.0
-    assert figures.tier_migration_rate() == pytest.approx(3 / 10)
+    assert optimizer.get_tier_migration_rate() == pytest.approx(3 / 10)
     second, third = tensors[1].tensor_id, tensors.pop(2)
     del third
     assert optimizer.pager.runtime.bring([second]) == [second]
@@ -202,7 +227,7 @@ def test_swaps_stalls_and_moves_are_counted_page_by_page(make_optimizer):
     assert optimizer.get_tier_effectiveness() is None, "tiering did not bring it"
     assert optimizer.get_swap_efficiency() == 0.5
     assert optimizer.get_swap_count() == 4
-    assert figures.tier_migration_rate() == pytest.approx(4 / 10)
+    assert optimizer.get_tier_migration_rate() == pytest.approx(4 / 10)
 
 
 def test_lru_on_a_cycle_has_nothing_and_the_prediction_is_measured_against_that(make_optimizer):
@@ -244,18 +269,18 @@ def test_lifetimes_that_came_true_are_counted(make_optimizer):
 
 
 def test_bandwidth_is_the_bytes_used_a_second_of_decoding_over_what_was_measured(make_optimizer):
-    figures, clock, used = make_optimizer(8 * MIB).figures, Clock(), [0]
-    figures.responses = times = ResponseTimes(lambda: used[0], timer=clock, cpu_timer=clock)
-    assert figures.bandwidth_utilization() is None
+    optimizer, clock, used = make_optimizer(8 * MIB), Clock(), [0]
+    optimizer.figures.responses = times = ResponseTimes(lambda: used[0], timer=clock, cpu_timer=clock)
+    assert optimizer.get_memory_bandwidth_usage() is None
     times.begin()
     for seconds, n_bytes in ((5.0, 10**12), (0.5, 10**9), (1.5, 10**9)):  # a prefill and two steps
         clock.now_s += seconds
         used[0] += n_bytes
         times.forward_ended()
     times.end(new_tokens=3, length=3)
-    bandwidth = figures._bandwidth(measure=True)
+    bandwidth = optimizer.figures.measured("memory_bandwidth")
     assert 1e9 < bandwidth < 1e12
-    assert figures.bandwidth_utilization() == pytest.approx(2e9 / 2.0 / bandwidth)
+    assert optimizer.get_memory_bandwidth_usage() == pytest.approx(2e9 / 2.0 / bandwidth)
 
 
 # --- ours ---------------------------------------------------------------------------------------------------------
@@ -328,9 +353,9 @@ def test_of_weights_packed_by_a_named_codec_the_errors_and_speeds_of_packing_are
         errors = json.loads(kept.read_text())["errors"]
         uses = {use.tensor_id: use for use in optimizer.pager.usage() if use.kind == "weights"}
         assert errors.keys() == {name for name, use in uses.items() if not use.lossless}
-        lost = sum(errors[name] * uses[name].logical_bytes for name in errors)
+        lost = sum(errors[name] * uses[name].original_bytes for name in errors)
         quality = optimizer.get_compression_quality()
-        assert quality == pytest.approx(1 - lost / sum(use.logical_bytes for use in uses.values()))
+        assert quality == pytest.approx(1 - lost / sum(use.original_bytes for use in uses.values()))
         assert 0.98 < quality < 1
         first = optimizer.figures.compression()["weights"]
     assert first.encode_bytes_per_s > 0 and first.decode_bytes_per_s > 0

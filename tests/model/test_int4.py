@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from qwen3_vl_memory_optimizations import ConfigurationError, create_optimized_model
-from qwen3_vl_memory_optimizations.compression import codec_names, create_codec, int4
+from qwen3_vl_memory_optimizations.compression import codec_names, create_codec
+from qwen3_vl_memory_optimizations.compression.codecs import int4
 from qwen3_vl_memory_optimizations.compression.registry import _FACTORIES, register_codec
 from qwen3_vl_memory_optimizations.model.checkpoint import skeleton
 from qwen3_vl_memory_optimizations.model.checkpoint.packing import CODECS_KEY, pack_checkpoint

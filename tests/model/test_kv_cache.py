@@ -219,7 +219,8 @@ def test_the_caches_of_a_model_and_its_draft_are_ours(tmp_path):
 @pytest.mark.parametrize(
     ("chosen", "expected"),
     [
-        ({}, "none"),
+        ({}, "int8"),
+        ({"prefix_reuse": "off"}, "none"),
         ({"kv_codec": "int8"}, "int8"),
         ({"tensor_budget": 40 * MIB}, "int8"),
         ({"tensor_budget": 40 * MIB, "codec": "none"}, "none"),

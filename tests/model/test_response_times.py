@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
+from qwen3_vl_memory_optimizations.model.run.generation import Generation
 from qwen3_vl_memory_optimizations.model.run.response_times import ResponseTimes, attach_response_times
+from qwen3_vl_memory_optimizations.model.run.turns import Turns
 from tests.model.tiny import reference
 
 
@@ -30,13 +34,16 @@ def model():
     found._forward_hooks_always_called.clear()
     found._forward_pre_hooks.update(before[0])
     found._forward_hooks.update(before[1])
-    found.__dict__.pop("generate", None)
+    for name in ("generate", "_prefill"):
+        found.__dict__.pop(name, None)
 
 
 @pytest.fixture
 def times(model):
     made = ResponseTimes(lambda: 7, timer=Ticks(), cpu_timer=lambda: 0.0)
     attach_response_times(model, made)
+    parts = dict.fromkeys(("change", "budget", "pieces", "make_cache", "reuse"))
+    Generation(model, turn=Turns(), session=nullcontext, times=made, **parts).attach()
     return made
 
 
@@ -75,12 +82,17 @@ def test_an_answer_with_more_than_its_tokens_is_counted_by_its_sequences(model, 
 
 
 def test_a_generate_inside_of_another_is_part_of_it(model, times):
-    times.begin()
-    model.generate(input_ids=IDS, max_new_tokens=1, do_sample=False)
-    model(input_ids=IDS)
-    assert times.recent() == []
-    times.end(1, 1)
-    assert len(times.recent()) == 1
+    options = {"max_new_tokens": 1, "do_sample": False}
+
+    def nested(ids, scores, **kwargs):
+        model.generate(input_ids=IDS, **options)
+        model(input_ids=IDS)
+        assert times.recent() == []
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    model.generate(input_ids=IDS, stopping_criteria=[nested], **options)
+    [found] = times.recent()
+    assert (found.wall_s, found.new_tokens) == (4.0, 2)  # the clock was asked after each of three forwards
 
 
 def test_a_forward_that_fails_is_no_response_even_where_it_never_began(model, times):

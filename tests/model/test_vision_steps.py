@@ -9,6 +9,7 @@ import torch
 
 from qwen3_vl_memory_optimizations import create_optimized_model
 from qwen3_vl_memory_optimizations.model.layers import vision_block as vision_steps
+from qwen3_vl_memory_optimizations.native import Core, core
 from qwen3_vl_memory_optimizations.paging import products
 from tests.paging.weights import settle
 
@@ -188,3 +189,22 @@ def test_a_forward_that_somebody_replaced_before_stays(tmp_path):
         assert calls == [512]
     finally:
         model.memory_optimizer.close()
+
+
+@pytest.mark.skipif(core() is None, reason="the native core is not built")
+@pytest.mark.parametrize(("codec", "used"), [("int8_rotated", True), ("none", False)])
+@torch.no_grad()
+def test_attention_is_computed_in_integers_where_weights_are(load, monkeypatch, codec, used):
+    model, inputs = load(codec=codec), eight_images()
+    calls, attend_all = [], Core.attend_all
+
+    def counted(self, heads, scale):
+        calls.append(len(heads))
+        return attend_all(self, heads, scale)
+
+    monkeypatch.setattr(Core, "attend_all", counted)
+    found = encode(model, inputs)
+    assert bool(calls) == used
+    monkeypatch.setattr(vision_steps, "_native_core", lambda *_: None)
+    for part, expected in zip(found, encode(model, inputs), strict=True):
+        assert (part - expected).norm() <= 4e-3 * expected.norm()

@@ -3,8 +3,14 @@
 // What each tile and each metric shows, with the time of the sample that it is from.
 function readPage() {
   const figure = (node, name) => [name, node.dataset.value, node.textContent];
+  const textOf = (id) => document.getElementById(id).textContent;
+  const ids = ["verdict", "phase", "speed", "memory", "limit"];
   return {
     t: Number(document.body.dataset.t),
+    overview: {
+      ...Object.fromEntries(ids.map((id) => [id, textOf(id)])),
+      alerts: [...document.querySelectorAll("#active-alerts li")].map((node) => node.textContent),
+    },
     tiles: [...document.querySelectorAll("#tiles dd")].map((node) => figure(node, node.dataset.path)),
     metrics: [...document.querySelectorAll("#metrics-table [data-metric]")].map((node) =>
       figure(node, node.dataset.metric),
@@ -23,6 +29,14 @@ function readCharts() {
     return paths.some((path) => path.getAttribute("d").length > 20) || picture.textContent;
   };
   return Object.fromEntries([...document.querySelectorAll(".chart")].map((node) => [node.dataset.chart, drawn(node)]));
+}
+
+// Number, share in memory and text of each layer, and the names of the other parts.
+function readLayers() {
+  const layers = [...document.querySelectorAll("#layers li")].map((node) =>
+    [node.querySelector("b").textContent, Number(node.dataset.share), node.textContent],
+  );
+  return [layers, [...document.querySelectorAll("#parts-table th")].map((node) => node.textContent)];
 }
 
 // How many pixels of each colour the map of a tier has.

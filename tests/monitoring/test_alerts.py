@@ -33,11 +33,11 @@ class Clock:
         return self.now_s
 
 
-def made_up(memory=0.1, fragmentation=0.0, response_s=None, hits=0, misses=0):
+def made_up(memory=0.1, fragmentation=0.0, response_s=None, hits=0, misses=0, peak_bytes=0, budget_bytes=None):
     cache = {"hits": hits, "misses": misses}
     return {
         "cache": cache,
-        "budget": {"undroppable_share": memory},
+        "budget": {"undroppable_share": memory, "peak_bytes": peak_bytes, "ram_budget_bytes": budget_bytes},
         "fragmentation": fragmentation,
         "responses": {"current_s": response_s},
     }
@@ -86,6 +86,21 @@ def test_a_figure_that_swings_about_its_limit_changes_nothing(clock, heard):
         watch(monitor, clock, [made_up(memory=0.74 if turn % 2 else 0.76) for turn in range(20)]) == [["memory"]] * 20
     )
     assert len(heard) == 1
+
+
+def test_a_breach_of_the_budget_fires_at_once_and_stays(clock, heard):
+    monitor = AlertMonitor(on_change=heard.append, clock=clock)
+    peaks = (1_990_000_000, 2_000_000_000, 2_140_000_000, 1_000_000_000)
+    snapshots = [made_up(peak_bytes=peak, budget_bytes=2_000_000_000) for peak in peaks]
+    assert watch(monitor, clock, snapshots) == [[], [], ["budget"], ["budget"]]
+    assert [alert.message for alert in heard] == ["budget fires: peak 2.14 GB, over the budget of 2.00 GB by 0.14 GB"]
+    assert (heard[0].value, heard[0].limit) == (1.07, 1.0)
+
+
+def test_without_a_budget_there_is_no_breach(clock):
+    monitor = AlertMonitor(clock=clock)
+    assert watch(monitor, clock, [made_up(peak_bytes=10**12)]) == [[]]
+    assert monitor.evaluate(made_up(peak_bytes=10**12))[-1].value is None
 
 
 def test_without_a_limit_or_a_figure_there_is_no_alert(clock):

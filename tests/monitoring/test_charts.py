@@ -48,7 +48,16 @@ def test_a_rate_is_growth_a_second_and_a_gap_is_no_zero():
         (3.0, {}),
         (4.0, {"paging": {"read": 30}}),
     ]
-    assert lines_of(chart, points) == {"read": [(2.0, 5.0), (3.0, None), (4.0, None)]}
+    assert lines_of(chart, points) == {"read": [(2.0, 5.0), (3.0, None), (4.0, 10.0)]}
+
+
+def test_a_rate_covers_two_seconds_so_that_a_sample_soon_after_another_is_no_spike():
+    chart = Chart("k", "timeline", "Title", "/s", "Note.", (Series("tokens", "tokens", rate=True),))
+    times_s = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.001)
+    points = [(t, {"tokens": int(10 * t) + (t > 3)}) for t in times_s]
+    [line] = lines_of(chart, points).values()
+    assert [t for t, _ in line] == list(times_s[1:])
+    assert all(rate == pytest.approx(10.0, rel=0.05) for _, rate in line)
 
 
 def test_keys_of_a_table_become_lines_also_those_that_come_later():
@@ -80,7 +89,7 @@ def test_a_plot_without_figures_says_so():
     [
         (None, "share", "not measured"),
         (0, "bytes", "0 B"),
-        (1.5e6, "bytes/s", "1.5 MB/s"),
+        (1.5e6, "bytes/s", "1.50 MB/s"),
         (0.5, "share", "50 %"),
         (1234.5, "/s", "1,234/s"),
     ],

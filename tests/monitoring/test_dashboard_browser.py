@@ -16,6 +16,7 @@ import qwen3_vl_memory_optimizations as q
 from qwen3_vl_memory_optimizations.monitoring import AlertLimits, AlertMonitor, start_dashboard
 from qwen3_vl_memory_optimizations.monitoring.dashboard import serve_run
 from qwen3_vl_memory_optimizations.monitoring.rendering.charts import CHARTS
+from qwen3_vl_memory_optimizations.monitoring.rendering.formatting import show as show_figure
 from tests.model.tiny import DIRECTORY, cases
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -26,8 +27,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 SETTLE_S = 3.0
+PHASES = {None: "Idle", "pictures": "Pictures", "prompt": "Prompt", "answer": "Answer"}
 PAGE_FUNCTIONS = (Path(__file__).parent / "page.js").read_text()
-SHOW = "document.getElementById(arguments[0]).scrollIntoView(); return true"
+SHOW = "const part = document.getElementById(arguments[0]); part.open = true; part.scrollIntoView(); return true"
+UNFOLD = "for (const part of document.querySelectorAll('details')) part.open = true"
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +93,14 @@ def wait_for(browser, script, *arguments, timeout_s=20.0):
 
 
 def show(browser, width, theme):
+    """Unfold the page in a window of a width, in a theme."""
     browser.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]}
     )
     # As high as the page, so that all of it is in sight.
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.execute_script(UNFOLD)
     height = browser.execute_script("return document.documentElement.scrollHeight")
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size | {"height": height + 2000})
     time.sleep(SETTLE_S)
@@ -127,6 +132,14 @@ def assert_equal_to(sample, shown):
         (names[tier], kind.replace(" ", "_"), codec, int(tensors)) for tier, kind, codec, tensors, _ in shown["map"]
     }
     assert found == {(row["tier"], row["kind"], row["codec"], row["tensors"]) for row in sample["memory_map"]}
+    overview = shown["overview"]
+    assert overview["verdict"] == sample["verdict"]["text"]
+    assert overview["limit"] == {"SSD": "SSD", "memory": "Memory", "processor": "Processor"}.get(
+        sample["verdict"]["limit"], "not measured"
+    )
+    assert overview["phase"] in ("Ended", PHASES[(sample["progress"] or {"phase": None})["phase"]])
+    assert overview["memory"].endswith(f" of {show_figure(sample['budget']['tensor_budget_bytes'], 'bytes')}")
+    assert overview["alerts"] == [row["message"] for row in sample["alerts"] if row["active"]]
 
 
 def test_the_page_shows_what_the_api_says_while_the_model_answers(opened, page):
@@ -153,7 +166,7 @@ def test_every_chart_is_drawn_or_says_that_nothing_was_measured(opened):
 
 
 def test_the_map_has_a_square_for_each_page_where_it_is(opened, page):
-    opened.execute_script(SHOW, "map")
+    opened.execute_script(SHOW, "pages")
     blue, orange = "11,98,184", "184,83,0"
     wait_for(opened, "return document.getElementById('map-ssd').height > 50")
     opened.execute_script("document.getElementById('live').click()")
@@ -164,6 +177,16 @@ def test_the_map_has_a_square_for_each_page_where_it_is(opened, page):
     assert 0.1 < share < 0.45
     assert memory[blue] / (memory[blue] + ssd[blue]) == pytest.approx(share, abs=0.1)
     assert memory.get(orange, 0) + ssd.get(orange, 0) > 500, "a tensor of another kind is in one of them"
+
+
+@pytest.mark.parametrize(("width", "height", "screens"), [(1280, 800, 2), (390, 844, 4)])
+def test_what_is_not_folded_fits_a_few_screens(opened, width, height, screens):
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    time.sleep(SETTLE_S)
+    assert opened.execute_script("return document.documentElement.scrollHeight") <= screens * height
+    first = opened.execute_script("return document.querySelector('.figures').getBoundingClientRect().bottom")
+    assert first <= height, "verdict and figures are on the first screen"
 
 
 def test_no_request_leaves_this_machine_and_nothing_goes_wrong(opened, page):
@@ -216,15 +239,34 @@ def test_alerts_that_fire_are_seen(opened):
     assert "response_time fires" in opened.execute_script("return document.getElementById('events').textContent")
 
 
+def share_in_memory(rows):
+    there = sum(row["n_bytes"] * sum(letter in "rplw" for letter in row["states"]) / row["n_pages"] for row in rows)
+    return there / sum(row["n_bytes"] for row in rows)
+
+
+def assert_layers_equal_to(pages, shown):
+    layers, parts = shown
+    assert [number for number, *_ in layers] == ["0", "1", "2", "3"]
+    for number, share, text in layers:
+        rows = [row for row in pages if f"language_model.layers.{number}." in row["tensor_id"]]
+        assert share == pytest.approx(share_in_memory(rows), abs=1e-6)
+        assert text.startswith(f"{number}: ") and text.endswith("% in memory")
+    assert {"Embedding", "Vision tower", "Keys and values", "Other runtime tensors"} <= set(parts)
+
+
 def test_a_recorded_run_is_shown_to_its_end(browser, page, run_path, tmp_path):
     copy = tmp_path / "copy.jsonl"
     copy.write_bytes(run_path.read_bytes())
     with serve_run(copy) as recorded:
         browser.get(recorded.url)
         wait_for(browser, "return document.body.dataset.status === 'ended'")
-        wait_for(browser, "return document.querySelectorAll('#tiles dd').length > 0")
+        wait_for(browser, "return document.querySelectorAll('#layers li').length > 0")
         show(browser, 1280, "light")
         shown = ask(browser, "readPage()")
+        layers = ask(browser, "readLayers()")
         sample = httpx.get(recorded.url + "api/run.json").json()["samples"][-1]
+        pages = httpx.get(recorded.url + "api/snapshot").json()["memory_map"]
+    assert_layers_equal_to(pages, layers)
+    assert shown["overview"]["phase"] == "Ended"
     assert shown["t"] == sample["t"]
     assert_equal_to(sample, shown)

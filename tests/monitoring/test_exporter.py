@@ -111,11 +111,11 @@ def test_a_dashboard_asks_for_what_is_exported(name):
     assert len(set(places)) == len(places) and len({panel["id"] for panel in board["panels"]}) == len(places)
 
 
-def test_the_rules_are_the_four_alerts_and_ask_for_what_is_exported():
+def test_the_rules_are_the_alerts_and_ask_for_what_is_exported():
     rules = yaml.safe_load(RULES.read_text())["groups"][0]["rules"]
     limits = AlertLimits()
     texts = {rule["alert"]: rule["expr"] for rule in rules}
-    assert set(texts) == {"CacheHitRateLow", "FragmentationHigh", "ResponseSlow", "MemoryHigh"}
+    assert set(texts) == {"CacheHitRateLow", "FragmentationHigh", "ResponseSlow", "MemoryHigh", "BudgetExceeded"}
     assert set(_NAME.findall(" ".join(texts.values()))) <= exported_names()
     assert f"< {limits.hit_rate:.2f}" in texts["CacheHitRateLow"]
     assert f"> {limits.fragmentation:.2f}" in texts["FragmentationHigh"]
@@ -200,5 +200,5 @@ def test_a_real_prometheus_scrapes_the_figures_and_loads_the_rules(make_optimize
 
             assert until(value) == 7 * MIB == MIB * len(tensors)
             found = until(rules)
-            assert len(found) == 4 and {rule["health"] for rule in found.values()} == {"ok"}
+            assert len(found) == 5 and {rule["health"] for rule in found.values()} == {"ok"}
             assert {name for name, rule in found.items() if rule["state"] != "inactive"} == {"MemoryHigh"}

@@ -32,8 +32,10 @@ KEYS = {
     "prediction",
     "gc",
     "life_cycles",
+    "progress",
     "responses",
     "sessions_open",
+    "verdict",
     "metrics",
     "alerts",
 }
@@ -119,6 +121,25 @@ def test_a_model_that_answers_fills_the_figures(tmp_path):
         for share in ("swap_efficiency", "cache_hit_improvement"):
             assert 0 <= metrics[share] <= 1, share
         assert metrics["tier_optimization_effectiveness"] == snapshot["prediction"]["tier_effectiveness"]
+
+
+def test_an_answer_in_progress_shows_its_figures(tmp_path):
+    model = q.create_optimized_model(DIRECTORY, {"cache_dir": tmp_path, "codec": "none"})
+    seen = []
+    with model.memory_optimizer as optimizer:
+        assert take_snapshot(optimizer)["progress"] is None
+        handle = model.lm_head.register_forward_pre_hook(lambda *_: seen.append(take_snapshot(optimizer)))
+        model.generate(input_ids=torch.tensor([[7, 8]]), max_new_tokens=5, min_new_tokens=5, do_sample=False)
+        handle.remove()
+        after = take_snapshot(optimizer)
+    assert [each["progress"]["phase"] for each in seen] == ["prompt", *["answer"] * 4]
+    assert seen[0]["responses"]["tokens_per_s"] is None and seen[0]["responses"]["first_token_s"] is None
+    last = seen[-1]
+    assert (last["progress"]["done"], last["progress"]["total"]) == (4, 5)
+    assert last["responses"]["tokens_per_s"] == last["progress"]["tokens_per_s"] > 0
+    assert last["responses"]["first_token_s"] == last["progress"]["first_token_s"] > 0
+    assert [each["responses"]["tokens"] for each in seen] == [0, 1, 2, 3, 4]
+    assert after["progress"] is None and after["responses"]["tokens"] == 5
 
 
 def test_metrics_of_what_is_no_optimized_model_are_refused():

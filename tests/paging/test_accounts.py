@@ -3,7 +3,7 @@
 import pytest
 
 from qwen3_vl_memory_optimizations import MemoryBudgetExceeded
-from qwen3_vl_memory_optimizations.paging import Ledger, Pager, ProcessAccounts
+from qwen3_vl_memory_optimizations.paging import BlockSpace, Ledger, Pager, ProcessAccounts
 from qwen3_vl_memory_optimizations.paging.budget import process_accounts as accounts
 from qwen3_vl_memory_optimizations.process import GroupMemory
 
@@ -51,6 +51,21 @@ def test_the_group_leaves_room_for_what_lives_beside_the_process(group, pager):
     assert pager.frames.limit_bytes >= limit + 900 * MIB
 
 
+def test_free_heap_counts_until_it_is_released(pager, monkeypatch):
+    monkeypatch.setattr(accounts, "release_library_pages", lambda: None)
+    kept, n_blocks, block_bytes = [], 2000, 100_000
+    blocks = []
+    for _ in range(n_blocks):  # small ones between keep the heap from shrinking by itself
+        blocks.append(bytearray(block_bytes))
+        kept.append(bytearray(600))
+    accounted = ProcessAccounts(pager, BUDGET, 0)
+    full = accounted.measure()
+    blocks.clear()
+    assert accounted.measure() > full - n_blocks * block_bytes // 4
+    assert accounted.measure(release=True) < full - n_blocks * block_bytes * 3 // 4
+    del kept
+
+
 def test_code_that_was_given_back_counts_before_it_is_read_again(group, pager, monkeypatch):
     accounted = ProcessAccounts(pager, BUDGET, group["rss"])
     there = accounted.measure()
@@ -94,3 +109,21 @@ def test_a_group_without_room_is_refused(group, tmp_path):
     with pytest.raises(MemoryBudgetExceeded, match="system"):
         ProcessAccounts(pager, BUDGET, group["rss"])
     pager.close()
+
+
+def test_a_run_goes_on_where_what_it_holds_is_more_than_is_left(group, pager, caplog):
+    ProcessAccounts(pager, BUDGET, group["rss"])
+    space = BlockSpace(pager)
+    held, idle = space.allocate(16 * MIB), space.allocate(16 * MIB)
+    pager.ledger.frames_floor_bytes = 4 * MIB
+    group["others"] = BUDGET
+    with space.held([held]):
+        pager.on_pass()
+        assert "exceeds the budget" in caplog.text
+        assert pager.frames.limit_bytes == pager.frames.used_bytes == 16 * MIB
+        assert (held.entry.pages[0].resident, idle.entry.pages[0].resident) == (True, False)
+    pager.on_pass()
+    assert pager.frames.limit_bytes == 4 * MIB
+    group["others"] = 0
+    pager.on_pass()
+    assert pager.frames.limit_bytes > BUDGET // 2

@@ -77,7 +77,7 @@ def test_effectiveness_is_the_share_of_migrations_used_before_they_left(make):
     assert tiering.migrate(pager) == 2
     settle(pager)
     assert optimizer.get_tier_effectiveness() == 0.0
-    assert optimizer.figures.metrics(measure=False)["tier_optimization_effectiveness"] == 0.0
+    assert optimizer.metrics(measure=False)["tier_optimization_effectiveness"] == 0.0
     tensors[0].sum()
     assert optimizer.get_tier_effectiveness() == 0.5
     pager.runtime.send_out(tensors[1].tensor_id)  # it leaves, unused

@@ -315,7 +315,7 @@ class Worker:
 
     def figures(self) -> None:
         self.optimizer.get_memory_efficiency_stats()
-        self.optimizer.figures.metrics(measure=False)
+        self.optimizer.metrics(measure=False)
         self.pager.page_map()
 
     def cycle(self) -> None:

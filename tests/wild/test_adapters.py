@@ -105,7 +105,7 @@ def test_a_change_of_the_adapter_is_another_checkpoint(tmp_path):
         ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
         (
             {"base": "Qwen/Qwen3-VL-2B-Instruct"},
-            "the base 'Qwen/Qwen3-VL-2B-Instruct'.*download this model",
+            "the base 'Qwen/Qwen3-VL-2B-Instruct'.*download it",
         ),
         ({"base": ""}, "base_model_name_or_path is missing"),
         ({"extra": {"base_model.model.x.weight": torch.zeros(2)}}, "matches nothing in the base"),

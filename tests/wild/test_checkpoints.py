@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwen3_vl_memory_optimizations import CheckpointError, create_optimized_model
-from qwen3_vl_memory_optimizations.compression import rotation
+from qwen3_vl_memory_optimizations.compression.codecs import rotation
 
 from ..model import tiny
 
@@ -94,7 +94,7 @@ def test_weights_that_are_no_numbers_are_named(codec, tmp_path):
 @pytest.mark.parametrize("codec", ["none", "int8", "int8_rotated", "int4", "fp16"])
 def test_another_default_dtype_around_a_load_changes_nothing(codec, tmp_path):
     expected = logits(tiny.DIRECTORY, tmp_path / "before", codec)
-    for cached in (rotation._factors, rotation._row_factors):
+    for cached in (rotation._factors, rotation.rotation_signs):
         cached.cache_clear()
     torch.set_default_dtype(torch.bfloat16)
     try:

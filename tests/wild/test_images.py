@@ -17,6 +17,7 @@ from PIL import Image
 
 from qwen3_vl_memory_optimizations import InputError, MemoryBudgetExceeded, create_optimized_model
 from qwen3_vl_memory_optimizations.model.inputs.images import fetched, listed, load_image, open_image
+from qwen3_vl_memory_optimizations.model.inputs.names import file_name
 from qwen3_vl_memory_optimizations.model.inputs.picture_budget import prepare_within_budget
 from qwen3_vl_memory_optimizations.model.inputs.processor import load_processor
 from qwen3_vl_memory_optimizations.model.inputs.video_files import FrameSampling, load_video
@@ -95,6 +96,7 @@ def test_an_address_is_fetched_only_when_asked(tmp_path, processor):
             open_image(address, 1)
         assert np.array_equal(np.asarray(open_image(address, 1, fetch=True).decode()), PIXELS)
         assert fetched(address) == (tmp_path / "a.png").read_bytes()
+        assert file_name(fetched(address)) == "a.png"  # labels cached results
         assert fetched(str(tmp_path / "a.png")) == str(tmp_path / "a.png")
         with pytest.raises(InputError, match="cannot be fetched"):
             open_image(address.replace("a.png", "b.png"), 1, fetch=True)

@@ -80,5 +80,8 @@ def test_a_budget_above_that_of_the_group_is_lowered_to_it(monkeypatch, caplog):
     monkeypatch.setattr(profiles.choice, "limiting_groups", lambda: iter([group]))
     assert profiles.configure({"ram_budget": "4GB"}).ram_budget == 2_000_000_000
     assert "exceeds the control group limit of 2 GB for this process" in caplog.text
+    caplog.clear()
+    assert profiles.configure({"ram_budget": 2_000_000_001}).ram_budget == 2_000_000_000
+    assert not caplog.text, "the kernel rounds limits down to pages"
     assert profiles.configure({"ram_budget": "1GB"}).ram_budget == 1_000_000_000
     assert profiles.configure({}).ram_budget is None

@@ -3,6 +3,7 @@
 from .budget import CacheBudget, LedgerBudget
 from .digests import digest, digest_of_tensor
 from .item import CacheItem, EncodedItem
+from .listing import KeptResult, find_result, kept_results, kind_of, remove_result
 from .memory import CPUCache, GPUCache
 from .ssd import SSDCache
 from .stats import LevelStats
@@ -15,9 +16,14 @@ __all__ = [
     "EncodedItem",
     "GPUCache",
     "HierarchicalCacheSystem",
+    "KeptResult",
     "LedgerBudget",
     "LevelStats",
     "SSDCache",
     "digest",
     "digest_of_tensor",
+    "find_result",
+    "kept_results",
+    "kind_of",
+    "remove_result",
 ]

@@ -126,7 +126,16 @@ class SSDCache:
             self.counters.reused += 1
         self._note_use(key, n_bytes, 1)
 
-    def store(self, key: str, item: CacheItem, *, saved_s: float, uses: int = 1, kind: str = "general") -> bool:
+    def store(
+        self,
+        key: str,
+        item: CacheItem,
+        *,
+        saved_s: float,
+        uses: int = 1,
+        kind: str = "general",
+        label: str | None = None,
+    ) -> bool:
         """Write an item if it is worth more than what it would evict; return whether it is stored.
 
         Args:
@@ -134,20 +143,36 @@ class SSDCache:
             item: the item to write.
             saved_s: expected seconds saved per hit.
             uses: number of recent requests for it.
-            kind: a label for inspecting the directory.
+            kind: what the item is, for listing the directory.
+            label: what it was made from, for listing: a file name, or the beginning of a prompt.
         """
-        return self.store_encoded(key, encode(item, self.codec), saved_s=saved_s, uses=uses, kind=kind)
+        return self.store_encoded(key, encode(item, self.codec), saved_s=saved_s, uses=uses, kind=kind, label=label)
 
     def store_encoded(
-        self, key: str, encoded: EncodedItem, *, saved_s: float, uses: int = 1, kind: str = "general"
+        self,
+        key: str,
+        encoded: EncodedItem,
+        *,
+        saved_s: float,
+        uses: int = 1,
+        kind: str = "general",
+        label: str | None = None,
+        group: str | None = None,
     ) -> bool:
-        """Store an item that another level has already encoded; otherwise like `store`."""
+        """Store an item that another level has already encoded; otherwise like `store`.
+
+        Args:
+            key, encoded, saved_s, uses, kind, label: see `store`.
+            group: entries with the same group are listed as one result.
+        """
         if encoded.n_bytes > self.size_bytes // MOST_SHARE:
             self.counters.refused += 1
             return False
         if self.store_files.size_of(key) is not None:
             return True
-        facts: Facts = {"kind": kind, "saved_s": saved_s, "uses": uses, "used_at": time.time()}
+        now = time.time()
+        facts: Facts = {"kind": kind, "saved_s": saved_s, "uses": uses, "used_at": now, "made_at": now}
+        facts |= {name: text for name, text in (("label", label), ("group", group)) if text}
 
         def make_room(index: Index, file_bytes: int) -> list[str] | None:
             clock = float(index.state.get("clock", 0.0))

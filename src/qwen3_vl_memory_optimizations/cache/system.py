@@ -127,7 +127,16 @@ class HierarchicalCacheSystem:
             self.l2_cache.counters.migrations += 1
         return item
 
-    def put(self, key: str, item: CacheItem, *, saved_s: float, kind: str = "general", persist: bool = True) -> None:
+    def put(
+        self,
+        key: str,
+        item: CacheItem,
+        *,
+        saved_s: float,
+        kind: str = "general",
+        persist: bool = True,
+        label: str | None = None,
+    ) -> None:
         """Offer an item to the levels.
 
         Args:
@@ -136,6 +145,7 @@ class HierarchicalCacheSystem:
             saved_s: expected seconds saved per hit.
             kind: a label for display.
             persist: also offer it to the SSD.
+            label: what it was made from, for listing the SSD.
         """
         uses = self._counts.of(key)
         self._tell(key, item, kind)
@@ -146,7 +156,7 @@ class HierarchicalCacheSystem:
         if persist and self.l3_cache is not None:
             try:
                 with self._budget.workspace(STAGE_BYTES):
-                    self.l3_cache.store(key, item, saved_s=saved_s, uses=uses, kind=kind)
+                    self.l3_cache.store(key, item, saved_s=saved_s, uses=uses, kind=kind, label=label)
             except MemoryBudgetExceeded:  # no room for the write buffer: the entry will be recomputed
                 self.l3_cache.counters.refused += 1
 
@@ -172,6 +182,7 @@ class HierarchicalCacheSystem:
         units: Sequence[float],
         accepts: Callable[[int, CacheItem], bool] = lambda index, item: True,
         persist: bool = True,
+        labels: Sequence[str] = (),
     ) -> list[CacheItem]:
         """Return several entries; missing ones are computed in one call.
 
@@ -182,6 +193,7 @@ class HierarchicalCacheSystem:
             units: work for each item.
             accepts: returns whether the caller can use an entry that was found.
             persist: also store new ones on the SSD.
+            labels: what each was made from, for listing the SSD; may be empty.
         """
         found: dict[str, CacheItem] = {}
         position: dict[str, int] = {}
@@ -211,7 +223,8 @@ class HierarchicalCacheSystem:
                         with shield:
                             self._flights.land(key, mine.pop(key), item)
                         saved_s = self.predict_compute_s(kind, units[index]) or 0.0
-                        self.put(key, item, saved_s=saved_s, kind=kind, persist=persist)
+                        label = labels[index] if index < len(labels) else None
+                        self.put(key, item, saved_s=saved_s, kind=kind, persist=persist, label=label)
             finally:
                 with shield:
                     for key, flight in mine.items():

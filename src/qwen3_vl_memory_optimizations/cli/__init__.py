@@ -9,32 +9,45 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
-from . import cache, dashboard, demo, doctor, evaluate, generate, pack, report, top
-from ._output import Command, CommandGroup
+from . import cache, dashboard, evaluate, models, pack, pull, report, top
+from .common.commands import Command, Program
+from .demo.command import demo
+from .doctor.command import doctor
+from .generate.command import generate
+from .generate.inputs import GenerateCommand
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="qwen3vl-mem",
-    cls=CommandGroup,
-    help="Run Qwen3-VL inside a hard memory budget.",
-    epilog="Start with: qwen3vl-mem demo",
+    cls=Program,
+    help="""Run Qwen3-VL inside a hard memory budget.
+
+Example: qwen3vl-mem demo
+
+qwen3vl-mem doctor
+
+qwen3vl-mem generate Qwen/Qwen3-VL-2B-Instruct -i photo.jpg -p "What is this?"
+""",
+    epilog="Options of commands can also be set in the environment (QWEN3VL_MEM_RAM_BUDGET=2GB) and in "
+    "~/.config/qwen3vl-mem/config.toml.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 for command in (
-    demo.demo,
-    generate.generate,
+    demo,
+    generate,
+    pull.pull,
     pack.pack,
     evaluate.evaluate,
-    doctor.doctor,
+    doctor,
     dashboard.dashboard,
     top.top,
     report.report,
 ):
-    app.command(cls=Command)(command)
+    app.command(cls=GenerateCommand if command is generate else Command)(command)
+app.add_typer(models.app)
 app.add_typer(cache.app)
 
 
@@ -55,7 +68,10 @@ def _print_version(value: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, allow_from_autoenv=False, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     # Options of the program itself; its help text is passed to `Typer`.

@@ -8,17 +8,27 @@ from typing import Annotated
 
 import typer
 
-from ._output import CacheDirOption, DebugOption, error_console
+from .common.output import OUTPUT, CacheDirOption, DebugOption, error_console
 
 RunArgument = Annotated[
     Path | None,
-    typer.Argument(metavar="[RUN]", help="Run file. (default: the newest live run, else the newest)"),
+    typer.Argument(metavar="RUN", help="Run file. (default: the newest live run, else the newest)"),
 ]
 
 
 def dashboard(
     run: RunArgument = None,
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port on 127.0.0.1 (0: any free port).")] = 0,
+    port: Annotated[
+        int,
+        typer.Option(
+            "--port",
+            min=0,
+            max=65535,
+            metavar="PORT",
+            rich_help_panel=OUTPUT,
+            help="Port on 127.0.0.1 (0: any free port).",
+        ),
+    ] = 0,
     cache_dir: CacheDirOption = None,
     debug: DebugOption = False,
 ) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._output import (
+from .common.output import (
     INPUT,
     MEMORY,
     CacheDirOption,
@@ -18,24 +21,37 @@ from ._output import (
     TensorBudgetOption,
     console,
     print_json,
-    progress_bar,
 )
-from ._recording import DashboardOption, check_watching, watched
+from .common.progress import QuietOption, progress_line
+from .common.recording import DashboardOption, check_watching, watched
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from ..evaluation import CodecResult, Task
 
-_DEFAULT_IMAGES = 14
-_DEFAULT_TOKENS = 4096
+_SHIPPED_IMAGES = 14
+_IMAGES, _TOKENS = 8, 1024
+_FULL_IMAGES, _FULL_TOKENS = _SHIPPED_IMAGES, 4096
+_CODECS = ("int8_rotated", "int8", "int4")
+"""Those that a user chooses among; the others are for weights that suit them, or for half the bytes of fp32."""
+_SMALL_BYTES = 64 << 20
+"""Products of a smaller checkpoint are computed by one thread: several would mostly wait for each other."""
 _WORST_LAYERS = 3
 _ALONE = ("perplexity", "accuracy", "f1")
+_MEANINGS = (
+    ("perplexity", "how unsure the model is of the right tokens; 1 is certain, lower is better"),
+    ("accuracy", "share of tokens predicted right; macro F1 counts each token value alike"),
+    ("same top-1", "share of predictions with the unmodified model's first choice"),
+    ("KL", "distance of the predicted probabilities from its own, in nats; 0 is equal"),
+    ("layer error", "largest relative error of a layer's output"),
+    ("vs. 16-bit", "stored bytes over those of 16 bits per weight"),
+)
 _COMPARED = ("top1_agreement", "kl_divergence", "layer_relative_error")
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Checkpoint directory or Hugging Face model id.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint directory or Hugging Face model id.")],
     text: Annotated[
         Path | None,
         typer.Option(
@@ -46,29 +62,49 @@ def evaluate(
         ),
     ] = None,
     tokens: Annotated[
-        int, typer.Option("--tokens", min=2, rich_help_panel=INPUT, help="Number of text tokens to predict.")
-    ] = _DEFAULT_TOKENS,
+        int | None,
+        typer.Option(
+            "--tokens",
+            min=2,
+            metavar="N",
+            rich_help_panel=INPUT,
+            help=f"Number of text tokens to predict. (default: {_TOKENS:,}; with --full {_FULL_TOKENS:,})",
+        ),
+    ] = None,
     images: Annotated[
         int | None,
         typer.Option(
             "--images",
             min=1,
+            metavar="N",
             rich_help_panel=INPUT,
-            help=f"Number of images to ask about; above {_DEFAULT_IMAGES}, test images of easy-VQA, up to 1000. "
-            f"(default for a vision model: {_DEFAULT_IMAGES})",
+            help=f"Number of images to ask about; above {_SHIPPED_IMAGES}, test images of easy-VQA, up to 1000. "
+            f"(default for a vision model: {_IMAGES}; with --full {_FULL_IMAGES})",
         ),
     ] = None,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full", rich_help_panel=INPUT, help="Evaluate all codecs on more images and text; takes minutes."
+        ),
+    ] = False,
     codec: Annotated[
         list[str] | None,
-        typer.Option("--codec", rich_help_panel=MEMORY, help="Codec to evaluate; repeatable. (default: all codecs)"),
+        typer.Option(
+            "--codec",
+            metavar="CODEC",
+            rich_help_panel=MEMORY,
+            help=f"Codec to evaluate; repeatable. (default: {', '.join(_CODECS)}; with --full all)",
+        ),
     ] = None,
     tensor_budget: TensorBudgetOption = None,
     cache_dir: CacheDirOption = None,
     dashboard: DashboardOption = None,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Compare codecs with the unmodified model: accuracy, perplexity, layer errors, size.
+    """Compare codecs with the unmodified model and recommend one: accuracy, perplexity, layer errors, size.
 
     Without a budget, the whole model is loaded alongside each codec; with
     --tensor-budget, both stay within it. With --dashboard, the page shows one
@@ -81,25 +117,49 @@ def evaluate(
     check_watching(dashboard)
     config = MemoryConfig.from_mapping({"tensor_budget": tensor_budget, "cache_dir": cache_dir})
 
-    from transformers.utils.logging import disable_progress_bar
+    with progress_line(quiet=quiet or as_json) as line:
+        from transformers.utils.logging import disable_progress_bar
 
-    from ..evaluation.codecs import evaluate_codecs
-    from ..factory import local_directory
+        from ..compression import codec_names
+        from ..evaluation.codecs import evaluate_codecs
+        from ..evaluation.recommendation import recommend
+        from ..model.sources.hub import local_path
 
-    directory = local_directory(model)
-    disable_progress_bar()  # our own bar is enough
-    tasks = _tasks(directory, text, tokens, images)
+        directory = local_path(model, line.report)
+        disable_progress_bar()  # our own line is enough
+        tasks = _tasks(directory, text, tokens, images, full=full)
+        codecs = codec or (codec_names() if full else _CODECS)
 
-    def watch(optimized: Any, name: str) -> AbstractContextManager[None]:
-        shown = f"{directory.name}, {name}"
-        return watched(optimized.memory_optimizer, dashboard=dashboard, record=False, command="evaluate", model=shown)
+        def watch(optimized: Any, name: str) -> AbstractContextManager[Any]:
+            shown = f"{Path(model).name}, {name}"
+            return watched(
+                optimized.memory_optimizer, dashboard=dashboard, record=False, command="evaluate", model=shown
+            )
 
-    with progress_bar(quiet=as_json, in_bytes=False) as progress:
-        results = list(evaluate_codecs(directory, codec or [], tasks, config=config, progress=progress, watch=watch))
+        with _few_threads_if_small(directory):
+            found = evaluate_codecs(directory, codecs, tasks, config=config, progress=line.report, watch=watch)
+            results = list(found)
+    advice = recommend(results)
     if as_json:
-        print_json(report(results))
+        print_json(report(results) | {"recommendation": dataclasses.asdict(advice)})
     else:
         _show(results)
+        console().print(f"\n{advice.text}", style="bold", highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _few_threads_if_small(directory: Path) -> Iterator[None]:
+    import torch
+
+    from ..model.checkpoint.formats import open_checkpoint
+
+    before = torch.get_num_threads()
+    if open_checkpoint(directory).total_bytes < _SMALL_BYTES:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def report(results: list[CodecResult]) -> dict[str, Any]:
@@ -124,7 +184,7 @@ def report(results: list[CodecResult]) -> dict[str, Any]:
     return {"baseline": results[0].baseline, "weight_bytes_16_bit": results[0].half_bytes, "codecs": rows}
 
 
-def _tasks(directory: Path, text: Path | None, tokens: int, images: int | None) -> list[Task]:
+def _tasks(directory: Path, text: Path | None, tokens: int | None, images: int | None, *, full: bool) -> list[Task]:
     """Return the evaluation tasks for this checkpoint.
 
     Raises:
@@ -144,7 +204,7 @@ def _tasks(directory: Path, text: Path | None, tokens: int, images: int | None) 
     if images is not None or (sees and text is None):
         from ..model.inputs.processor import load_processor
 
-        chosen = questions(images or _DEFAULT_IMAGES)
+        chosen = questions(images or (_FULL_IMAGES if full else _IMAGES))
         tasks.append(Task("images", QuestionBatches(load_processor(directory), chosen)))
     if text is not None or not sees:
         path = text or SHIPPED_TEXT
@@ -152,7 +212,8 @@ def _tasks(directory: Path, text: Path | None, tokens: int, images: int | None) 
             content = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: cannot read this text ({error}); name a UTF-8 text file") from error
-        tasks.append(Task("text", text_windows(load_tokenizer(directory), content, max_tokens=tokens)))
+        limit = tokens or (_FULL_TOKENS if full else _TOKENS)
+        tasks.append(Task("text", text_windows(load_tokenizer(directory), content, max_tokens=limit)))
     return tasks
 
 
@@ -181,7 +242,12 @@ def _show(results: list[CodecResult]) -> None:
         worst = sorted(errors, reverse=True)[:_WORST_LAYERS]
         if worst:
             named = ", ".join(f"{name} {figure(error)}" for error, name in worst)
-            screen.print(f"\n{result.codec}: largest layer errors: {named}", style="dim", highlight=False)
+            screen.print(
+                f"\n{result.codec}: largest layer errors: {named}", style="dim", highlight=False, soft_wrap=True
+            )
+    screen.print()
+    for name, meaning in _MEANINGS:
+        screen.print(f"{name}: {meaning}", style="dim", highlight=False, soft_wrap=True)
 
 
 def _table(title: str, *headings: str) -> Table:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._output import (
+from .common.output import (
     INPUT,
     MEMORY,
     CacheDirOption,
@@ -19,9 +19,9 @@ from ._output import (
     RamBudgetOption,
     console,
     print_json,
-    progress_bar,
     typed,
 )
+from .common.progress import QuietOption, progress_line
 
 if TYPE_CHECKING:
     from ..model.checkpoint.plan import CompressionPlan
@@ -31,7 +31,9 @@ _MOST_NAMED = 12
 
 def pack(
     ctx: typer.Context,
-    model: Annotated[Path, typer.Argument(help="Checkpoint directory or .gguf file.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Checkpoint directory, .gguf file, or Hugging Face model id.")
+    ],
     calibration: Annotated[
         Path | None,
         typer.Option(
@@ -54,6 +56,7 @@ def pack(
     profile: ProfileOption = None,
     ram_budget: RamBudgetOption = None,
     cache_dir: CacheDirOption = None,
+    quiet: QuietOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -65,6 +68,7 @@ def pack(
 
     Example: qwen3vl-mem pack ~/models/Qwen3-VL-2B-Instruct
     """
+    line = ctx.with_resource(progress_line(quiet=quiet or as_json))
     from ..errors import ConfigurationError
     from ..profiles import configure
 
@@ -88,8 +92,8 @@ def pack(
     packed = packed_directory(source, config.weight_codec(), config)
     before = packed.stat().st_ino if packed.is_dir() else None
     start = time.perf_counter()
-    with progress_bar(quiet=as_json) as progress:
-        directory = pack_model(source, config, plan=given, calibration=calibration, progress=progress)
+    directory = pack_model(source, config, plan=given, calibration=calibration, progress=line.report)
+    line.close()
     seconds = time.perf_counter() - start
     was_there = before is not None and directory.stat().st_ino == before
     report: dict[str, Any] = {

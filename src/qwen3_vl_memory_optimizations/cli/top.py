@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._output import CacheDirOption, DebugOption, JsonOption, console, print_json
+from .common.output import OUTPUT, CacheDirOption, DebugOption, JsonOption, console, print_json
+from .common.progress import status as progress_text
 from .dashboard import RunArgument, _runs_dir
 
 if TYPE_CHECKING:
@@ -32,12 +34,12 @@ Sample = tuple[float, Mapping[str, Any]]
 
 def top(
     run: RunArgument = None,
-    once: Annotated[bool, typer.Option("--once", help="Print one frame and exit.")] = False,
+    once: Annotated[bool, typer.Option("--once", rich_help_panel=OUTPUT, help="Print one frame and exit.")] = False,
     cache_dir: CacheDirOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Follow a run in the terminal: speed, memory, data placement, caches, alerts.
+    """Follow a run in the terminal: phase with time left, speed, memory, data placement, caches, alerts.
 
     Ctrl-C stops the display, not the run. Without a terminal, or with --json,
     print one frame.
@@ -62,17 +64,21 @@ def top(
 def _follow(followed: RunFile) -> None:
     from rich.live import Live
 
+    from ..monitoring.rendering.charts import RATE_S
+
     screen = console()
-    before: Sample | None = None
-    shown: Sample = (followed.state.t, followed.state.snapshot)
+    recent = deque([(followed.state.t, followed.state.snapshot)])
     with Live(frame(followed, None, screen.width), console=screen, auto_refresh=False) as live:
         try:
             while followed.running:
                 time.sleep(_LOOK_S)
                 followed.poll()
-                if followed.state.t > shown[0]:
-                    before, shown = shown, (followed.state.t, followed.state.snapshot)
-                live.update(frame(followed, before, screen.width), refresh=True)
+                t = followed.state.t
+                if t > recent[-1][0]:
+                    recent.append((t, followed.state.snapshot))
+                while len(recent) > 1 and recent[1][0] <= t - RATE_S:
+                    recent.popleft()
+                live.update(frame(followed, recent[0] if len(recent) > 1 else None, screen.width), refresh=True)
         except KeyboardInterrupt:
             pass  # the last frame stays on the screen
 
@@ -96,12 +102,28 @@ def frame(followed: RunFile, before: Sample | None, width: int) -> RenderableTyp
     what = " · ".join(
         str(each) for each in (header.get("command"), header.get("model"), f"process {header['pid']}") if each
     )
-    phase = snapshot["phases"]["now"] if followed.running else "-"
     title = Text(f"{what}  {state.t:.0f} s  ", style="bold")
-    title.append(f"{status}, {phase}", style="green" if followed.running else "dim")
+    title.append(status, style="green" if followed.running else "dim")
     return Group(
-        title, _figures(state.t, snapshot, before or state.first), _memory_map(followed, width), _alerts(snapshot)
+        title,
+        _phase(followed),
+        _figures(state.t, snapshot, before or state.first),
+        _memory_map(followed, width),
+        _alerts(snapshot),
     )
+
+
+def _phase(followed: RunFile) -> RenderableType:
+    """Render what is computed, with its rate and time left."""
+    from rich.text import Text
+
+    from ..model.run.progress import Progress
+
+    now = followed.state.snapshot.get("progress")  # absent from runs of earlier versions
+    if not followed.running or now is None:
+        return Text("idle" if followed.running else "-", style="dim")
+    text = Text(f"{now['phase']}  ", style="bold green")
+    return text.append(progress_text(Progress(**now)), style="not bold")
 
 
 def _figures(t: float, snapshot: Mapping[str, Any], before: Sample | None) -> RenderableType:

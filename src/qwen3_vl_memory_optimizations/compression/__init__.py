@@ -1,9 +1,13 @@
 """Codecs: tensor <-> encoded rows, and products computed on the encoded form. No files, pools or policies."""
 
 from .base import ROW_MULTIPLE, Codec, LinearInput, Scratch, Segment, columns_of
-from .fp16 import FP16Codec
-from .int4 import INT4Codec
-from .int8 import INT8Codec
+from .codecs.fp16 import FP16Codec
+from .codecs.int4 import INT4Codec
+from .codecs.int8 import INT8Codec
+from .codecs.raw import RawCodec
+from .codecs.rotated import RotatedINT8Codec
+from .codecs.sparse import SparseCodec
+from .codecs.svd import SVDCodec
 from .kv import KV_CODECS, KVBlock, KVCodec, Partial, attend_causal, attend_plain, merge, merge_two
 from .kv_integers import create_kv_codec
 from .log import DecodedSample, EncodingCounters, EncodingLog
@@ -16,13 +20,9 @@ from .manager import (
     SVDDecompositionCompressor,
     TensorCompressor,
 )
-from .raw import RawCodec
 from .registry import codec_names, create_codec, register_codec
-from .rotated import RotatedINT8Codec
 from .selection import TOLERANCES, Candidate, CompressionMethodSelector, Selection
-from .sparse import SparseCodec
 from .speeds import CodecSpeeds, measure_codec_speeds
-from .svd import SVDCodec
 
 __all__ = [
     "Candidate",

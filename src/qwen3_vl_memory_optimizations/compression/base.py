@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import CodecError
+from ..native import Weight
 
 ROW_MULTIPLE = 16
 """torch's fp32 GEMM sums a narrower tail in another order, so weights are split only at multiples of this many rows.
@@ -200,6 +201,13 @@ class Codec(ABC):
     @abstractmethod
     def linear(self, x: LinearInput, encoded: Encoded, bias: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
         """Return `x @ rows.T + bias` of shape `[M, n]` in the dtype of `x`; `bias` `[n]` belongs to these rows."""
+
+    def native_weight(self, encoded: Encoded) -> Weight | None:
+        """Return encoded rows as the native core's layer steps take them, valid while the rows stay in place.
+
+        `None`: the native core does not know this codec.
+        """
+        return None
 
     def wants_whole(self, x: LinearInput) -> bool:
         """Return whether a product needs all rows of the weight at once, where memory allows, for identical bits.

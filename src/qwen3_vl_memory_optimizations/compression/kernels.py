@@ -1,44 +1,26 @@
-"""Choose the product kernels for this machine.
+"""Choose the dtype to compute in on this machine.
 
-Kernels round differently, so the choice depends only on a product's shape and dtype and on the three machine
-properties below. Timing kernels on live products gave different results for the same input
-(docs/adr/0018-kernels-by-rule.md).
+Kernels round differently, so the choice depends only on a property of the machine. Timing kernels on live products gave
+different results for the same input (docs/adr/0018-kernels-by-rule.md).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from functools import lru_cache
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
+from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 _FINE_S = 1e-5
 _CLOSE = 2.0
 _NATIVE = 0.4
 """AVX512-BF16 takes a quarter of the fp32 time, AVX512 without it 1.25 times, AVX2 3.8 times (measured)."""
-
-
-@lru_cache(maxsize=1)
-def int8_product_saturates() -> bool:
-    """Return whether this machine's INT8 product saturates.
-
-    Without VNNI, oneDNN adds 128 to the left operand and multiplies pairs into 16-bit sums, which saturate above
-    32767. The result is then silently wrong by any amount, so this is tested, not assumed.
-    """
-    left = torch.full((4, 64), 127, dtype=torch.int8)
-    right = torch.full((64, 64), 127, dtype=torch.int8)
-    return int(torch._int_mm(left, right.t())[0, 0]) != 64 * 127 * 127
-
-
-@lru_cache(maxsize=1)
-def has_fast_int8_row() -> bool:
-    """Return whether one row times an INT8 matrix is fast as an integer product.
-
-    With AVX512, oneDNN reads the matrix up to three times as fast as torch's weight-only kernel. With AVX2-VNNI it
-    takes more than twice as long.
-    """
-    return torch.backends.cpu.get_cpu_capability().upper().startswith("AVX512")
 
 
 class _Bf16Cost:
@@ -89,17 +71,23 @@ def _measured_bf16_cost() -> float:
         dtype: (torch.ones(rows, columns, dtype=dtype), torch.ones(columns, columns, dtype=dtype))
         for dtype in (torch.bfloat16, torch.float32)
     }
+    best = _best_s({dtype: partial(F.linear, *problem) for dtype, problem in problems.items()})
+    return best[torch.bfloat16] / max(best[torch.float32], 1e-9)
+
+
+def _best_s(products: Mapping[_Key, Callable[[], object]]) -> dict[_Key, float]:
+    """Return the least CPU time of each product in five turns, with one thread."""
     fine = time.get_clock_info("thread_time").resolution < _FINE_S
     timer = time.thread_time if fine else time.perf_counter
-    best = dict.fromkeys(problems, math.inf)
+    best = dict.fromkeys(products, math.inf)
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for _ in range(5):
-            for dtype, problem in problems.items():
+            for name, product in products.items():
                 start = timer()
-                torch.nn.functional.linear(*problem)
-                best[dtype] = min(best[dtype], timer() - start)
+                product()
+                best[name] = min(best[name], timer() - start)
     finally:
         torch.set_num_threads(n_threads)
-    return best[torch.bfloat16] / max(best[torch.float32], 1e-9)
+    return best

@@ -8,13 +8,13 @@ from functools import partial
 
 from ..errors import ConfigurationError
 from .base import Codec
-from .fp16 import FP16Codec
-from .int4 import LAYOUTS, INT4Codec
-from .int8 import INT8Codec
-from .raw import RawCodec
-from .rotated import RotatedINT8Codec
-from .sparse import SparseCodec
-from .svd import SVDCodec
+from .codecs.fp16 import FP16Codec
+from .codecs.int4 import LAYOUTS, INT4Codec
+from .codecs.int8 import INT8Codec
+from .codecs.raw import RawCodec
+from .codecs.rotated import RotatedINT8Codec
+from .codecs.sparse import SparseCodec
+from .codecs.svd import SVDCodec
 
 _FACTORIES: dict[str, Callable[[], Codec]] = {}
 _VARIANTS: set[str] = set()

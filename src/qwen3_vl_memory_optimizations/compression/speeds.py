@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from ..hardware import cpu_model
+from ..native import core
 from .base import Codec, LinearInput, Scratch
+from .codecs.svd import SKETCHES
 from .kernels import fastest_dtype
 from .registry import create_codec
-from .svd import SKETCHES
 
 MEASURED_CODECS = ("none", "int8", "int8_rotated", "fp16", "svd", "sparse")
 OPERATIONS = ("encode", "decode", "linear")
@@ -79,10 +80,12 @@ class CodecSpeeds:
 
 
 def machine_name() -> str:
-    """Return what speeds depend on: processor, active instruction set, threads and torch version."""
+    """Return what speeds depend on: processor, instruction sets of torch and of the native core, threads, torch."""
+    native = core()
     limits = "".join(f" {os.environ[name]}" for name in _ISA_LIMITS if name in os.environ)
     isa = f"{torch.backends.cpu.get_cpu_capability()}{limits}"
-    return f"{cpu_model()}, {isa}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    kernels = "torch's kernels" if native is None else f"native core {native.isa}"
+    return f"{cpu_model()}, {isa}, {kernels}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def work_of(codec: Codec, operation: str, rows: int, columns: int) -> float:

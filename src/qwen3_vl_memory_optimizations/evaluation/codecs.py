@@ -26,7 +26,7 @@ BASELINE_NONE = "codec none, within the same budget"
 
 _HALF_BYTES = 2
 
-Watch = Callable[[Any, str], contextlib.AbstractContextManager[None]]
+Watch = Callable[[Any, str], contextlib.AbstractContextManager[Any]]
 """Called with an optimised model and the name of its codec."""
 
 

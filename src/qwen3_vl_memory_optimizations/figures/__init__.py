@@ -1,16 +1,21 @@
 """The metrics of section 7.1, counted or measured on this machine."""
 
-from .figures import METRICS, CollectorFigures, MemoryFigures, Occupancy
-from .measured import allocation_speedup, best_seconds, memory_bandwidth
-from .methods import FigureMethods
+from .figures import MemoryFigures, Occupancy
+from .measured import Reading, allocation_speedup, memory_bandwidth, read_bandwidth, read_rates
+from .metrics import METRICS, MemoryMetrics
+from .verdict import Verdict, judge, tokens_per_s_with
 
 __all__ = [
     "METRICS",
-    "CollectorFigures",
-    "FigureMethods",
     "MemoryFigures",
+    "MemoryMetrics",
     "Occupancy",
+    "Reading",
+    "Verdict",
     "allocation_speedup",
-    "best_seconds",
+    "judge",
     "memory_bandwidth",
+    "read_bandwidth",
+    "read_rates",
+    "tokens_per_s_with",
 ]

@@ -1,4 +1,4 @@
-"""`MemoryFigures`: the metrics of section 7.1 from the counters of an optimizer."""
+"""`MemoryFigures`: figures read from the counters of an optimizer, from which its metrics are computed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
-from ..cache import HierarchicalCacheSystem
 from ..compression import EncodingCounters, EncodingLog
 from ..errors import ConfigurationError, MemoryBudgetExceeded
 from ..model.checkpoint.packed_encodings import PackedEncodings
@@ -21,44 +19,14 @@ from ..pools import AdvancedMemoryPool
 from ..process import process_memory, usable_memory
 from ..runtime_policy import ShadowLRU
 from .measured import ALLOCATION_BYTES, BANDWIDTH_BYTES, allocation_speedup, memory_bandwidth
-
-METRICS = (
-    "pool_utilization_rate",
-    "allocation_speedup",
-    "cache_hit_rate",
-    "cache_efficiency",
-    "compression_ratio",
-    "compression_quality",
-    "swap_operations_count",
-    "swap_efficiency",
-    "tier_migration_rate",
-    "tier_optimization_effectiveness",
-    "gc_success_rate",
-    "predicted_lifetime_accuracy",
-    "memory_bandwidth_utilization",
-    "cache_hit_improvement",
-)
-"""The keys of section 7.1."""
+from .verdict import Verdict, judge
 
 _CACHE = "cache"
-_MEASURING = "measuring"
-
-
-class CollectorFigures(Protocol):
-    """Figures reported by a predictive collector."""
-
-    def success_rate(self) -> float | None:
-        """Return the share of collected items not needed again."""
-
-    def lifetime_accuracy(self) -> float | None:
-        """Return the share of correct lifetime predictions."""
-
-
-class TieringFigures(Protocol):
-    """Figures reported by a tiering system."""
-
-    def effectiveness(self) -> float | None:
-        """Return the share of prefetched tensors used before they left again; `None` before the first."""
+_ACCOUNT = "measuring"
+_MEASUREMENTS: dict[str, tuple[int, Callable[[int], float]]] = {
+    "allocation_speedup": (ALLOCATION_BYTES, allocation_speedup),
+    "memory_bandwidth": (BANDWIDTH_BYTES, memory_bandwidth),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +56,6 @@ class MemoryFigures:
     Args:
         pager: source of the paging counters.
         pool: pools of runtime tensors; `None`: no pooling.
-        cache: result cache, if any.
-        collector: predictive collector, if any.
-        tiering: tiering system that prefetches runtime tensors, if any.
         timer: a monotonic clock in seconds.
 
     Attributes:
@@ -98,18 +63,17 @@ class MemoryFigures:
         responses: response times of the model.
         shadow: LRU run on the actual accesses, for comparison.
         packed_dirs: weight name prefix -> packed checkpoint of that model.
+        peak_before_bytes: peak resident memory of the process before the model, which is not charged to the budget.
     """
 
     pager: Pager
     pool: AdvancedMemoryPool | None = None
-    cache: HierarchicalCacheSystem | None = None
-    collector: CollectorFigures | None = None
-    tiering: TieringFigures | None = None
     timer: Callable[[], float] = time.monotonic
     encodings: EncodingLog = field(init=False)
     responses: ResponseTimes = field(init=False)
     shadow: ShadowLRU = field(init=False)
     packed_dirs: dict[str, Path] = field(init=False, default_factory=dict)
+    peak_before_bytes: int = field(init=False)
     _start_s: float = field(init=False)
     _measured: dict[str, float] = field(init=False, default_factory=dict)
     _measuring: threading.Lock = field(init=False, default_factory=threading.Lock)
@@ -117,9 +81,10 @@ class MemoryFigures:
     def __post_init__(self) -> None:
         stats, frames = self.pager.stats, self.pager.frames
         self.encodings = self.pager.encodings
-        self.responses = ResponseTimes(lambda: stats.hit_bytes + stats.miss_bytes)
+        self.responses = ResponseTimes(lambda: stats.hit_bytes + stats.miss_bytes, paging=stats)
         self.shadow = ShadowLRU(stats, lambda: frames.limit_bytes, self.pager.entries)
         self.pager.listen(self.shadow, to_all=True)
+        self.peak_before_bytes = process_memory().peak_rss_bytes
         self._start_s = self.timer()
 
     @property
@@ -127,72 +92,14 @@ class MemoryFigures:
         """Seconds since the start."""
         return self.timer() - self._start_s
 
-    # --- section 7.1 --------------------------------------------------------------------------------------------------
-
-    def metrics(
-        self, *, measure: bool = True, uses: Iterable[TensorUse] | None = None
-    ) -> dict[str, float | int | None]:
-        """Return all metrics by the keys of section 7.1.
-
-        Args:
-            measure: take missing measurements (once, about 0.3 s); otherwise use only existing ones.
-            uses: the Pager's tensor usage, if already known.
+    def peak_bytes(self) -> int:
+        """Return the peak resident memory of the process since the model began, or the current one if that is lower
+        than an earlier peak.
         """
-        uses = self.pager.usage() if uses is None else uses
-        values = (
-            self.pool_utilization(),
-            self.allocation_speedup(measure=measure),
-            self.cache_hit_rate(),
-            self.cache_efficiency(),
-            self.compression_ratio(uses),
-            self.compression_quality(uses),
-            self.swap_count(),
-            self.swap_efficiency(),
-            self.tier_migration_rate(),
-            self.tier_effectiveness(),
-            self.gc_success_rate(),
-            self.lifetime_accuracy(),
-            self.bandwidth_utilization(measure=measure),
-            self.shadow.improvement,
-        )
-        return dict(zip(METRICS, values, strict=True))
+        memory = process_memory()
+        return memory.peak_rss_bytes if memory.peak_rss_bytes > self.peak_before_bytes else memory.rss_bytes
 
-    def pool_utilization(self) -> float | None:
-        """Return granted bytes / address space of the typed pools, now; `None` without pooling."""
-        rows = self.pools().values()
-        if not rows:
-            return None
-        return sum(row["used_bytes"] or 0 for row in rows) / sum(row["size_bytes"] or 0 for row in rows)
-
-    def allocation_speedup(self, *, measure: bool = True) -> float | None:
-        """Return the time of `torch.empty` / that of a pool for 32 MiB with first touch; measured once."""
-        if self.pool is None:
-            return None
-        return self._once("allocation_speedup", ALLOCATION_BYTES, lambda: allocation_speedup(ALLOCATION_BYTES), measure)
-
-    def cache_hit_rate(self) -> float | None:
-        """Return the hit rate of the result cache since the start."""
-        return None if self.cache is None else self.cache.stats()["hit_rate"]
-
-    def cache_efficiency(self) -> float | None:
-        """Return seconds saved by hits / (seconds saved + seconds computing), since the start."""
-        if self.cache is None:
-            return None
-        stats = self.cache.stats()
-        total_s = stats["saved_s"] + stats["computed_s"]
-        return stats["saved_s"] / total_s if total_s > 0 else None
-
-    def compression_ratio(self, uses: Iterable[TensorUse] | None = None) -> float | None:
-        """Return original / encoded bytes over all weights now and all other encodings since the start."""
-        rows = self.compression(uses)
-        encoded = sum(row.encoded_bytes for row in rows.values())
-        return sum(row.original_bytes for row in rows.values()) / encoded if encoded else None
-
-    def compression_quality(self, uses: Iterable[TensorUse] | None = None) -> float | None:
-        """Return 1 - mean relative error by bytes, over tensors with a known error."""
-        rows = self.compression(uses).values()
-        sampled = sum(row.sampled_bytes for row in rows)
-        return 1 - sum(row.error_bytes for row in rows) / sampled if sampled else None
+    # --- weights and moves --------------------------------------------------------------------------------------------
 
     def compression(self, uses: Iterable[TensorUse] | None = None) -> dict[str, EncodingCounters]:
         """Return encoding counters by kind: weights as managed now, all others since the start.
@@ -207,11 +114,11 @@ class MemoryFigures:
         weights.error_bytes = 0.0
         for use in self.pager.usage() if uses is None else uses:
             if use.kind == "weights":
-                weights.original_bytes += use.logical_bytes
+                weights.original_bytes += use.original_bytes
                 weights.encoded_bytes += use.encoded_bytes + use.beside_bytes
                 error = 0.0 if use.lossless else errors.get(use.tensor_id)
                 all_known = all_known and error is not None
-                weights.error_bytes += (error or 0.0) * use.logical_bytes
+                weights.error_bytes += (error or 0.0) * use.original_bytes
         rows.pop("weights", None)
         if weights.encoded_bytes:
             weights.sampled_bytes = weights.original_bytes if all_known else 0
@@ -236,73 +143,50 @@ class MemoryFigures:
                     self.encodings.weight_errors[prefix + name] = weight.relative_error
         return self.encodings.weight_errors
 
-    def swap_count(self) -> int:
-        """Return the pages written to and read from the swap file since the start."""
-        stats = self.pager.stats
-        return stats.swap_writes + stats.swap_reads
-
-    def swap_efficiency(self) -> float | None:
-        """Return the share of page reads from the SSD that were prefetched in time."""
-        stats = self.pager.stats
-        # Clamped at 0: lookups of single rows may fault on a page without counting as an access.
-        return max(0.0, 1 - stats.faults / stats.misses) if stats.misses else None
-
-    def tier_migration_rate(self) -> float | None:
-        """Return pages per second moved between SSD and memory since the start."""
-        return self.moves() / self.uptime_s if self.uptime_s > 0 else None
-
     def moves(self) -> int:
         """Return pages moved between SSD and memory since the start."""
         stats = self.pager.stats
         return stats.page_reads + stats.evictions + stats.swap_writes
 
-    def tier_effectiveness(self) -> float | None:
-        """Return the share of tensors prefetched by tiering and used before they left again."""
-        return None if self.tiering is None else self.tiering.effectiveness()
-
-    def gc_success_rate(self) -> float | None:
-        """Return the share of collected items not needed again; `None` without a collector."""
-        return None if self.collector is None else self.collector.success_rate()
-
-    def lifetime_accuracy(self) -> float | None:
-        """Return the share of correct lifetime predictions; `None` without a collector."""
-        return None if self.collector is None else self.collector.lifetime_accuracy()
-
-    def bandwidth_utilization(self, *, measure: bool = True) -> float | None:
-        """Return encoded bytes used per second of decoding / memory bandwidth of this machine.
-
-        Covers the time after the first token in the last 64 responses. The bandwidth is measured once.
-        """
-        responses = self.responses.recent()
-        seconds = sum(each.decode_s for each in responses)
-        bandwidth = self._bandwidth(measure=measure and seconds > 0)
-        if bandwidth is None or seconds <= 0:
-            return None
-        return sum(each.decode_bytes for each in responses) / seconds / bandwidth
+    # --- measured -----------------------------------------------------------------------------------------------------
 
     def measure(self) -> None:
-        """Take the measurements that `metrics` needs, once: 0.3 s, using up to 64 MiB."""
-        self.allocation_speedup()
-        self._bandwidth(measure=True)
+        """Take the measurements that the metrics need, once: 0.3 s, using up to 64 MiB."""
+        if self.pool is not None:
+            self.measured("allocation_speedup")
+        self.measured("memory_bandwidth")
 
-    def _bandwidth(self, *, measure: bool) -> float | None:
-        return self._once("memory_bandwidth", BANDWIDTH_BYTES, lambda: memory_bandwidth(BANDWIDTH_BYTES), measure)
+    def measured(self, name: str, *, measure: bool = True) -> float | None:
+        """Return a measurement of this machine, taken once; `None`: not taken, or no room for it in the budget.
 
-    def _once(self, name: str, n_bytes: int, run: Callable[[], float], measure: bool) -> float | None:
-        """Return a measurement, taking it first if the budget has room for it."""
+        Args:
+            name: `allocation_speedup`, or `memory_bandwidth` in bytes per second.
+            measure: take it if it is missing.
+        """
+        n_bytes, run = _MEASUREMENTS[name]
         with self._measuring:
             if name not in self._measured and measure:
                 try:
-                    self.pager.debit(_MEASURING, n_bytes, PROCESS)
+                    self.pager.debit(_ACCOUNT, n_bytes, PROCESS)
                 except MemoryBudgetExceeded:
                     return None
                 try:
-                    self._measured[name] = run()
+                    self._measured[name] = run(n_bytes)
                 finally:
-                    self.pager.debit(_MEASURING, -n_bytes, PROCESS)
+                    self.pager.debit(_ACCOUNT, -n_bytes, PROCESS)
             return self._measured.get(name)
 
-    # --- ours ---------------------------------------------------------------------------------------------------------
+    # --- pools and memory
+
+    def verdict(self) -> Verdict:
+        """Return what limits decoding, from the last 64 decode steps."""
+        ledger = self.pager.ledger
+        return judge(
+            self.responses.steps.recent(),
+            budget_bytes=ledger.ram_budget_bytes or ledger.tensor_budget_bytes,
+            available_bytes=usable_memory()[1],
+            bandwidth=self.measured("memory_bandwidth", measure=False),
+        )
 
     def fragmentation(self) -> float | None:
         """Return the highest external fragmentation of any typed pool: 1 - largest hole / free bytes.

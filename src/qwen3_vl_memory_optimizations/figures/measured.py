@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,13 +20,21 @@ BANDWIDTH_BYTES = 64 << 20
 ALLOCATION_BYTES = 32 << 20
 """From this size on, glibc allocates from the system unless its heap has a hole that large."""
 _RUNS = 5
-_LONGEST_S = 0.5
+READINGS = 7
+_SLOW_READINGS, _LONGEST_S = 2, 0.5
+_LEAST_READING_S = 0.02
+_WARM_UP_READINGS = 3
 
 
 def memory_bandwidth(n_bytes: int) -> float:
     """Measure the read bandwidth of all threads in bytes/s by summing a tensor of `n_bytes`."""
+    return read_bandwidth(n_bytes).per_s
+
+
+def read_bandwidth(n_bytes: int, *, readings: int = READINGS) -> Reading:
+    """Measure the read bandwidth of all threads in bytes/s, with its spread."""
     block = torch.ones(n_bytes // 4, dtype=torch.float32)
-    return n_bytes / best_seconds(block.sum, runs=7)
+    return read_rates({"": (block.sum, n_bytes)}, readings=readings)[""]
 
 
 def allocation_speedup(n_bytes: int = ALLOCATION_BYTES, timer: Callable[[], float] = time.perf_counter) -> float:
@@ -60,17 +71,66 @@ def allocation_speedup(n_bytes: int = ALLOCATION_BYTES, timer: Callable[[], floa
     return fresh_s / pooled_s
 
 
-def best_seconds(run: Callable[[], Any], runs: int) -> float:
-    """Return the time of the fastest of several runs after a warm-up; slow runs are repeated less."""
-    begin = time.perf_counter()
-    run()
-    best = time.perf_counter() - begin
-    for _ in range(runs):
-        start = time.perf_counter()
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A rate, read several times.
+
+    Attributes:
+        per_s: the median.
+        spread: the range of the middle half of the readings over their median; large if the machine is busy.
+    """
+
+    per_s: float
+    spread: float
+
+    @classmethod
+    def of(cls, rates: Sequence[float]) -> Reading:
+        """Return the median of rates, and their spread."""
+        middle = statistics.median(rates)
+        if len(rates) < 2:
+            return cls(middle, 0.0)
+        quarters = statistics.quantiles(rates, n=4, method="inclusive")
+        return cls(middle, (quarters[2] - quarters[0]) / middle)
+
+
+def read_rates(
+    runs: Mapping[str, tuple[Callable[[], Any], float]],
+    *,
+    readings: int = READINGS,
+    least_s: float = _LEAST_READING_S,
+    timer: Callable[[], float] = time.perf_counter,
+) -> dict[str, Reading]:
+    """Measure rates: after a warm-up, each is read in turn, so that a disturbance does not hit one of them alone.
+
+    A reading is the fastest of the runs within it: what interrupts a run is not part of its rate.
+
+    Args:
+        runs: name -> what to run, and the work of one run.
+        readings: per rate; slow runs are read twice.
+        least_s: how long a reading lasts at least; short runs are repeated within it.
+        timer: a monotonic clock in seconds.
+
+    Returns:
+        Name -> work per second.
+    """
+    for run, _ in runs.values():
+        _fastest_s(run, _WARM_UP_READINGS * least_s, timer)
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(readings):
+        for name, (run, work) in runs.items():
+            if turn < _SLOW_READINGS or work / rates[name][-1] < _LONGEST_S:
+                rates[name].append(work / _fastest_s(run, least_s, timer))
+    return {name: Reading.of(found) for name, found in rates.items()}
+
+
+def _fastest_s(run: Callable[[], Any], least_s: float, timer: Callable[[], float]) -> float:
+    """Run again and again for some time, once at least; return the time of the fastest run."""
+    start_s = timer()
+    fastest_s = math.inf
+    while True:
+        before_s = timer()
         run()
-        end = time.perf_counter()
-        best = min(best, end - start)
-        # Slow bf16 fallbacks take long enough in one run.
-        if end - begin > _LONGEST_S:
-            break
-    return best
+        now_s = timer()
+        fastest_s = min(fastest_s, now_s - before_s)
+        if now_s - start_s >= least_s:
+            return fastest_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
@@ -25,8 +26,32 @@ OTHER_DECODING = (
     "custom_generate",
 )
 """Arguments of `generate` that choose another way of decoding than one token per pass."""
+_CAPTURING = "transformers.utils.output_capturing"
 INIT_METHOD = "_init_weights"
 """The method that initializes the weights and computed buffers of one module."""
+
+DECODER_LAYER, VISION_MLP, VISION_ATTENTION = "Qwen3VLTextDecoderLayer", "Qwen3VLVisionMLP", "Qwen3VLVisionAttention"
+PATCH_EMBEDDING = "Qwen3VLVisionPatchEmbed"
+"""Classes of Qwen3-VL whose forward this package replaces."""
+
+
+def is_original(module: nn.Module, name: str) -> bool:
+    """Return whether a module is of this class of transformers, and not of a subclass or a copy elsewhere."""
+    kind = type(module)
+    return kind.__name__ == name and kind.__module__.split(".")[0] == "transformers"
+
+
+def watches(hook: Any) -> bool:
+    """Return whether a hook of a forward sees or changes what passes through the module.
+
+    Hooks that the package marks with `changes_nothing` do not, and transformers' own (for `output_hidden_states`) only
+    while a forward collects something; once installed they stay.
+    """
+    if getattr(hook, "changes_nothing", False):
+        return False
+    if getattr(hook, "__module__", "") != _CAPTURING:
+        return True
+    return bool(sys.modules[_CAPTURING]._active_collector.get())
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Any:
@@ -76,12 +101,33 @@ def rotate_vision_heads() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     return apply_rotary_pos_emb_vision
 
 
-def attention_function(name: str) -> Callable[..., Any]:
+def attention_function(name: str | None) -> Callable[..., Any]:
     """Return the attention that a decoder layer of Qwen3-VL calls under a name."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.qwen3_vl.modeling_qwen3_vl import eager_attention_forward
 
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+
+
+def registered_attention(name: str | None) -> Any:
+    """Return the function registered as an attention, or `None`: each model has its own under such a name."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS.get(name) if name in ALL_ATTENTION_FUNCTIONS else None
+
+
+def sees(config: Any) -> bool:
+    """Return whether a configuration is one of a vision-language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and causal_class(config) is None
+
+
+def causal_class(config: Any) -> Any:
+    """Return the class of the causal language model with a configuration, or `None`."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else None
 
 
 def text_config(model: Any) -> Any:

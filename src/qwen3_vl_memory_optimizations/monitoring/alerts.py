@@ -1,4 +1,7 @@
-"""Alerts (section 7.3): each fires once its condition has held for a while, and clears at a separate bound."""
+"""Alerts (section 7.3): each fires once its condition has held for a while, and clears at a separate bound.
+
+A breach of `ram_budget` fires at once and stays.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,12 @@ from typing import Any
 from ..errors import ConfigurationError
 from ..optimizer import MemoryOptimizer
 from ..periodic import Periodic
+from .rendering.formatting import breach_text
 from .snapshot import take_snapshot
 
 logger = logging.getLogger(__name__)
 
-ALERTS = ("cache_hit_rate", "fragmentation", "response_time", "memory")
+ALERTS = ("cache_hit_rate", "fragmentation", "response_time", "memory", "budget")
 """The names of the alerts."""
 
 _PERIOD_S = 2.0
@@ -134,6 +138,7 @@ class AlertMonitor:
                 self._judge("fragmentation", fragmentation, limits.fragmentation, limits.fragmentation_clear, now_s),
                 self._judge("response_time", response_s, limits.response_s, response_clear_s, now_s),
                 self._judge("memory", memory, limits.memory, limits.memory_clear, now_s),
+                self._judge_budget(snapshot["budget"], now_s),
             ]
         for alert, changed in judged:
             if changed:
@@ -178,6 +183,20 @@ class AlertMonitor:
         if limit is not None:
             message += f" (fires {side} {limit:g}, clears at {clear:g})"
         return Alert(name, state.active, value, limit, since_s, message), changed
+
+    def _judge_budget(self, budget: Mapping[str, Any], now_s: float) -> tuple[Alert, bool]:
+        """Return the alert of a breach, which stays one, and whether it changed."""
+        state = self._states["budget"]
+        peak_bytes, limit_bytes = budget["peak_bytes"], budget["ram_budget_bytes"]
+        text = breach_text(peak_bytes, limit_bytes)
+        changed = text is not None and not state.active
+        if changed:
+            state.active, state.changed_s = True, now_s
+        since_s = None if state.changed_s is None else now_s - state.changed_s
+        value = None if limit_bytes is None else peak_bytes / limit_bytes
+        message = f"budget {'fires' if state.active else 'is clear'}"
+        message += f": {text}" if text else "" if value is None else f": peak {value:.3g} of the budget"
+        return Alert("budget", state.active, value, None if limit_bytes is None else 1.0, since_s, message), changed
 
     def _hit_rate(self, cache: Mapping[str, Any] | None, now_s: float) -> float | None:
         """Return the hit rate over the window; `None`: too few lookups."""

@@ -24,4 +24,4 @@ def get_memory_performance_metrics(model: Any) -> dict[str, float | int | None]:
         raise ConfigurationError(
             f"{type(model).__name__} is not an optimized model; make one with create_optimized_model"
         )
-    return optimizer.figures.metrics()
+    return optimizer.metrics()

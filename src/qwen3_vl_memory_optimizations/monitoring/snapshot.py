@@ -7,6 +7,8 @@ from dataclasses import asdict
 from typing import Any
 
 from ..compression import EncodingCounters
+from ..figures.metrics import USE_KEYS
+from ..model.run.progress import Progress
 from ..model.run.response_times import Response
 from ..optimizer import MemoryOptimizer
 
@@ -30,7 +32,8 @@ def take_snapshot(optimizer: MemoryOptimizer, *, measure: bool = False) -> dict[
         time_s: seconds since 1970; `uptime_s`: age of the optimizer.
         process: `rss_bytes`, `peak_rss_bytes`, `cpu_s` (CPU seconds so far, all threads).
         budget: limits, `accounts_bytes` by owner (`tensor_accounts_bytes`: those under `tensor_budget`), page frames
-            (`frames_*_bytes`), bytes released under pressure; `undroppable_bytes`, `capacity_bytes`,
+            (`frames_*_bytes`), bytes released under pressure; `peak_bytes`: peak of the process since the model began,
+            which must not exceed `ram_budget_bytes`; `undroppable_bytes`, `capacity_bytes`,
             `undroppable_share`: see `MemoryFigures.occupancy`.
         memory_map: rows `tier` (`cpu`, `ssd`), `kind`, `codec`, `tensors`, `bytes`: encoded bytes in that tier; `ssd`
             counts bytes on the SSD only.
@@ -47,9 +50,12 @@ def take_snapshot(optimizer: MemoryOptimizer, *, measure: bool = False) -> dict[
         prediction: `prefetch_accuracy`, `tier_effectiveness`, `improvement_over_lru`.
         gc: counters of the collector; `None`: no collector.
         life_cycles: by kind of runtime tensor: `births`, `deaths`, `alive`, `alive_bytes`, `mean_rounds`.
-        responses: totals `count`, `tokens`, `seconds`; `running_s`; `last`; `current_s` for the alert: time of the last
-            response if it ended within five minutes, or of the current one if that is longer; `tokens_per_s`,
-            `cpu_s_per_token` and mean `first_token_s` of the last 64.
+        progress: what is computed now, the fields of `model.run.progress.Progress`; `None`: nothing.
+        responses: totals `count`, `tokens` (with those of the answer in progress), `seconds`; `running_s`; `last`;
+            `current_s` for the alert: time of the last response if it ended within five minutes, or of the current one
+            if that is longer; `tokens_per_s` and `first_token_s` of the answer in progress, otherwise means over the
+            last 64; `cpu_s_per_token` of the last 64.
+        verdict: what limits decoding, the fields of `figures.Verdict`.
         metrics: the keys of section 7.1.
         alerts: empty; filled from `AlertMonitor` (`alert_rows`).
     """
@@ -57,8 +63,9 @@ def take_snapshot(optimizer: MemoryOptimizer, *, measure: bool = False) -> dict[
     uses = optimizer.pager.usage()
     occupancy = figures.occupancy(uses)
     budget, tiers, cache = memory["budget"], memory["tiers"], memory["cache"]
-    metrics = figures.metrics(measure=measure, uses=uses)
+    metrics = optimizer.metrics(measure=measure, uses=uses)
     swapping, pressure = optimizer.swapping, optimizer.pressure
+    progress = figures.responses.progress.now()
     return {
         "schema": SCHEMA,
         "time_s": time.time(),
@@ -72,6 +79,7 @@ def take_snapshot(optimizer: MemoryOptimizer, *, measure: bool = False) -> dict[
             **{key: value for key, value in budget.items() if not key.startswith("process_")},
             "frames_free_bytes": optimizer.pager.frames.free_bytes,
             "given_up_bytes": 0 if pressure is None else pressure.given_up_bytes,
+            "peak_bytes": figures.peak_bytes(),
             "undroppable_bytes": occupancy.undroppable_bytes,
             "capacity_bytes": occupancy.capacity_bytes,
             "undroppable_share": occupancy.share,
@@ -103,8 +111,10 @@ def take_snapshot(optimizer: MemoryOptimizer, *, measure: bool = False) -> dict[
         },
         "gc": memory["gc"],
         "life_cycles": optimizer.lifecycle.stats()["kinds"],
-        "responses": _responses(optimizer),
+        "progress": None if progress is None else asdict(progress),
+        "responses": _responses(optimizer, progress),
         "sessions_open": memory["sessions_open"],
+        "verdict": asdict(figures.verdict()),
         "metrics": metrics,
         "alerts": [],
     }
@@ -125,7 +135,7 @@ def _memory_map(uses: list[Any]) -> list[dict[str, Any]]:
 
 
 def _kinds(held: dict[str, dict[str, int]], encoded: dict[str, EncodingCounters]) -> dict[str, dict[str, Any]]:
-    nothing = {"tensors": 0, "logical_bytes": 0, "encoded_bytes": 0, "resident_bytes": 0}
+    nothing = dict.fromkeys(USE_KEYS, 0)
     kinds: dict[str, dict[str, Any]] = {}
     for kind in sorted({*held, *encoded}):
         row = encoded.get(kind, EncodingCounters())
@@ -140,7 +150,7 @@ def _kinds(held: dict[str, dict[str, int]], encoded: dict[str, EncodingCounters]
     return kinds
 
 
-def _responses(optimizer: MemoryOptimizer) -> dict[str, Any]:
+def _responses(optimizer: MemoryOptimizer, progress: Progress | None) -> dict[str, Any]:
     times = optimizer.figures.responses
     recent, running_s, now_s = times.recent(), times.running_s(), times.timer()
     generated = [each for each in recent if each.generated and each.new_tokens]
@@ -148,15 +158,19 @@ def _responses(optimizer: MemoryOptimizer) -> dict[str, Any]:
     decode_s = sum(each.decode_s for each in recent)
     steps = sum(each.decode_steps for each in recent)
     first = [each.first_token_s for each in recent if each.first_token_s is not None]
+    rate, first_token_s = steps / decode_s if decode_s else None, sum(first) / len(first) if first else None
+    if progress is not None and progress.first_token_s is not None:
+        first_token_s = progress.first_token_s
+        rate = progress.tokens_per_s or rate
     return {
         "count": times.responses,
         "current_s": _current_s(recent, running_s, now_s),
-        "tokens": times.tokens,
+        "tokens": times.tokens + times.progress.new_tokens(),
         "seconds": times.seconds,
         "running_s": running_s,
         "last": _response(recent[-1], now_s) if recent else None,
-        "tokens_per_s": steps / decode_s if decode_s else None,
-        "first_token_s": sum(first) / len(first) if first else None,
+        "tokens_per_s": rate,
+        "first_token_s": first_token_s,
         "cpu_s_per_token": sum(each.cpu_s for each in generated) / tokens if tokens else None,
     }
 

@@ -41,7 +41,7 @@ from .runtime_tensors import RuntimeTensors
 from .transfers.access import Access
 from .transfers.finalizers import FinalizerQueue
 from .transfers.moves import PageMover
-from .transfers.resident_set import ResidentSet, VictimOrder
+from .transfers.resident_set import EvictionPolicy, ResidentSet
 from .transfers.room import Room
 
 
@@ -54,7 +54,7 @@ class Pager:
             first that accepts a file.
         swap_bytes: maximum size of the swap file; `None`: 80 % of the free space on its disk.
         reuse_frames: keep freed page frames for later pages (memory pooling).
-        order: eviction order of runtime tensors; `None`: least recently used first.
+        policy: chooses which runtime tensors leave memory; `None`: least recently used first.
         timer: a monotonic clock in seconds, for the stall counter and the age of free frames.
 
     Attributes:
@@ -73,7 +73,7 @@ class Pager:
         swap_dir: Path | Sequence[Path],
         swap_bytes: int | None = None,
         reuse_frames: bool = True,
-        order: VictimOrder | None = None,
+        policy: EvictionPolicy | None = None,
         timer: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.ledger = ledger
@@ -92,7 +92,7 @@ class Pager:
             self._tensors.release(entry)
 
         self._mover = PageMover(self._changed, self.frames, self._swap, self.stats, release, timer)
-        self._resident_set = ResidentSet(self.entries, self.frames, self._mover, order)
+        self._resident_set = ResidentSet(self.entries, self.frames, self._mover, policy)
         self._room = Room(
             self._changed, ledger, self.entries, self.frames, self._mover, self._resident_set, self._finalizers
         )
@@ -256,6 +256,17 @@ class Pager:
             if before != n_bytes:
                 self.ledger.set(owner, n_bytes, PROCESS)
                 self._refit_for(n_bytes - before, lambda: self.ledger.set(owner, before, PROCESS))
+
+    def reserve_most(self, owner: str) -> None:
+        """Reserve for an owner all that evicting every page leaves, but for pages in use.
+
+        Raises:
+            MemoryBudgetExceeded: more pages came into use meanwhile; nothing was changed.
+        """
+        with self._lock:
+            self._finalizers.run()
+            in_use = self._room.kept_bytes() - self.ledger.frames_floor_bytes
+            self.reserve(owner, max(self.ledger.held_bytes(owner), self.ledger.most_bytes(owner) - max(0, in_use)))
 
     def require_room(self, n_bytes: int, owner: str) -> None:
         """Raise if `n_bytes` would not fit even with all unpinned pages evicted; nothing is evicted.

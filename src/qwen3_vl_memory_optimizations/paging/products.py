@@ -9,7 +9,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from ..compression import LinearInput, Scratch, columns_of
+from ..compression import Codec, LinearInput, Scratch, columns_of
+from ..compression.base import Encoded
 from ..interrupts import shield
 from ..pools import FramePool
 from .records.entry import TensorEntry
@@ -32,6 +33,11 @@ class Products:
         self._frames = frames
         self._scratch = scratch
         self._local = threading.local()
+
+    @property
+    def scratch(self) -> Scratch:
+        """The calling thread's workspace."""
+        return self._scratch()
 
     def linear(self, entry: TensorEntry, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return `x @ W.T + bias`, computed on the encoded form in ranges of rows of W as they become resident."""
@@ -113,6 +119,34 @@ class Products:
                 pins.callback(self._access.unpin, entry)
             yield True
 
+    @contextmanager
+    def held(self, groups: Sequence[Sequence[TensorEntry]]) -> Iterator[list[tuple[Codec, Encoded]] | None]:
+        """Hold weights in memory for code that computes on their encoded rows; counts as one access to each.
+
+        Args:
+            groups: each either one tensor or several that are joined (see `join`).
+
+        Yields:
+            Codec and encoded rows of each group; `None`, with nothing held, if a page is not in memory or tensors of
+            a group are not joined.
+        """
+        entries = [entry for group in groups for entry in group]
+        joined = all(
+            len(group) == 1 or (group[0].joined is not None and group[0].joined.entries == tuple(group))
+            for group in groups
+        )
+        if not joined:
+            yield None
+            return
+        with shield:
+            if not self._access.hold(entries):
+                yield None
+                return
+            try:
+                yield [(group[0].codec, _encoded(group)) for group in groups]
+            finally:
+                self._access.let_go(entries)
+
     def linear_of_whole(self, entry: TensorEntry, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Return `x @ W.T + bias` inside `whole`, which already counted the access."""
         out = entry.codec.linear(self._left_operand(x), entry.encoded(0, entry.rows), bias, self._scratch())
@@ -146,3 +180,8 @@ class Products:
                 out[:, start:stop] = part
         assert out is not None
         return out
+
+
+def _encoded(group: Sequence[TensorEntry]) -> Encoded:
+    joined = group[0].joined
+    return group[0].encoded(0, group[0].rows) if len(group) == 1 or joined is None else joined.encoded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
+import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -154,6 +155,9 @@ def _within_group(config: MemoryConfig) -> MemoryConfig:
     limit = min((group.limit_bytes for group in limiting_groups()), default=None)
     if limit is None or config.ram_budget is None or config.ram_budget <= limit:
         return config
+    lowered = dataclasses.replace(config, ram_budget=limit)
+    if config.ram_budget - limit < mmap.PAGESIZE:  # the kernel rounds limits down to pages
+        return lowered
     logger.warning(
         "ram_budget of %s exceeds the control group limit of %s for this process (container or service memory limit); "
         "using %s: raise that limit, or lower ram_budget",
@@ -161,7 +165,7 @@ def _within_group(config: MemoryConfig) -> MemoryConfig:
         format_bytes(limit),
         format_bytes(limit),
     )
-    return dataclasses.replace(config, ram_budget=limit)
+    return lowered
 
 
 def _files() -> dict[str, tuple[Path, bool]]:

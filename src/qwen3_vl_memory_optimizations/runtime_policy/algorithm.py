@@ -1,4 +1,4 @@
-"""`SwappingAlgorithm`: eviction order of the tensors in memory (specification 2.4)."""
+"""`SwappingAlgorithm`: chooses which tensors leave memory (specification 2.4)."""
 
 from __future__ import annotations
 

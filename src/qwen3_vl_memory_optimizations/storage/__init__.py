@@ -3,7 +3,7 @@
 from .checkpoint import CONFIG_FILE, Checkpoint
 from .checksums import PageChecksums, page_count
 from .content_store import ContentStore, Facts, Index, LoadedEntry, StoredEntry
-from .direct_io import DISK_BLOCK_BYTES, AlignedBuffer, DirectFile
+from .direct_io import DISK_BLOCK_BYTES, AlignedBuffer, DirectFile, free_disk_bytes
 from .disks import disks_first, memory_file_system, swap_candidates
 from .gguf_file import GGUF_PREFIX, GGUFHeader, read_gguf_header
 from .io_queue import BACKGROUND, DEMAND, PREFETCH, IOQueue, Ticket
@@ -38,6 +38,7 @@ __all__ = [
     "TensorExtent",
     "Ticket",
     "disks_first",
+    "free_disk_bytes",
     "measure_read_bandwidth",
     "measure_scratch_bandwidth",
     "memory_file_system",

@@ -79,8 +79,11 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """Base name of packed forms: the name of the directory."""
-        return self.directory.resolve().name or "model"
+        """Base name of packed forms: the name of the directory, or of the model whose snapshot it is in a hub cache."""
+        directory = self.directory.resolve()
+        if directory.parent.name == "snapshots" and directory.parent.parent.name.startswith("models--"):
+            return directory.parent.parent.name.rpartition("--")[2]
+        return directory.name or "model"
 
     @property
     def packed(self) -> bool:

@@ -48,10 +48,27 @@ def measure_scratch_bandwidth(
     total_bytes: int = 256 << 20,
     clock: Clock = time.perf_counter,
 ) -> float:
-    """Return the read bandwidth of a file just written to `directory`, in bytes/s. The file is unnamed and temporary.
+    """Return the read bandwidth of a file just written to `directory`, in bytes/s; see `scratch_bandwidths`."""
+    (bandwidth,) = scratch_bandwidths(
+        directory, request_bytes=request_bytes, n_threads=n_threads, total_bytes=total_bytes, clock=clock
+    )
+    return bandwidth
+
+
+def scratch_bandwidths(
+    directory: str | Path,
+    *,
+    readings: int = 1,
+    request_bytes: int = 4 << 20,
+    n_threads: int = 4,
+    total_bytes: int = 256 << 20,
+    clock: Clock = time.perf_counter,
+) -> list[float]:
+    """Read a file just written to `directory` and return the bandwidths in bytes/s. The file is unnamed and temporary.
 
     Args:
         directory: where to measure.
+        readings: how often the file is read.
         request_bytes: the size of one read and write.
         n_threads: reads in flight.
         total_bytes: the size of the file.
@@ -71,7 +88,7 @@ def measure_scratch_bandwidth(
         for offset in range(0, total_bytes, request_bytes):
             file.write_from(buffer.address, offset, min(request_bytes, total_bytes - offset))
         file.sync()
-        return _read_bandwidth(file, request_bytes, n_threads, total_bytes, clock)
+        return [_read_bandwidth(file, request_bytes, n_threads, total_bytes, clock) for _ in range(readings)]
 
 
 def _read_bandwidth(file: DirectFile, request_bytes: int, n_threads: int, total_bytes: int, clock: Clock) -> float:

@@ -20,7 +20,7 @@ from ...storage import Checkpoint, DirectFile, TensorExtent
 from ..compat import INIT_METHOD, initialise
 from ..layers.decoder_layer import joined_names
 from .formats import TORCH_DTYPES
-from .packing import CODECS_KEY, SHAPES_KEY, Progress, find, segment_name
+from .packing import CODECS_KEY, SHAPES_KEY, Progress, find, original_dtypes, segment_name
 from .skeleton import WeightSite, codec_for, materialize_buffers, rows_per_page, weight_sites
 from .small_tensors import read_small_tensors
 
@@ -68,6 +68,7 @@ class WeightLoader:
         self._report = progress or (lambda description, done, total: None)
         self._codecs: dict[str, Codec] = {}
         self._files: dict[Path, DirectFile] = {}
+        self._dtypes: dict[str, torch.dtype] = {}  # of encoded weights, in the checkpoint that was packed
         self._small: dict[str, torch.Tensor] = {}  # already read
         self._begun: dict[str, ManagedTensor] = {}  # already registered
 
@@ -88,6 +89,7 @@ class WeightLoader:
             MemoryBudgetExceeded: the non-evictable weights do not fit.
         """
         codecs = json.loads(checkpoint.metadata.get(CODECS_KEY, "{}"))
+        self._dtypes = original_dtypes(checkpoint)
         shapes = json.loads(checkpoint.metadata.get(SHAPES_KEY, "{}"))
         small = (extent for name, extent in checkpoint.tensors.items() if name not in codecs)
         self._small |= read_small_tensors(small, self._file)
@@ -110,6 +112,7 @@ class WeightLoader:
             MemoryBudgetExceeded: the non-evictable weights do not fit.
         """
         codecs = json.loads(checkpoint.metadata.get(CODECS_KEY, "{}"))
+        self._dtypes = original_dtypes(checkpoint)
         sites = weight_sites(model)
         extents = {site.name: find(checkpoint, checkpoint.tensors, site) for site in sites}
         total = sum(extent.n_bytes for extent in extents.values())
@@ -224,6 +227,7 @@ class WeightLoader:
             rows_per_page=rows,
             page_bytes=rows * row_bytes,
             source=FileSource(self._file(extent), extent.offset_bytes, extent.checksums),
+            original_bytes=math.prod(shape) * self._dtypes.get(tensor_name, stored_dtype).itemsize,
         )
         self._release_address_space(entry, place)
         self._pager.add(entry, resident=False)
@@ -299,6 +303,7 @@ class WeightLoader:
             {segment.name: encoded[segment.name] for segment in segments[1:]},
             rows_per_page=rows,
             page_bytes=rows * (first.n_bytes // first.shape[0]),
+            original_bytes=values.nbytes,
         )
         self._pager.ledger.add("small weights", sum(segment.n_bytes for segment in segments[1:]))
         self._release_address_space(entry, _Place(address, address, reserved_bytes))

@@ -17,11 +17,13 @@ from ...config import MemoryConfig
 from ...errors import CheckpointError, CodecError, ConfigurationError, MemoryBudgetExceeded, format_bytes
 from ...process import rss_bytes
 from ...storage import CONFIG_FILE, Checkpoint, PackedEntry, PackedLayout, PackedWriter, TensorExtent, pack_lock
+from ..sources.uses import note_use
 from .formats import (
     PLAIN_FLOATS,
     TORCH_DTYPES,
     LogicalTensor,
     config_of,
+    declared_dtype,
     needs_packing,
     open_checkpoint,
     side_files,
@@ -37,6 +39,8 @@ Progress = Callable[[str, int, int], None]
 CODECS_KEY = "qwen3vl_mem.codecs"
 SHAPES_KEY = "qwen3vl_mem.shapes"
 """Metadata of packed checkpoints: tensor name -> codec; and -> shape, if it differs from the first segment's."""
+DTYPES_KEY = "qwen3vl_mem.dtypes"
+"""Metadata of packed checkpoints: name of an encoded tensor -> its dtype in the source, as spelled by safetensors."""
 PLAN_KEY = "qwen3vl_mem.plan"
 """Metadata of checkpoints packed by a plan: its fingerprint."""
 _DECODING_BYTES = 96 << 20
@@ -50,6 +54,17 @@ SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 def segment_name(tensor_name: str, segment: str, is_first: bool) -> str:
     """Return the name of a segment in a packed checkpoint; the first segment has the tensor's name."""
     return tensor_name if is_first else f"{tensor_name}.{segment}"
+
+
+def original_dtypes(checkpoint: Checkpoint) -> dict[str, torch.dtype]:
+    """Return the dtypes that a packed checkpoint's encoded tensors had in its source.
+
+    Checkpoints packed before these were recorded: the dtype that `config.json` declares.
+    """
+    if DTYPES_KEY in checkpoint.metadata:
+        return {name: TORCH_DTYPES[dtype] for name, dtype in json.loads(checkpoint.metadata[DTYPES_KEY]).items()}
+    codecs = json.loads(checkpoint.metadata.get(CODECS_KEY, "{}"))
+    return dict.fromkeys(codecs, declared_dtype(checkpoint.config) or torch.float32)
 
 
 def packed_directory(source: Checkpoint, codec: str, config: MemoryConfig) -> Path:
@@ -138,6 +153,7 @@ def pack_checkpoint(
             _keep(plan, plan_path(source, config))
             _remove_stale(final_dir)
             _write(source, stored, plan, final_dir, report)
+    note_use(config, source, Checkpoint.open(final_dir))
     return final_dir
 
 
@@ -262,6 +278,9 @@ def _write(source: Checkpoint, stored: Stored, plan: CompressionPlan | None, fin
         "format": "pt",
         CODECS_KEY: json.dumps(
             {name: codec.stored_name for name, (_, codec) in stored.items() if codec.name != "none"}
+        ),
+        DTYPES_KEY: json.dumps(
+            {name: weight.stored_as for name, (weight, codec) in stored.items() if codec.name != "none"}
         ),
         "qwen3vl_mem.source": source.fingerprint(),
     }

@@ -19,7 +19,7 @@ from ...errors import CheckpointError, CodecError
 from ...paging import PAGE_BYTES
 from ...pools import FRAME_BYTES, UNIT_BYTES
 from ...storage import Checkpoint
-from ..compat import initialise
+from ..compat import causal_class, initialise, sees
 from .compute_dtype import recall_bf16_cost
 from .formats import config_of
 from .tied_weights import untie_by_files
@@ -116,13 +116,8 @@ def skeleton_of(
 
 def _model_class(config: Any, directory: Path | str) -> Any:
     import transformers
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    )
 
-    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-    if sees and config.model_type not in _VISION_MODELS:
+    if sees(config) and config.model_type not in _VISION_MODELS:
         architectures = ", ".join(getattr(config, "architectures", None) or ["none named"])
         raise CheckpointError(
             f"{directory}: model type {config.model_type!r} (architecture {architectures}) is another vision-language "
@@ -136,8 +131,9 @@ def _model_class(config: Any, directory: Path | str) -> Any:
     if not getattr(config, "architectures", None):
         if config.model_type == "qwen3_vl":
             return transformers.Qwen3VLForConditionalGeneration
-        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        causal = causal_class(config)
+        if causal is not None:
+            return causal
     architectures = ", ".join(getattr(config, "architectures", None) or ["none named"])
     raise CheckpointError(
         f"{directory}: model type {config.model_type!r} (architecture {architectures}) does not generate text; "

@@ -26,11 +26,12 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ...errors import InputError
+from .documents import is_document
 
 ImageSource = Any
 """A path, `data:` or `file:` URL, `http(s):` URL (if fetching is enabled), bytes, an open file, a Pillow image, or a
 numpy or torch array: `[height, width]`, `[height, width, channels]` or `[channels, height, width]` with 1, 3 or 4
-channels; uint8, uint16, bool, or floats from 0 to 1.
+channels; uint8, uint16, bool, or floats from 0 to 1. Also an image already opened, or a page of `document_pages`.
 """
 
 _ADDRESS = re.compile(r"^(https?|data|file):", re.IGNORECASE)
@@ -109,6 +110,10 @@ class OpenImage:
                 image.draft(None, (-(-image.width // scale), -(-image.height // scale)))
             return _as_rgb(image, self.name)
 
+    def limited_to(self, max_pixels: int | None) -> OpenImage:
+        """Return the image itself: it has pixels of its own. The counterpart of `OpenPage.limited_to`."""
+        return self
+
     def check(self) -> None:
         """Verify with little memory that the image can be decoded: whole, scaled down, or by its checksums.
 
@@ -136,6 +141,8 @@ def open_image(source: ImageSource, position: int | None = None, *, fetch: bool 
     Raises:
         InputError: missing, empty, damaged, of an unknown format, without pixels, or not an image.
     """
+    if isinstance(source, OpenImage):
+        return source
     name = _name(source, position)
     opener = _opener(source, name, fetch)
     with _explained(name), opener() as image:
@@ -247,6 +254,16 @@ def _of_address(address: str, name: str, fetch: bool) -> Any:
     return _fetched(address, name)
 
 
+class Fetched(bytes):
+    """The bytes behind a URL.
+
+    Attributes:
+        address: the URL, whose file name labels cached results.
+    """
+
+    address: str
+
+
 def fetched(source: str) -> str | bytes:
     """Return the bytes behind an `http(s):` URL (at most 30 s and 200 MB), and any other source unchanged.
 
@@ -254,7 +271,11 @@ def fetched(source: str) -> str | bytes:
         InputError: the URL cannot be fetched.
     """
     is_address = source.lower().startswith(("http://", "https://")) and not Path(source).exists()
-    return _fetched(source, source[:_MOST_NAME]) if is_address else source
+    if not is_address:
+        return source
+    data = Fetched(_fetched(source, source[:_MOST_NAME]))
+    data.address = source
+    return data
 
 
 def _fetched(address: str, name: str) -> bytes:
@@ -318,6 +339,8 @@ def _explained(name: str) -> Iterator[None]:
     except UnidentifiedImageError:
         if os.path.isfile(name) and os.path.getsize(name) == 0:
             raise InputError(f"{name} is empty; copy or export it again") from None
+        if is_document(name):
+            raise InputError(f"{name} is a PDF document; pass its pages, document_pages({name!r})") from None
         raise InputError(f"{name} is not an image that can be read; convert it to PNG or JPEG") from None
     except Image.DecompressionBombError as error:
         raise InputError(f"{name} is too large to decode safely ({error}); scale it down first") from error

@@ -10,9 +10,12 @@ from typing import Any, NoReturn
 import torch
 from PIL import Image
 
-from ...errors import MemoryBudgetExceeded, format_bytes
+from ...errors import MemoryBudgetExceeded, format_bytes, format_duration
 from ..layers.forward_memory import feature_bytes, text_bytes, vision_bytes, with_heap
+from .detail import AUTO, AUTO_PIXELS, detail_pixels
+from .documents import OpenPage
 from .images import ImageSource, OpenImage, listed
+from .names import file_name, name_inputs
 from .processor import Processor
 from .video_files import VideoSource, video_bytes
 
@@ -73,6 +76,7 @@ def prepare_within_budget(
     system: str | None = None,
     *,
     max_pixels: int | None = None,
+    detail: str | None = None,
     fetch: bool = False,
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Prepare a prompt as `Processor.prepare` does, with images and frames as large as the budget allows.
@@ -82,6 +86,8 @@ def prepare_within_budget(
         model: from `create_optimized_model`; its `image_policy` decides whether images that are too large are scaled
             down (`downsize`) or rejected (`refuse`). Without `ram_budget` they keep their size.
         prompt, images, video, system, max_pixels, fetch: see `Processor.prepare`.
+        detail: a level that stands for `max_pixels`, if that is not set; `auto` takes the most pixels with which the
+            first token is expected within the model's setting `first_token_s`. Default: the model's setting `detail`.
 
     Returns:
         The arguments of `generate`, and a message per image that was scaled down.
@@ -94,10 +100,18 @@ def prepare_within_budget(
     images = listed(images)
     if not images and video is None:
         return processor.prepare(prompt, images, video, system, max_pixels=max_pixels), []
-    opened = processor.open_images(images, fetch=fetch)
+    opened = processor.open_images(images, max_pixels=max_pixels, fetch=fetch)
+    notes: list[str] = []
+    text_tokens = _text_tokens(processor, prompt, system)
+    if max_pixels is None:
+        detail = optimizer.config.detail if detail is None else detail
+        if detail == AUTO:
+            max_pixels = _pixels_in_time(processor, optimizer, opened, text_tokens, notes)
+        else:
+            max_pixels = detail_pixels(detail)
+        opened = processor.open_images([each.limited_to(max_pixels) for each in opened])
     optimizer.measure_process()
     free = optimizer.free_for_activations()
-    text_tokens = _text_tokens(processor, prompt, system)
 
     def cost(grids: Sequence[Sequence[int]]) -> PictureCost:
         tokens = text_tokens + _TEXT_TOKENS_OF_A_PICTURE * len(grids)
@@ -111,12 +125,15 @@ def prepare_within_budget(
 
     limit = max_pixels
     if opened and not fits(limit):
+        optimizer.measure_process(release=True)
+        free = optimizer.free_for_activations()
+    if opened and not fits(limit):
         limit = _largest_that_fits(processor, opened, limit, fits)
         _require(limit, optimizer, cost(grids(max_pixels)), free)
-    notes: list[str] = []
     patch = processor.image_processor.patch_size
     sizes = [(columns * patch, rows * patch) for _, rows, columns in grids(limit)]
-    pictures = _decoded(optimizer, opened, sizes, free, notes)
+    shown = opened if limit == max_pixels else [each.limited_to(limit) for each in opened]
+    pictures = _decoded(optimizer, shown, sizes, free, notes)
     wanted = cost(grids(limit)).n_bytes
     if video is not None:
         wanted += _room_for_video(optimizer, video, free)
@@ -124,6 +141,7 @@ def prepare_within_budget(
     tensors = processor.prepare(prompt, pictures, video, system, max_pixels=limit)
     if video is not None and free is not None:
         tensors, limit = _with_smaller_video(processor, model, prompt, pictures, video, system, limit, tensors, free)
+    name_inputs(tensors, images=[file_name(each) for each in images])
     for each, before, after in zip(opened, grids(max_pixels), grids(limit), strict=True):
         if after != before:
             notes.append(
@@ -143,10 +161,44 @@ def _set_aside(optimizer: Any, n_bytes: int) -> None:
         optimizer.reserve_activations(max(held, min(n_bytes, free)))
 
 
+def _pixels_in_time(
+    processor: Processor, optimizer: Any, opened: Sequence[OpenImage | OpenPage], text_tokens: int, notes: list[str]
+) -> int | None:
+    """Return the most pixels per picture with which the first token is expected in time; `None`: all of them."""
+    if not opened:
+        return None
+    target_s = optimizer.config.first_token_s
+    merged = processor.image_processor.merge_size**2
+
+    def seconds(limit: int | None) -> tuple[float, bool]:
+        sizes = [each.limited_to(limit) for each in opened]
+        grids = [(1, *processor.image_grid(each.width, each.height, max_pixels=limit)) for each in sizes]
+        shown = sum(math.prod(grid) for grid in grids) // merged
+        tokens = text_tokens + _TEXT_TOKENS_OF_A_PICTURE * len(grids) + shown
+        estimate = optimizer.estimator.of_sizes(grids, tokens)
+        return estimate.seconds, estimate.measured
+
+    for limit in (None, *AUTO_PIXELS):
+        expected_s, measured = seconds(limit)
+        if expected_s <= target_s:
+            break
+    size = "all pixels" if limit is None else f"at most {limit / 1e6:.2g} million pixels"
+    source = "" if measured else " (a guess until this model has run here)"
+    late = "" if expected_s <= target_s else f"; {format_duration(target_s)} cannot be reached"
+    notes.append(
+        f"detail auto: {size} per picture; first token after about {format_duration(expected_s)}{source}{late}"
+    )
+    return limit
+
+
 def _decoded(
-    optimizer: Any, opened: Sequence[OpenImage], sizes: Sequence[tuple[int, int]], free: int | None, notes: list[str]
+    optimizer: Any,
+    opened: Sequence[OpenImage | OpenPage],
+    sizes: Sequence[tuple[int, int]],
+    free: int | None,
+    notes: list[str],
 ) -> list[Any]:
-    """Return the decoded images: at full size if all fit together, else each decoded and scaled on its own.
+    """Return the images, to be decoded at full size one at a time; if one does not fit so, decoded and scaled.
 
     Args:
         optimizer: owns the budget.
@@ -158,16 +210,16 @@ def _decoded(
     Raises:
         MemoryBudgetExceeded: an image cannot be decoded in the free memory.
     """
-    kept = sum(each.width * each.height for each in opened) * 4
     most = max((_bytes_to_decode(each, None) for each in opened), default=0)
-    if free is None or kept + most <= _USABLE * free:
-        _set_aside(optimizer, kept + most)
-        return [each.decode() for each in opened]
+    most += max((each.width * each.height for each in opened), default=0) * 4
+    if free is None or most <= _USABLE * free:
+        _set_aside(optimizer, most)
+        return list(opened)
     usable = int(_USABLE * free) - sum(width * height for width, height in sizes) * 4
     pictures = []
     for each, (width, height) in zip(opened, sizes, strict=True):
         # Twice the size if it fits: scaling from there is as good as from the full image.
-        choices = (None, (2 * width, 2 * height), (width, height))
+        choices = ((width, height),) if isinstance(each, OpenPage) else (None, (2 * width, 2 * height), (width, height))
         fitting = [choice for choice in choices if _bytes_to_decode(each, choice) <= usable]
         if not fitting:
             _refuse(each, _bytes_to_decode(each, choices[-1]), usable, optimizer)
@@ -187,14 +239,14 @@ def _decoded(
     return pictures
 
 
-def _bytes_to_decode(opened: OpenImage, at_least: tuple[int, int] | None) -> int:
+def _bytes_to_decode(opened: OpenImage | OpenPage, at_least: tuple[int, int] | None) -> int:
     """Return the memory for decoding an image and then scaling it."""
     pixels = opened.width * opened.height
     decoded = opened.decode_bytes(at_least)
     return max(decoded, _PROCESSED_BYTES * pixels) if at_least is None else decoded
 
 
-def _refuse(opened: OpenImage, n_bytes: int, usable: int, optimizer: Any) -> NoReturn:
+def _refuse(opened: OpenImage | OpenPage, n_bytes: int, usable: int, optimizer: Any) -> NoReturn:
     pixels = opened.width * opened.height
     least = int(pixels * max(usable, 0) / n_bytes)
     raise MemoryBudgetExceeded(
@@ -232,7 +284,9 @@ def _text_tokens(processor: Processor, prompt: str, system: str | None) -> int:
     return int(processor.prepare(prompt or ".", (), None, system)["input_ids"].shape[1])
 
 
-def _largest_that_fits(processor: Processor, pictures: Sequence[OpenImage], limit: int | None, fits: Any) -> int | None:
+def _largest_that_fits(
+    processor: Processor, pictures: Sequence[OpenImage | OpenPage], limit: int | None, fits: Any
+) -> int | None:
     """Return the most pixels per image, within 5 %, at which all fit; `None`: not even at one token each."""
     least = processor.least_pixels
     pixels = max(picture.width * picture.height for picture in pictures)

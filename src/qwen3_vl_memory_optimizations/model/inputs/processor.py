@@ -23,7 +23,10 @@ from transformers.generation.streamers import TextStreamer
 
 from ...errors import CheckpointError, InputError
 from ..checkpoint.formats import files_directory
+from .detail import detail_pixels
+from .documents import DocumentPage, OpenPage
 from .images import ImageSource, OpenImage, listed, open_image
+from .names import file_name, name_inputs
 from .video_files import VideoSource, load_video
 from .video_patches import MAX_ASPECT_RATIO, VideoSettings, group_seconds, video_tensors
 
@@ -131,6 +134,7 @@ class Processor:
         system: str | None = None,
         *,
         max_pixels: int | None = None,
+        detail: str | None = None,
         video_fps: float | None = None,
         fetch: bool = False,
     ) -> dict[str, torch.Tensor]:
@@ -143,6 +147,7 @@ class Processor:
             system: system prompt.
             max_pixels: the most pixels per image and per frame; larger ones are scaled down. One token covers
                 `(patch_size * merge_size) ** 2` pixels.
+            detail: a level that stands for `max_pixels`: `low`, `medium`, `document` or `high`.
             video_fps: the frame rate of frames given as images.
             fetch: fetch `http(s):` URLs of images.
 
@@ -155,7 +160,10 @@ class Processor:
             InputError: there is no question, or an image or video cannot be used.
         """
         images = listed(images)
+        if detail is not None and max_pixels is None:
+            max_pixels = detail_pixels(detail)
         self._check(prompt, images, video, system, max_pixels)
+        asked = prompt
         tensors: dict[str, torch.Tensor] = {}
         image_texts: list[str] = []
         video_text = ""
@@ -176,7 +184,9 @@ class Processor:
         if texts:
             prompt, system = _PROMPT_PLACE, system and _SYSTEM_PLACE
         chat = self._chat_text(prompt, len(images), video is not None, system)
-        return self._text_tensors(self._with_placeholders(chat, image_texts, video_text), texts) | tensors
+        inputs = self._text_tensors(self._with_placeholders(chat, image_texts, video_text), texts) | tensors
+        name_inputs(inputs, images=[file_name(each) for each in images], video=file_name(video), prompt=asked)
+        return inputs
 
     def check(
         self,
@@ -197,7 +207,7 @@ class Processor:
         """
         images = listed(images)
         self._check(prompt, images, video, system, max_pixels)
-        for opened in self.open_images(images, fetch=fetch):
+        for opened in self.open_images(images, max_pixels=max_pixels, fetch=fetch):
             opened.check()
         if isinstance(video, str | os.PathLike) and not Path(video).exists():
             load_video(video, self.video.sampling, self.video.frame_size)  # raises the right error
@@ -217,18 +227,56 @@ class Processor:
                 raise InputError(f"{name}: not valid text (bytes that are not UTF-8?); pass UTF-8")
         self._check_max_pixels(max_pixels)
 
-    def open_images(self, images: Sequence[ImageSource], *, fetch: bool = False) -> list[OpenImage]:
-        """Read the headers of images.
+    def open_images(
+        self, images: Sequence[ImageSource], *, max_pixels: int | None = None, fetch: bool = False
+    ) -> list[OpenImage | OpenPage]:
+        """Read the headers of images, and the sizes of pages, which are rendered with `max_pixels`.
 
         Raises:
             InputError: an image cannot be used.
         """
-        opened = [open_image(source, number, fetch=fetch) for number, source in enumerate(images, 1)]
+        opened: list[OpenImage | OpenPage] = []
+        for number, source in enumerate(images, 1):
+            if isinstance(source, DocumentPage):
+                source = source.open(max_pixels)
+            if isinstance(source, OpenPage):
+                opened.append(source.at_most(int(self.image_processor.size["longest_edge"])))
+            else:
+                opened.append(open_image(source, number, fetch=fetch))
         for each in opened:
             if max(each.width, each.height) > MAX_ASPECT_RATIO * min(each.width, each.height):
                 size = f"{each.width} x {each.height}"
                 raise InputError(f"{each.name}: {size} is more than {MAX_ASPECT_RATIO} times as long as wide; crop it")
         return opened
+
+    def ask_again(self, prompt: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the arguments of `generate` for another question about the pictures of a prepared prompt.
+
+        The pixels are shared, so the pictures are known again even if their files or the budget changed.
+
+        Args:
+            prompt: the question.
+            inputs: from `prepare`, with the system prompt and the pictures that also belong to this question.
+
+        Raises:
+            InputError: the question is not valid text.
+        """
+        self._check(prompt, [inputs], None, None, None)
+        ids = inputs["input_ids"][0]
+        end_id = self.tokenizer.convert_tokens_to_ids(self.tokens.end)
+        kept = int((ids == end_id).nonzero()[-1]) + 1 if bool((ids == end_id).any()) else 0
+        if not kept:
+            raise InputError("the prepared prompt shows no picture; prepare each question on its own")
+        texts = {} if self._is_plain(prompt) else {_PROMPT_PLACE: prompt}
+        chat = self._chat_text(_PROMPT_PLACE if texts else prompt, 1, False, None)
+        asked = self._text_tensors(chat, texts)
+        start = int((asked["input_ids"][0] == end_id).nonzero()[-1]) + 1
+        tensors = {
+            name: torch.cat([inputs[name][:, :kept], asked[name][:, start:]], dim=1)
+            for name in ("input_ids", "attention_mask", "mm_token_type_ids")
+        }
+        name_inputs(tensors, prompt=prompt)
+        return {**inputs, **tensors}
 
     def decode(self, token_ids: Any) -> str:
         """Return the text of token ids (a list, or a one-dimensional tensor), without special tokens."""
@@ -284,9 +332,13 @@ class Processor:
     def _image_tensors(
         self, images: Sequence[ImageSource], max_pixels: int | None, fetch: bool
     ) -> dict[str, torch.Tensor]:
-        loaded = [opened.decode() for opened in self.open_images(images, fetch=fetch)]
         options = {} if max_pixels is None else {"size": self._limits(max_pixels)}
-        return dict(self.image_processor(loaded, return_tensors="pt", **options))
+        parts: list[dict[str, torch.Tensor]] = []
+        for opened in self.open_images(images, max_pixels=max_pixels, fetch=fetch):  # one decoded at a time
+            parts.append(dict(self.image_processor([opened.decode()], return_tensors="pt", **options)))
+        if len(parts) == 1:
+            return parts[0]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _chat_text(self, prompt: str, n_images: int, has_video: bool, system: str | None) -> str:
         # A template without image tokens belongs to a language model; use Qwen's plain form instead.

@@ -11,7 +11,8 @@ hides padding is built for the keys alone, `[batch, 1, 1, tokens]`.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +20,47 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from ...compression import Partial, attend_causal, attend_plain, merge_two
+from ...compression import KVBlock, KVCodec, Partial, attend_causal, attend_plain, merge_two
+from ...paging import BlockSpace
 
 ATTENTION = "managed_sdpa"
 _QUERY_ROWS = 512
 
 
+class AttendedLayer(Protocol):
+    """What attention uses of a `ManagedKVLayer`, which documents it."""
+
+    heads: int
+    tail_length: int
+
+    @property
+    def n_blocks(self) -> int: ...
+
+    @property
+    def fresh_length(self) -> int: ...
+
+    @property
+    def tail_dtype(self) -> torch.dtype: ...
+
+    @property
+    def codec(self) -> KVCodec: ...
+
+    @property
+    def space(self) -> BlockSpace: ...
+
+    def groups(self, row: int) -> Iterator[list[KVBlock]]: ...
+
+    def tail(self) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def fresh(self) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def settle(self) -> None: ...
+
+
 class CachedStates:
     """What a cache layer passes to attention in place of keys and values."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: AttendedLayer) -> None:
         self.layer = layer
 
     def attend_row(self, query: torch.Tensor, scale: float) -> torch.Tensor | None:
@@ -86,7 +118,7 @@ def attention_forward(
         layer.settle()
 
 
-def _all_states(layer: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _all_states(layer: AttendedLayer, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return all keys and values if they are in one place in this dtype."""
     if layer.n_blocks or (layer.tail_length and layer.fresh_length):
         return None
@@ -95,7 +127,7 @@ def _all_states(layer: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Ten
     return layer.tail() if layer.tail_dtype == dtype else None
 
 
-def _attend(layer: Any, query: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+def _attend(layer: AttendedLayer, query: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     batch, heads, length, size = query.shape
     step = length if mask is None else _QUERY_ROWS  # the mask's bias takes as much memory as the scores
     out = query.new_empty((batch, length, heads, size))
@@ -110,7 +142,7 @@ def _attend(layer: Any, query: torch.Tensor, mask: torch.Tensor | None, scale: f
 
 
 def _attend_rows(
-    layer: Any,
+    layer: AttendedLayer,
     row: int,
     query: torch.Tensor,
     mask: torch.Tensor | None,

@@ -13,6 +13,7 @@ from transformers import Cache, DynamicCache
 
 from ...compression import create_kv_codec
 from ...paging import Block, BlockSpace, Pager
+from ..compat import attention_name
 from .attention import ATTENTION
 from .layer import ManagedKVLayer
 from .sizes import BLOCK_TOKENS
@@ -60,7 +61,7 @@ class ManagedKVCache(DynamicCache):
     @property
     def attends_over_blocks(self) -> bool:
         """Whether the active attention is that of `attention.py`."""
-        return self.config._attn_implementation == ATTENTION
+        return attention_name(self.config) == ATTENTION
 
     def require_room(self, n_tokens: int) -> None:
         """Reject tokens whose tails do not fit, before the first layer takes them.

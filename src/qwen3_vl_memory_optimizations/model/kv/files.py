@@ -37,7 +37,15 @@ class KVFiles:
         self.corrupt = 0
 
     def write(
-        self, key: str, layers: Sequence[Block], meta: dict[str, Any], saved_s: float, rests: Callable[[], bool]
+        self,
+        key: str,
+        layers: Sequence[Block],
+        meta: dict[str, Any],
+        saved_s: float,
+        rests: Callable[[], bool],
+        *,
+        label: str | None = None,
+        group: str | None = None,
     ) -> int:
         """Write blocks to a file.
 
@@ -48,6 +56,7 @@ class KVFiles:
             saved_s: expected saving per hit, in seconds.
             rests: returns whether the blocks are unchanged since the request. A sequence that continues in a tail
                 changes it in place.
+            label, group: for listing, see `SSDCache.store_encoded`.
 
         Returns:
             The bytes written; 0: no room, or the blocks changed meanwhile.
@@ -61,7 +70,9 @@ class KVFiles:
                     parts = [_whole(block) for block in layers]
                     sums = [list(page_checksums(block)) for block in layers] if pager is not None else []
                     encoded = EncodedItem({"tensors": [], "bytes": layers[0].n_bytes, "sums": sums, **meta}, parts)
-                    written = rests() and self._level.store_encoded(key, encoded, saved_s=saved_s, kind=KIND)
+                    written = rests() and self._level.store_encoded(
+                        key, encoded, saved_s=saved_s, kind=KIND, label=label, group=group
+                    )
             finally:
                 if pager is not None:
                     pager.debit(_OWNER, -_WRITER_BYTES)
@@ -73,6 +84,10 @@ class KVFiles:
             self.remove(key)  # its contents no longer match the checksums
             written = False
         return encoded.n_bytes if written else 0
+
+    def has(self, key: str) -> bool:
+        """Return whether there is a file for a key."""
+        return self._space.pager is not None and self._level.store_files.size_of(key) is not None
 
     def remove(self, key: str) -> None:
         """Remove a file."""
@@ -103,7 +118,7 @@ class KVFiles:
         Returns:
             `None` if there is no usable file. A file with a wrong checksum is removed.
         """
-        if self._space.pager is None or self._level.store_files.size_of(key) is None:
+        if self._space.pager is None or not self.has(key):
             return None
         try:
             opened = self._level.store_files.open(key)

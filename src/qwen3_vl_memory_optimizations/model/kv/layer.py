@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -24,12 +24,30 @@ _GROW_TOKENS = 64
 _GROW_SHARE = 8
 
 
+class LayeredCache(Protocol):
+    """What a layer uses of its `ManagedKVCache`, which documents it."""
+
+    codec: KVCodec
+    space: BlockSpace
+    block_tokens: int
+    group_blocks: int
+    keeps_all: bool
+
+    @property
+    def attends_over_blocks(self) -> bool: ...
+
+    def require_room(self, n_tokens: int) -> None: ...
+
+    def upcoming(self, index: int, row: int, start: int) -> list[Block]: ...
+
+
 class StoredBlock:
     """An encoded block of one layer and one sequence: its bytes and their layout."""
 
     def __init__(self, block: Block, layout: Sequence[Segment]) -> None:
         self.block = block
         self.encoded = KVBlock(block.data, layout)
+        self.addresses = tuple(segment.data_ptr() for segment in self.encoded.segments.values())
 
 
 class Tail:
@@ -76,13 +94,12 @@ class ManagedKVLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, cache: Any, index: int) -> None:
+    def __init__(self, cache: LayeredCache, index: int) -> None:
         self.is_initialized = False
         self.rows: list[list[StoredBlock]] = []
         self.tail_length = 0
         # Weak, to avoid a reference cycle: memory is freed as soon as the last caller drops the cache.
-        proxy: Any = weakref.proxy(cache)
-        self._cache = proxy
+        self._cache: LayeredCache = weakref.proxy(cache)
         self._index = index
         self._tail: Tail | None = None
         self._fresh: tuple[torch.Tensor, torch.Tensor] | None = None  # `[batch, heads, tokens, head_dim]` each
@@ -112,7 +129,7 @@ class ManagedKVLayer(CacheLayerMixin):
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Any, Any]:
+    ) -> tuple[torch.Tensor | CachedStates, torch.Tensor | CachedStates]:
         """Append keys and values `[batch, heads, new tokens, head_dim]`.
 
         Returns:
@@ -125,7 +142,9 @@ class ManagedKVLayer(CacheLayerMixin):
         with shield:
             return self._update(key_states, value_states)
 
-    def _update(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[Any, Any]:
+    def _update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor | CachedStates, torch.Tensor | CachedStates]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.settle()  # left over from a failed attention
@@ -142,6 +161,40 @@ class ManagedKVLayer(CacheLayerMixin):
         decoded = self.decoded()
         self.settle()
         return decoded
+
+    def make_room(self, n_tokens: int) -> None:
+        """Make room for a few tokens at the end of the tail; what is in use may not be held meanwhile.
+
+        Raises:
+            MemoryBudgetExceeded: there is none; nothing was appended.
+        """
+        self.settle()  # left over from a failed attention
+        if self._index == 0:
+            self._cache.require_room(n_tokens)
+        self._make_tail(self.tail_length + n_tokens)
+
+    def extend(self, n_tokens: int) -> Tail:
+        """Append a few tokens to the tail, whose keys and values the caller writes before all else.
+
+        Precondition: `make_room`.
+        """
+        self.tail_length += n_tokens
+        assert self._tail is not None
+        return self._tail
+
+    @property
+    def attends_over_blocks(self) -> bool:
+        """Whether the active attention is that of `attention.py`."""
+        return self._cache.attends_over_blocks
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens per block."""
+        return self._cache.block_tokens
+
+    def upcoming(self) -> list[Block]:
+        """Return the blocks that are used after those of this layer."""
+        return self._cache.upcoming(self._index, self.batch_size - 1, self.n_blocks)
 
     def _stays_in_tail(self, n_tokens: int) -> bool:
         """Return whether all tokens still fit the tail, where attention is bit-identical to transformers."""

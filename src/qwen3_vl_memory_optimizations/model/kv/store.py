@@ -115,6 +115,16 @@ class KVStore:
         counters.reused_tokens += n_tokens
         return match
 
+    def n_known(self, tokens: Sequence[Token], root: str, block_tokens: int) -> int:
+        """Return how many tokens `find` would find, tails in files left out; reads nothing."""
+        n_known, parent = 0, root
+        for name in block_names(tokens[: len(tokens) - 1], root, block_tokens):
+            if self.index.blocks(name) is None and (self._files is None or not self._files.has(name)):
+                break
+            n_known, parent = n_known + block_tokens, name
+        rest = tokens[n_known : len(tokens) - 1]
+        return n_known + max((tail.n_equal(rest) for tail in self.index.tails(parent)), default=0)
+
     def adopt(self, match: Match, cache: ManagedKVCache) -> int:
         """Start an empty cache with the match; return how many tokens it then holds.
 
@@ -166,7 +176,15 @@ class KVStore:
     # --- keeping ------------------------------------------------------------------------------------------------------
 
     def rest(
-        self, cache: ManagedKVCache, row: int, tokens: Sequence[Token], root: str, *, persist: bool, saved_s: float
+        self,
+        cache: ManagedKVCache,
+        row: int,
+        tokens: Sequence[Token],
+        root: str,
+        *,
+        persist: bool,
+        saved_s: float,
+        label: str | None = None,
     ) -> None:
         """Store the blocks and the tail of an ended sequence; its cache must not be used afterwards.
 
@@ -177,6 +195,7 @@ class KVStore:
             root: digest of everything else they depend on.
             persist: other processes can derive the same names and may use the entries.
             saved_s: compute time per token.
+            label: what the sequence began with, for listing cache files.
         """
         layers, block_tokens = cache.layers, cache.block_tokens
         n_blocks = min(layer.n_blocks for layer in layers)
@@ -204,7 +223,8 @@ class KVStore:
             for name, what in reversed(resting):  # in token order
                 n_tokens = len(what.tokens) if isinstance(what, RestingTail) else block_tokens
                 if not what.in_file:
-                    self._writer.add((name, what, saved_s * n_tokens))
+                    group = names[0] if names else tail_key(root)
+                    self._writer.add((name, what, saved_s * n_tokens, label, group))
         self.counters.dropped += self.index.shrink(self._most_bytes)
         if self.on_rest is not None:
             self.on_rest()
@@ -245,9 +265,9 @@ class KVStore:
 
     # --- files --------------------------------------------------------------------------------------------------------
 
-    def _write(self, job: tuple[str, Resting, float]) -> None:
+    def _write(self, job: tuple[str, Resting, float, str | None, str]) -> None:
         """Write blocks or a tail to a cache file, in the writer's thread."""
-        name, what, saved_s = job
+        name, what, saved_s, label, group = job
         if self._files is None or what.in_file or not self.index.rests(name, what):
             return
         key, meta = name, {}
@@ -255,7 +275,9 @@ class KVStore:
             dtype = str(what.dtype).removeprefix("torch.")
             key, meta = tail_key(name), {"tokens": what.tokens, "shape": list(what.shape), "dtype": dtype}
             self._files.remove(key)  # written for an earlier sequence
-        n_bytes = self._files.write(key, what.layers, meta, saved_s, lambda: self.index.rests(name, what))
+        n_bytes = self._files.write(
+            key, what.layers, meta, saved_s, lambda: self.index.rests(name, what), label=label, group=group
+        )
         if not n_bytes:
             return
         what.in_file = True

@@ -12,14 +12,28 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...native import core
 from ...paging import linear_joined, runs_as_written
-from ..compat import attention_function, cache_name
+from ..compat import (
+    DECODER_LAYER,
+    attention_function,
+    attention_name,
+    base_of,
+    cache_name,
+    is_original,
+    text_decoder,
+    watches,
+)
+from .bypassed import Bypassed
+
+if TYPE_CHECKING:
+    from .native_layers import NativeLayers
 
 _PARTS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
 
@@ -40,15 +54,21 @@ def joined_names(weights: Iterable[str]) -> list[tuple[str, ...]]:
 def fuse_layers(model: nn.Module) -> int:
     """Replace the forward of each supported decoder layer; return how many."""
     layers = [layer for layer in model.modules() if _can_fuse(layer)]
+    decoder = text_decoder(model) or base_of(model)
+    native = None
+    if core() is not None and layers and list(getattr(decoder, "layers", ())) == layers:
+        from .native_layers import NativeLayers  # imports transformers' caches, which come with its models
+
+        native = NativeLayers(decoder, _is_whole)
     for layer in layers:
-        layer._fused = _FusedLayer(layer)  # type: ignore[assignment]
+        layer._fused = _FusedLayer(layer, native)  # type: ignore[assignment]
         layer.forward = MethodType(_forward, layer)
     return len(layers)
 
 
 def _can_fuse(layer: Any) -> bool:
     """Return whether this is a known decoder layer, in the configuration of Qwen3-VL."""
-    if type(layer).__name__ != "Qwen3VLTextDecoderLayer" or type(layer).__module__.split(".")[0] != "transformers":
+    if not is_original(layer, DECODER_LAYER):
         return False
     attention, mlp = layer.self_attn, layer.mlp
     linears = [getattr(getattr(layer, part), name) for part, names in _PARTS for name in names]
@@ -59,33 +79,35 @@ def _can_fuse(layer: Any) -> bool:
     )
 
 
-class _FusedLayer:
-    """The additional state of a layer's fused forward."""
+def _is_whole(layer: Any) -> bool:
+    """Return whether the native core may compute a layer without calling it: no part was replaced or has hooks."""
+    fused, forward = layer._fused, layer.__dict__.get("forward")
+    if not isinstance(forward, MethodType) or forward.__func__ is not _forward or layer.training:
+        return False
+    hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
+    return not (any(map(watches, hooks)) or fused.bypassed.changed() or fused.called.changed())
 
-    def __init__(self, layer: Any) -> None:
+
+class _FusedLayer:
+    """The additional state of a layer's fused forward.
+
+    Args:
+        layer: the module of transformers.
+        native: computes few tokens of it and of the other layers; `None`: torch does.
+    """
+
+    def __init__(self, layer: Any, native: NativeLayers | None) -> None:
         attention = layer.self_attn
-        # (children of a module, name, module, its attributes): modules that the fused forward does not call
-        self._bypassed = [
-            (owner._modules, name, owner._modules[name], owner._modules[name].__dict__)
-            for owner, names in (
-                (layer, ("input_layernorm", "post_attention_layernorm", "self_attn", "mlp")),
-                (attention, ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")),
-                (layer.mlp, ("gate_proj", "up_proj", "act_fn")),
-            )
-            for name in names
-        ]
+        self.bypassed = Bypassed(
+            (layer, ("input_layernorm", "post_attention_layernorm", "self_attn", "mlp")),
+            (attention, ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")),
+            (layer.mlp, ("gate_proj", "up_proj", "act_fn")),
+        )
         self.n_query = attention.q_proj.out_features // attention.head_dim
         self.n_key = attention.k_proj.out_features // attention.head_dim
         self._head_weight: tuple[Any, Any, torch.Tensor] | None = None
-
-    def changed(self) -> bool:
-        """Return whether a part of the layer was replaced or has hooks."""
-        for children, name, part, attributes in self._bypassed:
-            if children[name] is not part or attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
-                return True
-            if "forward" in attributes:
-                return True
-        return False
+        self.called = Bypassed((attention, ("o_proj",)), (layer.mlp, ("down_proj",)))  # except by the native core
+        self.native = native
 
     def head_weight(self, attention: Any) -> torch.Tensor:
         """Return the norm weights of query and key heads, `[heads, head_dim]`."""
@@ -104,7 +126,7 @@ def _forward(
     **kwargs: Any,
 ) -> torch.Tensor:
     fused: _FusedLayer = layer._fused
-    if fused.changed() or runs_as_written(layer, hidden_states):
+    if fused.bypassed.changed() or runs_as_written(layer, hidden_states):
         return type(layer).forward(
             layer,
             hidden_states,
@@ -112,6 +134,12 @@ def _forward(
             attention_mask=attention_mask,
             **kwargs,
         )
+    native = core() if fused.native is not None and attention_mask is None and not layer.training else None
+    if native is not None and fused.native is not None and not fused.called.changed():
+        index = layer.self_attn.layer_idx
+        output = fused.native.run(native, index, hidden_states, position_embeddings, kwargs)
+        if output is not None:
+            return output
     mlp = layer.mlp
     normed = _rms_norm(hidden_states, layer.input_layernorm)
     attended = _attention(layer.self_attn, fused, normed, position_embeddings, attention_mask, kwargs)
@@ -149,7 +177,7 @@ def _attention(
             row = key.attend_row(query, attention.scaling)
             if row is not None:
                 return attention.o_proj(row)
-    attend = attention_function(attention.config._attn_implementation)
+    attend = attention_function(attention_name(attention.config))
     attended, _ = attend(
         attention,
         query,

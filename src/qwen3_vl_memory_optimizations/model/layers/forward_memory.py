@@ -32,7 +32,7 @@ def text_bytes(
     hidden, inner = text.hidden_size, getattr(text, "intermediate_size", 4 * text.hidden_size)
     heads, head_dim = text.num_attention_heads, getattr(text, "head_dim", hidden // text.num_attention_heads)
     kv_heads = getattr(text, "num_key_value_heads", heads)
-    # The MLP is widest: gate, up and their product, and the product rotated and as two digits per value.
+    # The MLP is widest: gate, up and their product, and the product rotated (without the native core) and as integers.
     peak = tokens * (8 * hidden * itemsize + inner * (3 * itemsize + 6))
     # In attention: q, k, v before and after the rotary embedding, and two partial results in fp32.
     attending = tokens * head_dim * ((2 * heads + 3 * kv_heads) * itemsize + 3 * heads * 4)
@@ -65,7 +65,7 @@ def vision_bytes(config: Any, *, patches: int, itemsize: int) -> int:
         return 0
     width, wide = vision.hidden_size, vision.intermediate_size
     merged = width * vision.spatial_merge_size**2
-    # Its MLP, and the rotation of heads in fp32, process rows in steps (`vision_steps`).
+    # Its MLP, and the rotation of heads in fp32, process rows in steps (`vision_block`).
     in_step = min(patches, 2 * STEP_ROWS - 1)
     return patches * (12 * width * itemsize + merged * itemsize) + in_step * wide * (2 * itemsize + 6)
 

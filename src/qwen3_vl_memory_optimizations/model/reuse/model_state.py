@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from ...paging import ManagedTensor, Pager
+from ..compat import attention_name, registered_attention
 
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _METHODS = (property, staticmethod, classmethod)
@@ -182,12 +183,9 @@ def _is_redirected() -> bool:
 
 def _attention_functions(config: Any) -> Iterator[Any]:
     """Yield the functions behind the names of attention implementations."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     configs = (config, *(getattr(config, name, None) for name in ("text_config", "vision_config")))
     for each in configs:
-        name = getattr(each, "_attn_implementation", None)
-        yield ALL_ATTENTION_FUNCTIONS.get(name) if name in ALL_ATTENTION_FUNCTIONS else None
+        yield registered_attention(attention_name(each))
 
 
 def text_of(value: Any) -> str:

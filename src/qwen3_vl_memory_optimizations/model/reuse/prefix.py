@@ -16,6 +16,7 @@ import torch
 
 from ...errors import MemoryBudgetExceeded
 from ..compat import CACHE_NAMES, OTHER_DECODING, vision_tower
+from ..inputs.names import label_of, names_of
 from ..kv.cache import ManagedKVCache
 from ..kv.naming import Span, Token, find_spans, named_tokens
 from ..kv.store import KVStore
@@ -76,6 +77,7 @@ class Run:
         past: length of the known beginning in tokens.
         skipped: by modality, tokens in the known beginning of the image or video that it cuts.
         handed_out: `generate` has received the cache.
+        label: what the prompt was made from, if it is known.
     """
 
     ids: list[int]
@@ -86,6 +88,7 @@ class Run:
     past: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     handed_out: bool = False
+    label: str | None = None
 
 
 class PrefixReuse:
@@ -114,6 +117,32 @@ class PrefixReuse:
 
     def begin(self, arguments: Mapping[str, Any]) -> Run | None:
         """Return the run of a call with its known beginning, or `None` for a call that is left unchanged."""
+        run = self._named(arguments)
+        if run is None:
+            return None
+        match = self._store.find(run.tokens, run.identity.digest, run.cache)
+        if match.n_tokens(run.cache.block_tokens):
+            try:
+                run.past = self._store.adopt(match, run.cache)
+            except MemoryBudgetExceeded as error:
+                logger.debug("a known beginning is recomputed: %s", str(error))
+                run.cache = self._make_cache()
+        return run
+
+    def known(self, arguments: Mapping[str, Any]) -> tuple[int, list[list[int]]]:
+        """Return how many tokens at the beginning of a prompt are known, and the grids of the pictures behind them.
+
+        Reads no keys and values and counts no lookup.
+        """
+        run = self._named(arguments)
+        if run is None:
+            return 0, []
+        past = self._store.n_known(run.tokens, run.identity.digest, run.cache.block_tokens)
+        behind = [span for span in run.spans if span.stop > past]
+        return past, [arguments[_PICTURES[span.modality][1]][span.index].tolist() for span in behind]
+
+    def _named(self, arguments: Mapping[str, Any]) -> Run | None:
+        """Return the run of a call with an empty cache, or `None` for a call that is left unchanged."""
         ids = arguments.get("input_ids", arguments.get("inputs"))
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[0] != 1 or ids.is_floating_point():
             return None
@@ -137,15 +166,7 @@ class PrefixReuse:
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         for layer in cache.layers:
             layer.begin(1, heads, head_dim, self._model.dtype)
-        run = Run(listed, named_tokens(listed, spans), spans, identity, cache)
-        match = self._store.find(run.tokens, identity.digest, cache)
-        if match.n_tokens(cache.block_tokens):
-            try:
-                run.past = self._store.adopt(match, cache)
-            except MemoryBudgetExceeded as error:
-                logger.debug("a known beginning is recomputed: %s", str(error))
-                run.cache = self._make_cache()
-        return run
+        return Run(listed, named_tokens(listed, spans), spans, identity, cache, label=label_of(arguments))
 
     def _is_foreign(self, arguments: Mapping[str, Any]) -> bool:
         """Return whether a call uses a generation mode that is left unchanged."""
@@ -173,6 +194,7 @@ class PrefixReuse:
             if self._vision is None or arguments.get(pixels) is None or arguments.get(grid) is None:
                 return None
             found = self._vision.keys(arguments[pixels], arguments[grid])
+            self._vision.note_names(found or (), names_of(arguments[pixels]))
             if found is None or arguments.get("mm_token_type_ids") is None:
                 return None
             grids[modality], keys[modality] = arguments[grid].tolist(), found
@@ -225,4 +247,12 @@ class PrefixReuse:
             return
         # The caller may continue with a returned cache, so a copy of it rests.
         cache = run.cache if isinstance(result, torch.Tensor) else copy.deepcopy(run.cache)
-        self._store.rest(cache, 0, tokens, run.identity.digest, persist=now.persists, saved_s=seconds_per_token)
+        self._store.rest(
+            cache,
+            0,
+            tokens,
+            run.identity.digest,
+            persist=now.persists,
+            saved_s=seconds_per_token,
+            label=run.label,
+        )

@@ -16,11 +16,13 @@ import torch
 
 from ...cache import CacheItem, HierarchicalCacheSystem, digest, digest_of_tensor
 from ..compat import attention_name, base_of, deepstack_levels, picture_features, vision_tower
+from ..inputs.names import names_of
 from .identity import Identity, ModelIdentity
 
 _KIND = "vision"
 _HARMLESS = ("return_dict", "use_cache")
 """Arguments that do not change the features; any other bypasses the cache."""
+_MOST_NAMES = 1000
 _MORE = ("output_hidden_states", "output_attentions")
 
 
@@ -83,6 +85,7 @@ class VisionReuse:
     ) -> None:
         self._base, self._cache, self._identity, self._reserve = base, cache, identity, reserve
         self.wanted: Callable[[], bool] = lambda: True
+        self._names: dict[str, str] = {}
 
     def keys(self, pixels: torch.Tensor, grids: torch.Tensor) -> list[str] | None:
         """Return the key of each image, or `None` if features must not be kept.
@@ -93,6 +96,13 @@ class VisionReuse:
         """
         identity = self._tower()
         return None if identity is None else self._keys(identity, pixels, grids)
+
+    def note_names(self, keys: Sequence[str], names: Sequence[str]) -> None:
+        """Remember the file names of images until their features are computed; other names are forgotten."""
+        if len(keys) == len(names):
+            if len(self._names) > _MOST_NAMES:
+                self._names.clear()
+            self._names.update(zip(keys, names, strict=True))
 
     def _tower(self) -> Identity | None:
         visual = self._base.visual
@@ -115,6 +125,7 @@ class VisionReuse:
         keys = None if identity is None else self._keys(identity, pixels, grids)
         if identity is None or not keys:
             return plain(pixels, grids, **options)
+        self.note_names(keys, names_of(pixels))
         patches = grids.prod(-1).tolist()
         parts = pixels.split(patches)
         visual = self._base.visual
@@ -138,6 +149,7 @@ class VisionReuse:
             units=patches,
             accepts=lambda index, item: self._fits(item, patches[index]),
             persist=identity.persists,
+            labels=[self._names.pop(key, "") for key in keys],
         )
         if len(encoded) == 1 and len(encoded[0][0]) == len(keys):
             return encoded[0][1]

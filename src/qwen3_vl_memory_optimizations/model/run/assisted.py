@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from ..compat import CACHE_NAMES, OTHER_DECODING, cache_of
 logger = logging.getLogger(__name__)
 
 ASSISTANT = "assistant"
+
+ChangeArguments = Callable[[dict[str, Any]], dict[str, Any]]
+"""Returns the arguments that a `generate` runs with, given those of the call."""
 
 _OTHER_CACHES = ("cache_implementation", *CACHE_NAMES)
 
@@ -46,28 +49,34 @@ def require_draft(model: Any, draft: Any) -> None:
         )
 
 
-def attach_draft(model: Any, draft: Any) -> None:
-    """Make `generate` use a draft unless the call names one; `assistant_model=None` turns it off."""
+def attach_draft(model: Any, draft: Any) -> tuple[ChangeArguments, ChangeArguments]:
+    """Give a model a draft.
+
+    Returns:
+        How the arguments of the model's `generate` change, and those of the draft's: see `_with_draft` and `_as_draft`.
+    """
     # Not a submodule, so the model's parameters, state dict and `named_modules` stay unchanged.
     model.__dict__["assistant"] = draft
-    _take_the_kwargs_of(model, draft)
-    plain = model.generate
-    signature = inspect.signature(plain)
+    _see_images(draft)
+    return _with_draft(model, draft), _as_draft(model, draft)
 
-    @functools.wraps(plain)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        call = signature.bind_partial(*args, **kwargs)
-        arguments = {**call.arguments, **call.arguments.get("kwargs", {})}
+
+def _with_draft(model: Any, draft: Any) -> ChangeArguments:
+    """Use a draft unless the call names one; `assistant_model=None` turns it off."""
+    takes_a_draft = "assistant_model" in inspect.signature(model.generate).parameters
+
+    def change(arguments: dict[str, Any]) -> dict[str, Any]:
+        if not takes_a_draft:
+            return arguments
         chosen = arguments.get("assistant_model", draft)
         obstacle = None if chosen is None else _obstacle(model, arguments)
         if obstacle is not None:
             if "assistant_model" in arguments:
                 logger.warning("generate: assistant_model is ignored: %s", obstacle)
             chosen = None
-        call.arguments["assistant_model"] = chosen
-        return plain(*call.args, **call.kwargs)
+        return {**arguments, "assistant_model": chosen}
 
-    model.generate = generate
+    return change
 
 
 def _obstacle(model: Any, arguments: Mapping[str, Any]) -> str | None:
@@ -96,13 +105,11 @@ def _obstacle(model: Any, arguments: Mapping[str, Any]) -> str | None:
     return "the model cannot roll tokens back" if getattr(model, "_is_stateful", False) else None
 
 
-def _take_the_kwargs_of(model: Any, draft: Any) -> None:
-    """Let `generate` of a draft accept the keyword arguments that transformers forwards from the model.
+def _as_draft(model: Any, draft: Any) -> ChangeArguments:
+    """Drop the arguments that transformers forwards from the model and that its draft cannot take.
 
     Encoded images have the model's width. A draft of another width, or without vision, predicts from the text alone.
     """
-    _see_images(draft)
-    plain = draft.generate
     foreign = _parameters(model) - _parameters(draft)
     if _vision_width(draft) != _vision_width(model):
         foreign.add("mm_encoder_outputs")
@@ -110,21 +117,21 @@ def _take_the_kwargs_of(model: Any, draft: Any) -> None:
     names = ("image_token_id", "video_token_id")
     placeholders = [getattr(model.config, name) for name in names if getattr(model.config, name, None) is not None]
 
-    @functools.wraps(plain)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        if getattr(kwargs.get("generation_config"), "is_assistant", False):
-            kwargs = {name: value for name, value in kwargs.items() if name not in foreign}
-            positions = kwargs.get("position_ids")
-            if flat_positions and positions is not None and positions.dim() == 3:
-                kwargs["position_ids"] = positions[0]  # the row that counts tokens
-            if placeholders:  # the model would look up images for drafted placeholders
-                from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
+    def change(arguments: dict[str, Any]) -> dict[str, Any]:
+        if not getattr(arguments.get("generation_config"), "is_assistant", False):
+            return arguments
+        changed = {name: value for name, value in arguments.items() if name not in foreign}
+        positions = changed.get("position_ids")
+        if flat_positions and positions is not None and positions.dim() == 3:
+            changed["position_ids"] = positions[0]  # the row that counts tokens
+        if placeholders:  # the model would look up images for drafted placeholders
+            from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
-                given = kwargs.get("logits_processor") or []
-                kwargs["logits_processor"] = LogitsProcessorList([*given, SuppressTokensLogitsProcessor(placeholders)])
-        return plain(*args, **kwargs)
+            given = changed.get("logits_processor") or []
+            changed["logits_processor"] = LogitsProcessorList([*given, SuppressTokensLogitsProcessor(placeholders)])
+        return changed
 
-    draft.generate = generate
+    return change
 
 
 def _see_images(draft: Any) -> None:

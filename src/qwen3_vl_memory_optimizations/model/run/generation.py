@@ -1,4 +1,4 @@
-"""Wrap each `generate` of a model: its turn, session, budget, and reuse of known prompts."""
+"""Run each `generate` of a model in steps: its turn, session, budget, draft, and reuse of known prompts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from ..compat import CACHE_NAMES, MAKE_CACHE_METHOD, PREFILL_METHOD, attention_n
 from ..kv.attention import ATTENTION, register_attention
 from ..kv.cache import ManagedKVCache
 from ..reuse.prefix import PrefixReuse, Run
+from .assisted import ChangeArguments
 from .pieces import PieceRunner
+from .response_times import ResponseTimes, count_new_tokens, prompt_and_most_tokens
 from .run_budget import RunBudget
 from .turns import Turns
 
@@ -80,13 +82,47 @@ def _has_full_attention(config: Any) -> bool:
     )
 
 
+class _Call:
+    """A call of `generate`; its arguments stay as given unless a step changes them.
+
+    Attributes:
+        arguments: by name; those of `**kwargs` are among them.
+    """
+
+    def __init__(self, plain: Any, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._plain, self._args, self._kwargs = plain, args, kwargs
+        bound = signature.bind_partial(*args, **kwargs).arguments
+        self.arguments: dict[str, Any] = {**bound, **bound.get("kwargs", {})}
+        self.arguments.pop("kwargs", None)
+
+    @property
+    def prompt(self) -> Any:
+        """The ids of the prompt, or `None`."""
+        first = self._args[0] if self._args else None
+        return self._kwargs.get("input_ids", self._kwargs.get("inputs", first))
+
+    def change(self, arguments: dict[str, Any]) -> None:
+        """Let the call run with other arguments."""
+        if arguments is not self.arguments:
+            self.arguments, self._args, self._kwargs = arguments, (), arguments
+
+    def run(self) -> Any:
+        """Run it as transformers does."""
+        return self._plain(*self._args, **self._kwargs)
+
+
 class Generation:
-    """The pipeline around `generate`.
+    """The pipeline around `generate`, and the only replacement of it.
+
+    A call is measured, waits for its turn, opens a session, is admitted, gets its draft, has its prompt looked up,
+    runs, and leaves its keys and values behind. A call nested in another runs as written.
 
     Args:
         model: a transformers model.
         turn: held for the whole call: threads take turns.
         session: returns a context for one call.
+        times: measures each call, the wait for its turn included; `None`: calls are not measured.
+        change: returns the arguments to run with, by name, given those of the call (`assisted`); `None`: they stay.
         budget: rejects a call that cannot finish within it; `None`: no call is rejected.
         pieces: the model's forward; `None`: it runs whole.
         make_cache: returns an empty KV cache; `None`: `generate` uses the cache of transformers.
@@ -99,12 +135,15 @@ class Generation:
         *,
         turn: Turns,
         session: Callable[[], contextlib.AbstractContextManager[Any]],
+        times: ResponseTimes | None,
+        change: ChangeArguments | None,
         budget: RunBudget | None,
         pieces: PieceRunner | None,
         make_cache: Callable[[], ManagedKVCache] | None,
         reuse: PrefixReuse | None,
     ) -> None:
         self._model, self._turn, self._session, self._budget = model, turn, session, budget
+        self._times, self._change = times, change
         self._pieces, self._make_cache, self._reuse = pieces, make_cache, reuse
         self._local = threading.local()
         self._seconds_per_token = 0.0
@@ -132,42 +171,56 @@ class Generation:
             if self.is_running():
                 return plain(*args, **kwargs)
             with deferrable():
-                depth, session, has_session = self._turn.depth, self._session(), False
-                try:
-                    self._turn.__enter__()  # released below, after everything that belongs to the call has ended
-                    with shield:
-                        session.__enter__()
-                        has_session = True
-                    bound = signature.bind_partial(*args, **kwargs).arguments
-                    arguments = {**bound, **bound.get("kwargs", {})}
-                    arguments.pop("kwargs", None)
-                    self._local.active, self._local.run = True, None
-                    return self._run(plain, args, kwargs, arguments)
-                except KeyboardInterrupt as error:
-                    with shield:  # free the interrupted call's caches now, not when the caller drops the error
-                        _forget_frames(error)
-                    raise
-                finally:
-                    with shield:
-                        if has_session:
-                            session.__exit__(None, None, None)
-                        if self._turn.depth > depth:
-                            self._ended()
-                            self._turn.give_back(depth)
+                return self._measured(_Call(plain, signature, args, kwargs))
 
         return generate
 
-    def _run(self, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]) -> Any:
+    def _measured(self, call: _Call) -> Any:
+        if self._times is None:
+            return self._in_turn(call)
+        n_tokens = length = 0
+        try:
+            self._times.begin(*prompt_and_most_tokens(self._model, call.prompt, call.arguments))
+            result = self._in_turn(call)
+            n_tokens, length = count_new_tokens(result, call.prompt)
+            return result
+        finally:
+            with shield:
+                self._times.end(n_tokens, length)
+
+    def _in_turn(self, call: _Call) -> Any:
+        depth, session, has_session = self._turn.depth, self._session(), False
+        try:
+            self._turn.__enter__()  # released below, after everything that belongs to the call has ended
+            with shield:
+                session.__enter__()
+                has_session = True
+            self._local.active, self._local.run = True, None
+            return self._run(call)
+        except KeyboardInterrupt as error:
+            with shield:  # free the interrupted call's caches now, not when the caller drops the error
+                _forget_frames(error)
+            raise
+        finally:
+            with shield:
+                if has_session:
+                    session.__exit__(None, None, None)
+                if self._turn.depth > depth:
+                    self._ended()
+                    self._turn.give_back(depth)
+
+    def _run(self, call: _Call) -> Any:
         with shield:
             if self._budget is not None:
-                self._budget.admit(arguments)  # before the call takes over a resting tail
-            run = self._local.run = None if self._reuse is None else self._reuse.begin(arguments)
-            behind = self._reuse if run is not None and run.past else None
-            if run is not None and behind is not None:
-                arguments = behind.behind(run, arguments)
+                self._budget.admit(call.arguments)  # before the call takes over a resting tail
+            if self._change is not None:
+                call.change(self._change(call.arguments))
+            run = self._local.run = None if self._reuse is None else self._reuse.begin(call.arguments)
+            if run is not None and run.past and self._reuse is not None:
+                call.change(self._reuse.behind(run, call.arguments))
                 if self._pieces is not None:
                     self._pieces.skipped = run.skipped
-        result = plain(*args, **kwargs) if behind is None else plain(**arguments)
+        result = call.run()
         if run is not None:
             with shield:
                 self._keep(run, result)

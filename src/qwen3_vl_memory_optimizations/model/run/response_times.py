@@ -1,18 +1,19 @@
-"""Measure response times at the end of each forward and each `generate`."""
+"""Measure response times: of each `generate`, and of each forward outside one."""
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ...interrupts import shield
+from ...paging import PagingStats
+from .decode_steps import DecodeSteps
+from .progress import ProgressTracker
 
 _REMEMBERED = 64
 
@@ -61,9 +62,12 @@ class ResponseTimes:
         used_bytes: returns the bytes of managed tensors used so far.
         timer: a monotonic clock in seconds.
         cpu_timer: CPU-seconds of the process.
+        paging: counters of the Pager, for `steps`.
 
     Attributes:
         responses, tokens, seconds: number of responses, new tokens and wall time since the start.
+        progress: what is computed now.
+        steps: what recent decode steps took.
     """
 
     def __init__(
@@ -72,8 +76,11 @@ class ResponseTimes:
         *,
         timer: Callable[[], float] = time.perf_counter,
         cpu_timer: Callable[[], float] = time.process_time,
+        paging: PagingStats | None = None,
     ) -> None:
         self.timer = timer
+        self.progress = ProgressTracker(timer)
+        self.steps = DecodeSteps(paging or PagingStats())
         self.responses = 0
         self.tokens = 0
         self.seconds = 0.0
@@ -94,16 +101,17 @@ class ResponseTimes:
         with self._lock:
             return self.timer() - min(self._running.values()) if self._running else None
 
-    # --- recorded by the hooks ----------------------------------------------------------------------------------------
+    # --- recorded by `Generation` and the hooks -----------------------------------------------------------------------
 
-    @property
-    def in_generate(self) -> bool:
-        """Whether a `generate` is running in this thread."""
-        return getattr(self._local, "run", None) is not None
+    def begin(self, prompt_tokens: int | None = None, most_tokens: int | None = None) -> None:
+        """Record that a `generate` begins in this thread. Precondition: it is not nested in another.
 
-    def begin(self) -> None:
-        """Record that a `generate` begins in this thread. Precondition: it is not nested in another."""
+        Args:
+            prompt_tokens: per sequence; `None`: unknown.
+            most_tokens: the most new tokens per sequence; `None`: not limited.
+        """
         self._local.run = _Run(self.timer(), self._cpu_timer())
+        self.progress.call_begins(self._local.run.start_s, prompt_tokens, most_tokens)
         with self._lock:
             self._running[threading.get_ident()] = self._local.run.start_s
 
@@ -111,9 +119,11 @@ class ResponseTimes:
         """Record that this thread's `generate` ended.
 
         Args:
-            new_tokens: summed over all sequences.
+            new_tokens: summed over all sequences; an interrupted call has those counted so far.
             length: new tokens of the longest sequence.
         """
+        counted, batch = self.progress.call_ends()
+        new_tokens, length = max(new_tokens, counted * batch), max(length, counted)
         run, self._local.run = getattr(self._local, "run", None), None
         if run is None:  # interrupted before it began
             return
@@ -145,17 +155,23 @@ class ResponseTimes:
         run = getattr(self._local, "run", None)
         if failed:  # possibly in an earlier hook, before it began
             if run is None:
+                self.progress.end()
                 with self._lock:
                     self._running.pop(threading.get_ident(), None)
             return
         if run is None:
             start_s, start_cpu_s = self._local.forward
             now_s = self.timer()
+            self.progress.forward_ended(now_s)
             self._keep(Response(False, now_s, now_s - start_s, self._cpu_timer() - start_cpu_s, None, 0, 0.0, 0, 0))
             return
         run.last_s, run.last_bytes = self.timer(), self._used_bytes()
+        self.progress.forward_ended(run.last_s)
         if run.first_s is None:
             run.first_s, run.first_bytes = run.last_s, run.last_bytes
+            self.steps.begin(run.last_s, self.progress.call_tokens())
+        else:
+            self.steps.end_step(run.last_s, self.progress.call_tokens())
 
     def _keep(self, response: Response) -> None:
         with self._lock:
@@ -167,7 +183,7 @@ class ResponseTimes:
 
 
 def attach_response_times(model: Any, times: ResponseTimes) -> None:
-    """Record each forward and each `generate` of a model. Adds a few microseconds to each."""
+    """Record each forward of a model. Adds a few microseconds to each. `Generation` records each `generate`."""
 
     def before(module: Any, args: Any) -> None:
         times.forward_begins()
@@ -177,26 +193,34 @@ def attach_response_times(model: Any, times: ResponseTimes) -> None:
 
     model.register_forward_pre_hook(before)
     model.register_forward_hook(after, always_call=True)
-    if not hasattr(model, "generate"):
-        return
-    plain = model.generate
 
-    @functools.wraps(plain)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        if times.in_generate:
-            return plain(*args, **kwargs)
-        new_tokens = length = 0
-        try:
-            times.begin()
-            result = plain(*args, **kwargs)
-            ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-            sequences = getattr(result, "sequences", result)
-            given = ids.shape[-1] if isinstance(ids, torch.Tensor) else 0
-            length = max(0, int(sequences.shape[-1]) - given)
-            new_tokens = length * int(sequences.shape[0])
-            return result
-        finally:
-            with shield:
-                times.end(new_tokens, length)
 
-    model.generate = generate
+def count_new_tokens(result: Any, prompt: Any) -> tuple[int, int]:
+    """Return the new tokens of all sequences, and of the longest.
+
+    Args:
+        result: of `generate`.
+        prompt: its ids, `[sequences, tokens]`; anything else: the result has no prompt.
+    """
+    sequences = getattr(result, "sequences", result)
+    given = prompt.shape[-1] if isinstance(prompt, torch.Tensor) else 0
+    length = max(0, int(sequences.shape[-1]) - given)
+    return length * int(sequences.shape[0]), length
+
+
+def prompt_and_most_tokens(model: Any, prompt: Any, arguments: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Return the prompt's tokens and the most new ones per sequence of a `generate`; `None`: unknown, or no limit.
+
+    Args:
+        model: whose `generation_config` holds the defaults.
+        prompt: its ids, `[sequences, tokens]`; anything else: unknown.
+        arguments: of the call, by name.
+    """
+    given = int(prompt.shape[-1]) if isinstance(prompt, torch.Tensor) else None
+    settings = (arguments.get("generation_config"), getattr(model, "generation_config", None))
+    for name, before in (("max_new_tokens", 0), ("max_length", given or 0)):
+        values = [arguments.get(name), *(getattr(each, name, None) for each in settings)]
+        most = next((value for value in values if isinstance(value, int)), None)
+        if most is not None:
+            return given, max(0, most - before)
+    return given, None

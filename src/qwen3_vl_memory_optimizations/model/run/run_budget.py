@@ -76,6 +76,9 @@ class RunBudget:
         needs = dataclasses.replace(needs, streamed_bytes=min(STREAMED_BYTES, weights))
         workspace = min(WORKSPACE_BYTES, weights) - optimizer.pager.ledger.held_bytes("workspace")
         free = optimizer.free_for_activations() - max(0, workspace)
+        if needs.memory_bytes > free:  # before refusing, return what only looks used
+            optimizer.measure_process(release=True)
+            free = optimizer.free_for_activations() - max(0, workspace)
         budget = optimizer.config.ram_budget
         if needs.memory_bytes > free:
             least = budget + needs.memory_bytes - free
@@ -297,6 +300,7 @@ class RunBudget:
             if args and args[0].shape[:-1].numel() >= _MANY_TOKENS:
                 trim_heap()
 
+        after_layer.changes_nothing = True  # type: ignore[attr-defined]
         for layer in list(getattr(self._model.get_decoder(), "layers", ()))[::_LAYERS_PER_TRIM]:
             layer.register_forward_hook(after_layer)
         vision = vision_tower(self._model)

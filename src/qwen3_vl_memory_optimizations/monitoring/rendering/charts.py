@@ -9,6 +9,9 @@ from typing import Any
 ANY = "*"
 """In a figure's path: matches every key of a table; the key becomes part of the label."""
 
+RATE_S = 2.0
+"""Least span of a rate; over a shorter one, such as that before the last sample of a run, one event is a spike."""
+
 Point = tuple[float, float | None]
 Sample = tuple[float, Mapping[str, Any]]
 
@@ -20,7 +23,7 @@ class Series:
     Attributes:
         label: label of the line; with `ANY` in the path, the key replaces `{}`.
         path: keys of the snapshot, joined by dots.
-        rate: plot the growth per second since the previous sample instead of the figure.
+        rate: plot the growth per second over at least `RATE_S` instead of the figure.
         optional: omit the line if the figure never appears, such as a limit that is not set.
     """
 
@@ -92,10 +95,10 @@ CHARTS = (
     ),
     Chart(
         "tokens",
-        "timeline",
+        "overview",
         "Speed",
         "/s",
-        "Forward passes (one per decode step), and generated tokens, counted when their response ends.",
+        "Forward passes (one per decode step) and generated tokens, over two seconds.",
         (Series("forward passes", "paging.passes", rate=True), Series("tokens", "responses.tokens", rate=True)),
     ),
     Chart(
@@ -108,7 +111,7 @@ CHARTS = (
     ),
     Chart(
         "process",
-        "allocation",
+        "overview",
         "Process memory",
         "bytes",
         "Resident memory, libraries included.",
@@ -276,8 +279,13 @@ def _found(value: Any, path: Sequence[str], keys: tuple[str, ...] = ()) -> Itera
 
 
 def _rates(points: list[Point]) -> list[Point]:
+    """Return growth per second over the latest span of at least two seconds, or since the first point."""
     rates: list[Point] = []
-    for (before_s, before), (t, value) in zip(points, points[1:], strict=False):
+    start = 0
+    for t, value in points[1:]:
+        while points[start + 1][0] <= t - RATE_S:
+            start += 1
+        before_s, before = points[start]
         known = before is not None and value is not None and t > before_s
         rates.append((t, (value - before) / (t - before_s) if known else None))  # type: ignore[operator]
     return rates

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from html import escape
 
 from .charts import Chart, Point
@@ -12,15 +13,38 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 8, 8, 20
 _DASHES = ("", "6 3", "2 3", "9 3 2 3", "1 2", "12 4", "4 2 1 2", "8 2")
 
 
-def chart_as_svg(chart: Chart, lines: dict[str, list[Point]]) -> str:
-    """Return a chart with its legend as HTML."""
-    known = [value for points in lines.values() for _, value in points if value is not None]
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """The range of a chart: seconds, and figures from zero to `top`."""
+
+    start: float
+    end: float
+    top: float
+
+    @classmethod
+    def of(cls, chart: Chart, *runs: dict[str, list[Point]]) -> Axes:
+        """Return axes that hold the lines of all given runs."""
+        points = [point for lines in runs for each in lines.values() for point in each]
+        known = [value for _, value in points if value is not None]
+        start = min((t for t, _ in points), default=0.0)
+        end = max(max((t for t, _ in points), default=0.0), start + 1.0)
+        return cls(start, end, 1.0 if chart.style == "stack" else _nice_top(max(known, default=0.0)))
+
+
+def chart_as_svg(chart: Chart, lines: dict[str, list[Point]], axes: Axes | None = None, heading: str = "") -> str:
+    """Return a chart with its legend as HTML.
+
+    Args:
+        chart: its definition.
+        lines: points by label.
+        axes: default: as the lines need.
+        heading: default: the chart's title.
+    """
+    heading = heading or chart.title
     parts = []
-    if known:
-        times = [t for points in lines.values() for t, _ in points]
-        start, end = min(times), max(max(times), min(times) + 1.0)
-        top = 1.0 if chart.style == "stack" else _nice_top(max(known))
-        parts = [*_axes(chart, top, start, end), *_marks(chart, lines, top, start, end)]
+    if any(value is not None for points in lines.values() for _, value in points):
+        axes = axes or Axes.of(chart, lines)
+        parts = [*_axes(chart, axes), *_marks(chart, lines, axes)]
     else:
         parts.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT / 2}" text-anchor="middle">{NOT_MEASURED}</text>')
     legend = "".join(
@@ -29,9 +53,9 @@ def chart_as_svg(chart: Chart, lines: dict[str, list[Point]]) -> str:
         f"{_summary(chart, points)}</li>"
         for index, (label, points) in enumerate(lines.items())
     )
-    label = escape(f"{chart.title}. {chart.note}")
+    label = escape(f"{heading}. {chart.note}")
     return (
-        f'<article><h3>{escape(chart.title)}</h3><p class="note">{escape(chart.note)}</p>'
+        f'<article><h3>{escape(heading)}</h3><p class="note">{escape(chart.note)}</p>'
         f'<svg role="img" aria-label="{label}" viewBox="0 0 {_WIDTH} {_HEIGHT}">{"".join(parts)}</svg>'
         f'<ul class="legend">{legend}</ul></article>'
     )
@@ -54,8 +78,9 @@ def _y(value: float, top: float) -> float:
     return _HEIGHT - _BOTTOM - value / top * (_HEIGHT - _TOP - _BOTTOM)
 
 
-def _axes(chart: Chart, top: float, start: float, end: float) -> list[str]:
+def _axes(chart: Chart, axes: Axes) -> list[str]:
     parts = []
+    start, end, top = axes.start, axes.end, axes.top
     for share in (0.0, 0.5, 1.0):
         y = _y(share * top, top)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -65,7 +90,8 @@ def _axes(chart: Chart, top: float, start: float, end: float) -> list[str]:
     return parts
 
 
-def _marks(chart: Chart, lines: dict[str, list[Point]], top: float, start: float, end: float) -> list[str]:
+def _marks(chart: Chart, lines: dict[str, list[Point]], axes: Axes) -> list[str]:
+    start, end, top = axes.start, axes.end, axes.top
     base: dict[float, float] = {}
     parts = []
     for index, points in enumerate(lines.values()):

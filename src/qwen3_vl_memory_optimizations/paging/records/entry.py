@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -114,8 +115,10 @@ class TensorEntry:
         paged: dtype and shape of the paged segment.
         resident: the other segments, by name; those named in the attribute `shared` apply to all rows.
         rows_per_page: rows per page (weights), or `None`: pages of `page_bytes` regardless of rows.
+        original_bytes: size before encoding, such as in the checkpoint; `None`: the logical size.
 
     Attributes:
+        logical_bytes: size as seen by the model.
         largest_page_bytes: size of its largest page, which must fit for the tensor to be used.
         writes: number of reported writes; writes through views are not counted.
     """
@@ -135,12 +138,15 @@ class TensorEntry:
         rows_per_page: int | None,
         page_bytes: int,
         source: FileSource | None = None,
+        original_bytes: int | None = None,
     ) -> None:
         self.tensor_id, self.kind, self.shape, self.dtype, self.codec = tensor_id, kind, shape, dtype, codec
         self.address, self.source, self.rows_per_page = address, source, rows_per_page
         rows, columns = paged_shape
         self.n_bytes = rows * columns * paged_dtype.itemsize
         self.rows = rows
+        self.logical_bytes = math.prod(shape) * dtype.itemsize
+        self.original_bytes = self.logical_bytes if original_bytes is None else original_bytes
         step = (rows_per_page * columns * paged_dtype.itemsize) if rows_per_page else page_bytes
         self.pages = self._cut(step)
         self.largest_page_bytes = max((page.n_bytes for page in self.pages), default=0)

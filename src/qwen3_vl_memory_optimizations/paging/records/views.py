@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -26,7 +25,8 @@ class TensorUse:
 
     Attributes:
         lossless: whether its codec reproduces the same bits.
-        logical_bytes: its size as the model sees it; `encoded_bytes`: size of the paged part of its encoded form.
+        logical_bytes: its size as the model sees it; `original_bytes`: its size before encoding, such as in the
+            checkpoint, whose dtype may differ; `encoded_bytes`: size of the paged part of its encoded form.
         beside_bytes: size of the remaining part, such as scales, which stays in memory.
         resident_bytes: how much of the paged part is in memory.
         undroppable_bytes: how much of that cannot be dropped immediately, because it is in use or dirty.
@@ -37,6 +37,7 @@ class TensorUse:
     codec: str
     lossless: bool
     logical_bytes: int
+    original_bytes: int
     encoded_bytes: int
     beside_bytes: int
     resident_bytes: int
@@ -67,7 +68,8 @@ def describe_use(entry: TensorEntry) -> TensorUse:
         entry.kind,
         entry.codec.name,
         entry.codec.lossless,
-        math.prod(entry.shape) * entry.dtype.itemsize,
+        entry.logical_bytes,
+        entry.original_bytes,
         entry.n_bytes,
         entry.beside_bytes,
         sum(page.stop_bytes - page.start_bytes for page in there),

@@ -197,8 +197,9 @@ class PageMover:
     def _end_read(self, page: Page, n_read: int, error: BaseException | None) -> None:
         self._reading -= 1
         self.untouched_bytes -= page.untouched_bytes
-        if not self._reading:
-            self._stats.reading_s += self._timer() - self._reading_since_s
+        now_s = self._timer()  # each time: reads may overlap for minutes
+        self._stats.reading_s += now_s - self._reading_since_s
+        self._reading_since_s = now_s
         page.ticket = None
         if error is None:
             self._set_state(page, PageState.RESIDENT)

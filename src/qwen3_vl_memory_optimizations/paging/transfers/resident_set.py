@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from ...errors import MemoryBudgetExceeded
@@ -20,10 +20,11 @@ _MOST_READ_AHEAD_SHARE = 2
 _LOOK_AHEAD_TENSORS = 64
 
 
-class VictimOrder(Protocol):
-    """Eviction order of resident runtime tensors (rules: `swapping.SwappingAlgorithm`)."""
+class EvictionPolicy(Protocol):
+    """Chooses which runtime tensors leave memory (implemented by `runtime_policy.SwappingAlgorithm`)."""
 
     n_bytes: dict[Hashable, int]
+    """Key -> bytes of each tensor that the policy counts as being in memory."""
 
     def insert(self, key: Hashable, n_bytes: int) -> None:
         """Record that a tensor was loaded because it is used."""
@@ -37,8 +38,8 @@ class VictimOrder(Protocol):
     def remove(self, key: Hashable) -> None:
         """Forget a tensor."""
 
-    def order(self) -> Iterator[Hashable]:
-        """Yield the resident tensors in eviction order."""
+    def evict(self, n_bytes: int, protected: Container[Hashable] = ()) -> list[Hashable] | None:
+        """Choose victims that free `n_bytes`, and record that they left; `None`: all are too few, nothing changed."""
 
 
 class ResidentSet:
@@ -50,7 +51,7 @@ class ResidentSet:
         entries: the tensors, by id; the Pager adds and removes them.
         frames: the memory of the pages.
         mover: moves them.
-        order: eviction order of runtime tensors that are not used in a cycle; `None`: least recently used first.
+        policy: chooses which runtime tensors outside cycles leave; `None`: least recently used first.
 
     Attributes:
         schedule: the learned order of accesses.
@@ -63,7 +64,7 @@ class ResidentSet:
         entries: Mapping[str, TensorEntry],
         frames: FramePool,
         mover: PageMover,
-        order: VictimOrder | None = None,
+        policy: EvictionPolicy | None = None,
     ) -> None:
         self.schedule = PassSchedule()
         self.on_pass: Callable[[], None] | None = None
@@ -71,7 +72,7 @@ class ResidentSet:
         self._frames = frames
         self._mover = mover
         self._order: list[str] = []
-        self._runtime = order
+        self._policy = policy
         mover.on_left = self._left
         self._order_changed = False
         self._expected_bytes = 0
@@ -286,11 +287,11 @@ class ResidentSet:
 
     def used(self, entry: TensorEntry) -> None:
         """Record a use of a runtime tensor."""
-        if self._runtime is not None:
-            if entry.tensor_id in self._runtime.n_bytes:
-                self._runtime.touch(entry.tensor_id)
+        if self._policy is not None:
+            if entry.tensor_id in self._policy.n_bytes:
+                self._policy.touch(entry.tensor_id)
             else:
-                self._runtime.insert(entry.tensor_id, entry.n_bytes)
+                self._policy.insert(entry.tensor_id, entry.n_bytes)
 
     def rested(self, entry: TensorEntry) -> None:
         """Record that a runtime tensor left its cycle."""
@@ -304,18 +305,18 @@ class ResidentSet:
 
     def mentioned(self, entry: TensorEntry) -> None:
         """Record a use of a runtime tensor for which it need not be in memory."""
-        if self._runtime is not None and entry.tensor_id in self._runtime.n_bytes:
-            self._runtime.touch(entry.tensor_id)
+        if entry.missing < len(entry.pages):
+            self.used(entry)
 
     def _left(self, entry: TensorEntry) -> None:
         """Record that a page left memory."""
-        if self._runtime is not None and entry.missing == len(entry.pages) and entry.tensor_id in self._runtime.n_bytes:
-            self._runtime.left(entry.tensor_id)
+        if self._policy is not None and entry.missing == len(entry.pages) and entry.tensor_id in self._policy.n_bytes:
+            self._policy.left(entry.tensor_id)
 
     def forget(self, entry: TensorEntry) -> None:
         """Stop expecting a runtime tensor."""
-        if self._runtime is not None:
-            self._runtime.remove(entry.tensor_id)
+        if self._policy is not None:
+            self._policy.remove(entry.tensor_id)
         for page in entry.pages:
             self._cycle.pop(page, None)
 
@@ -339,28 +340,60 @@ class ResidentSet:
 
     # --- what leaves ------------------------------------------------------------------------------------------------
 
-    def victims(self) -> list[Page]:
-        """Return the eviction candidates, best victim first.
+    def victims(self, n_bytes: int) -> list[Page]:
+        """Choose eviction candidates of at least `n_bytes`, or all there are; best victim first.
 
-        Streamed pages, then idle runtime tensors in their eviction order, then tensors used in a cycle by farthest next
-        use, and weights by farthest next use.
+        Streamed pages, then the runtime tensors that the policy chooses, then tensors used in a cycle and weights by
+        farthest next use.
         """
         distances = self.schedule.distances()
-        ranks = self._runtime_ranks()
         never = len(self._order) * 4
 
-        def rank(page: Page) -> tuple[int, int]:
-            if page.entry.kind != "weights":
-                if page in self._cycle:
-                    return (2, -page.last_access)
-                return (1, ranks.get(page.entry.tensor_id, page.last_access))
-            distance = distances.get(page.entry.tensor_id, never)
-            if not page.kept and not page.unused:
-                return (0, -distance)
-            return (3, -distance)
+        def farthest_first(pages: Iterable[Page]) -> list[Page]:
+            return sorted(pages, key=lambda page: -distances.get(page.entry.tensor_id, never))
 
+        idle = self._idle()
+        weights = [page for page in idle if page.entry.kind == "weights"]
+        found = farthest_first(page for page in weights if not page.kept and not page.unused)
+        if _size(found) < n_bytes:
+            found += self._runtime_victims(idle, n_bytes - _size(found))
+        if _size(found) < n_bytes:
+            cycle = (page for page in idle if page in self._cycle)
+            found += sorted(cycle, key=lambda page: page.last_access, reverse=True)
+        if _size(found) < n_bytes:
+            found += farthest_first(page for page in weights if page.kept or page.unused)
+        return found
+
+    def _idle(self) -> list[Page]:
         pages = (page for entry in self._entries.values() for page in entry.pages)
-        return sorted((p for p in pages if p.state is PageState.RESIDENT and not (p.pins or p.awaited)), key=rank)
+        return [page for page in pages if page.state is PageState.RESIDENT and not (page.pins or page.awaited)]
+
+    def _runtime_victims(self, idle: Iterable[Page], n_bytes: int) -> list[Page]:
+        """Choose idle pages of runtime tensors outside cycles.
+
+        What the policy gave up before comes first: it chooses whole tensors, of which some pages may have stayed. Last
+        come tensors that have not been used since they were brought, or of which other pages are in use.
+        """
+        pages = [page for page in idle if page.entry.kind != "weights" and page not in self._cycle]
+        pages.sort(key=lambda page: page.last_access)
+        if self._policy is None:
+            return pages
+        counted = self._policy.n_bytes
+        found = [page for page in pages if page.entry.tensor_id not in counted and not page.unused]
+        if _size(found) < n_bytes:
+            of_tensor: dict[Hashable, list[Page]] = {}
+            for page in pages:
+                if page.entry.tensor_id in counted and not any(each.pins or each.awaited for each in page.entry.pages):
+                    of_tensor.setdefault(page.entry.tensor_id, []).append(page)
+            protected = counted.keys() - of_tensor.keys()
+            chosen = self._policy.evict(n_bytes - _size(found), protected)
+            if chosen is None:
+                chosen = self._policy.evict(sum(counted[key] for key in of_tensor), protected) or []
+            found += [page for key in chosen for page in of_tensor[key]]
+        if _size(found) < n_bytes:
+            taken = set(found)
+            found += [page for page in pages if page not in taken]
+        return found
 
     def bring(self, entry: TensorEntry) -> bool:
         """Start reading a runtime tensor into free memory; return whether all of it is loaded or being read."""
@@ -386,16 +419,13 @@ class ResidentSet:
         runtime = (page for entry in self._entries.values() if entry.kind != "weights" for page in entry.pages)
         over = sum(page.n_bytes for page in runtime if page.state in in_memory) - int(share * self._frames.limit_bytes)
         leaving = 0
-        for page in self.victims() if over > 0 else ():
+        for page in self._runtime_victims(self._idle(), over) if over > 0 else ():
             if leaving >= over:
                 break
-            if page.entry.kind != "weights" and page not in self._cycle:
-                self._mover.evict(page)
-                leaving += 0 if page.resident else page.n_bytes  # it stays if the SSD is full
+            self._mover.evict(page)
+            leaving += 0 if page.resident else page.n_bytes  # it stays if the SSD is full
         return leaving
 
-    def _runtime_ranks(self) -> dict[Hashable, int]:
-        """Return each runtime tensor's place in the eviction order; empty: least recently used first."""
-        if self._runtime is None:
-            return {}
-        return {key: rank for rank, key in enumerate(self._runtime.order())}
+
+def _size(pages: Iterable[Page]) -> int:
+    return sum(page.n_bytes for page in pages)

@@ -76,7 +76,8 @@ class Room:
             mover.check_open()
             if self._finalizers.run():
                 continue
-            victims = self._resident_set.victims()
+            wanted = n_bytes - frames.available_bytes - mover.leaving_bytes
+            victims = self._resident_set.victims(wanted) if wanted > 0 else []
             others_compute = self._others_compute()
             if not victims and not mover.moving and not others_compute:
                 raise self._does_not_fit(n_bytes, frames.available_bytes, owner)
@@ -103,12 +104,15 @@ class Room:
         self._finalizers.run()
         if n_bytes <= self._frames.available_bytes or self._others_compute():
             return
-        away = (PageState.SWAPPED, PageState.FREED)
-        pages = (page for entry in self._entries.values() for page in entry.pages)
-        can_leave = sum(page.n_bytes for page in pages if not page.pins and page.state not in away)
-        available = self._frames.available_bytes + can_leave
+        available = self._frames.limit_bytes - self.kept_bytes()
         if n_bytes > available:
             raise self._does_not_fit(n_bytes, available, owner)
+
+    def kept_bytes(self) -> int:
+        """Return the frames in use that cannot leave now, because their pages are pinned."""
+        away = (PageState.SWAPPED, PageState.FREED)
+        pages = (page for entry in self._entries.values() for page in entry.pages)
+        return self._frames.used_bytes - sum(page.n_bytes for page in pages if not page.pins and page.state not in away)
 
     def refit(self) -> None:
         """Bring the frames under the limit that the ledger now leaves.

@@ -14,6 +14,7 @@ import torch
 
 from ....errors import CheckpointError
 from ....storage import Checkpoint, SafetensorsHeader, TensorExtent, read_header
+from ...sources.hub import hub_name, local_path
 from .tensors import Files, LogicalTensor, PlainTensor, Rows
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -145,8 +146,14 @@ def base_directory(directory: Path, settings: Mapping[str, Any]) -> Path:
     for base in (Path(name), directory / name):
         if base.exists() and base.resolve() != directory.resolve():
             return base
+    reason = ""
+    if hub_name(name) is not None:
+        try:
+            return local_path(name)
+        except CheckpointError as error:
+            reason = f" ({error})"
     raise CheckpointError(
-        f"{path}: the base {name!r} of this adapter is not a directory here; download this model and set "
+        f"{path}: the base {name!r} of this adapter is not on this machine{reason}; download it, or set "
         "base_model_name_or_path to its directory",
         path=path,
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 from ....errors import CheckpointError
 from ....storage import CONFIG_FILE, Checkpoint
+from ...sources.hub import local_path
 from .adapter import ADAPTER_CONFIG, AdapterCheckpoint, base_directory, open_adapter, read_adapter_config
 from .gguf import SUFFIX, GGUFCheckpoint, open_gguf
 from .schemes import plain_config, safetensors_weights
@@ -24,17 +25,18 @@ _TOKENIZER = "tokenizer_config.json"
 _NEEDED = ("config.json", "tokenizer.json", _TOKENIZER, "preprocessor_config.json")
 
 
-def open_checkpoint(path: str | Path | Checkpoint) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
     """Open a checkpoint directory, an adapter directory, a directory of GGUF files, or a `.gguf` file.
 
-    An already opened checkpoint is returned unchanged.
+    An id of the hub stands for its directory in the hub cache (see `local_path`). An already opened checkpoint is
+    returned unchanged.
 
     Raises:
         CheckpointError: it is none of these, or in an unsupported format.
     """
     if isinstance(path, Checkpoint):
         return path
-    path = Path(path)
+    path = local_path(path)
     if path.suffix == SUFFIX and path.is_file():
         checkpoint: Checkpoint = open_gguf(path)
     elif _is_adapter(path):
@@ -108,7 +110,7 @@ def files_directory(path: str | Path) -> Path:
     Raises:
         CheckpointError: the files are not beside a GGUF file, or an adapter's base is not on this machine.
     """
-    path = Path(path)
+    path = local_path(path)
     if _is_adapter(path):
         with_own = (path / _TOKENIZER).is_file() and (path / CONFIG_FILE).is_file()
         return path if with_own else files_directory(base_directory(path, read_adapter_config(path)))

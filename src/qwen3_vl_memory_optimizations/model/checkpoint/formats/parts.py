@@ -30,6 +30,16 @@ Parts = Mapping[str, TensorExtent]
 """Part -> its location: `qweight`, `weight.absmax`, ...; `weight` if the module has one."""
 
 
+def declared_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+    """Return the dtype of the model that a `config.json` declares, or `None`."""
+    text = config.get("text_config")
+    for table in (config, text if isinstance(text, Mapping) else {}):
+        declared = str(table.get("dtype") or table.get("torch_dtype") or "").removeprefix("torch.")
+        if declared in CONFIG_FLOATS:
+            return CONFIG_FLOATS[declared]
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """The declaration of quantized weights in config.json.
@@ -45,12 +55,7 @@ class Settings:
     @classmethod
     def of(cls, config: Mapping[str, Any], quantization: Mapping[str, Any]) -> Settings:
         """Return the settings of a `config.json`."""
-        text = config.get("text_config")
-        for table in (config, text if isinstance(text, Mapping) else {}):
-            said = str(table.get("dtype") or table.get("torch_dtype") or "").removeprefix("torch.")
-            if said in CONFIG_FLOATS:
-                return cls(quantization, CONFIG_FLOATS[said])
-        return cls(quantization, None)
+        return cls(quantization, declared_dtype(config))
 
     def dtype_beside(self, scales: TensorExtent) -> torch.dtype:
         """Return the dtype to read a weight in: the model's, else that of its scales, else bf16."""

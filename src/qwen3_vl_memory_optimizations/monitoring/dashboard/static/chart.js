@@ -6,6 +6,7 @@ const SVG = "http://www.w3.org/2000/svg";
 const HEIGHT = 160;
 const MARGIN = { left: 62, right: 8, top: 8, bottom: 20 };
 const MOST_POINTS = 240;
+const RATE_S = 2; // as in charts.py
 const DASHES = ["", "6 3", "2 3", "9 3 2 3", "1 2", "12 4", "4 2 1 2", "8 2"];
 
 function svg(name, attributes = {}) {
@@ -34,9 +35,12 @@ function labelsOf(path, samples) {
   return [...seen];
 }
 
+// Growth per second over the latest span of at least two seconds, or since the first point.
 function rates(points) {
-  return points.slice(1).map(({ t, value }, i) => {
-    const before = points[i];
+  let start = 0;
+  return points.slice(1).map(({ t, value }) => {
+    while (points[start + 1].t <= t - RATE_S) start += 1;
+    const before = points[start];
     const known = before.value !== null && value !== null && t > before.t;
     return { t, value: known ? (value - before.value) / (t - before.t) : null };
   });

@@ -6,11 +6,14 @@ function digits(value) {
   return value === 0 ? "0" : String(Number(value.toPrecision(3)));
 }
 
+// Three digits, trailing zeros included: "2.00 GB".
 export function formatBytes(bytes) {
   for (const [unit, scale] of [["GB", 1e9], ["MB", 1e6], ["kB", 1e3]]) {
-    if (Math.abs(bytes) >= scale) return `${digits(bytes / scale)} ${unit}`;
+    const value = bytes / scale;
+    const size = Math.abs(value);
+    if (size >= 0.9995) return `${value.toFixed(size < 9.995 ? 2 : size < 99.95 ? 1 : 0)} ${unit}`;
   }
-  return `${digits(bytes)} B`;
+  return `${Math.round(bytes)} B`;
 }
 
 const FORMATS = {
@@ -29,6 +32,16 @@ export function format(value, unit) {
   return typeof value === "number" ? FORMATS[unit](value) : NOT_MEASURED;
 }
 
+// A length of time: "0.8 s", "23 s", "4 min 10 s", "2 h 5 min".
+export function formatDuration(seconds) {
+  if (seconds < 10) return `${digits(Number(seconds.toFixed(1)))} s`;
+  const whole = Math.round(seconds);
+  if (whole < 60) return `${whole} s`;
+  if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
+  return `${Math.floor(whole / 3600)} h ${Math.floor(whole / 60) % 60} min`;
+}
+
+// A moment of the run.
 export function formatTime(seconds) {
   if (seconds < 60) return `${seconds.toFixed(1)} s`;
   const whole = Math.floor(seconds);

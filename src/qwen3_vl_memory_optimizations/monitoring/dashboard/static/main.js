@@ -2,7 +2,9 @@
 
 import { ChartView } from "./chart.js";
 import { formatTime } from "./format.js";
+import { showLayers } from "./layers.js";
 import { MapView, Palette } from "./map.js";
+import { showOverview } from "./overview.js";
 import { showAbout, showBudget, showEvents, showTables, showTiers, showTiles } from "./panels.js";
 import { RunState } from "./state.js";
 
@@ -49,19 +51,19 @@ function sampleShown() {
 function show(chartsToo) {
   const sample = sampleShown();
   if (!sample) return;
-  const inSight = (id) => visible.has(byId(id));
+  const inSight = (id) => visible.has(byId(id)) && byId(id).open !== false;
   byId("cursor").max = String(state.samples.length - 1);
   byId("cursor").value = String(at ?? state.samples.length - 1);
   byId("cursor").setAttribute("aria-valuetext", formatTime(sample.t));
   byId("at").textContent = formatTime(sample.t);
   byId("live").setAttribute("aria-pressed", String(at === null));
   document.body.dataset.t = String(sample.t);
-  showStatus(sample.snapshot.phases?.now);
-  if (inSight("overview")) {
-    showTiles(sample.snapshot);
-    showBudget(sample.snapshot);
-  }
-  if (inSight("map")) {
+  showStatus();
+  if (inSight("overview")) showOverview(sample.snapshot, status === "ended" && at === null);
+  if (inSight("map")) showLayers(sample);
+  if (inSight("budget")) showBudget(sample.snapshot);
+  if (inSight("more")) showTiles(sample.snapshot);
+  if (inSight("pages")) {
     showTiers(sample.snapshot, palette, map.colour.value);
     map.draw(sample, document.documentElement.dataset.theme);
   }
@@ -78,8 +80,8 @@ function drawCharts(sample) {
   for (const chart of charts) if (visible.has(chart.node)) chart.draw(samples, at === null ? null : sample.t);
 }
 
-function showStatus(phase) {
-  const texts = { live: `live${phase ? `: ${phase}` : ""}`, ended: "ended", lost: "connection lost; showing the last data" };
+function showStatus() {
+  const texts = { live: "live", ended: "ended", lost: "connection lost; showing the last data" };
   const node = byId("status");
   if (node.textContent !== texts[status]) node.textContent = texts[status] ?? "connecting";
   node.className = `status ${status}`;
@@ -88,7 +90,7 @@ function showStatus(phase) {
 
 function setStatus(value) {
   status = value;
-  showStatus(state.snapshot.phases?.now);
+  showStatus();
 }
 
 function begin({ run: id, header, charts: definitions }) {
@@ -173,5 +175,8 @@ byId("window").addEventListener("change", () => schedule(true));
 byId("colour").addEventListener("change", () => schedule(true));
 document.addEventListener("visibilitychange", () => schedule(true));
 addEventListener("resize", () => schedule(true));
-for (const section of document.querySelectorAll("main section")) observer.observe(section);
+for (const section of document.querySelectorAll("main > section, main > details")) {
+  observer.observe(section);
+  section.addEventListener("toggle", () => schedule(true));
+}
 connect();

@@ -1,4 +1,4 @@
-// Tiles and tables of one sample.
+// The folded parts of the page: tiles and tables of one sample.
 
 import { colourOf } from "./chart.js";
 import { figureAt, format, formatBytes, formatTime, NOT_MEASURED, words } from "./format.js";
@@ -215,7 +215,7 @@ export function showTables(snapshot) {
     "kinds-table", snapshot.kinds,
     [["kind", false], ["tensors", true], ["original", true], ["encoded", true], ["ratio", true], ["relative error", true], ["encoding speed", true], ["decoding speed", true]],
     () => rowsOf(snapshot.kinds, (name, row) => [
-      text(words(name)), number(row.tensors, "count"), number(row.logical_bytes, "bytes"), number(row.encoded_bytes, "bytes"),
+      text(words(name)), number(row.tensors, "count"), number(row.original_bytes ?? row.logical_bytes, "bytes"), number(row.encoded_bytes, "bytes"),
       number(row.compression_ratio, "times"), number(row.relative_error, "share"), number(row.encode_bytes_per_s, "bytes/s"),
       number(row.decode_bytes_per_s, "bytes/s"),
     ]),

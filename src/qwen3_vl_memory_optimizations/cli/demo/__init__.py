@@ -1,0 +1,1 @@
+"""`qwen3vl-mem demo` and what it measures."""

@@ -1,0 +1,1 @@
+"""`qwen3vl-mem doctor` and its measurements."""

@@ -1,0 +1,1 @@
+"""`qwen3vl-mem generate`: its arguments, pictures, questions and output."""

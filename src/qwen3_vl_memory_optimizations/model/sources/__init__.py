@@ -1,0 +1,1 @@
+"""Where models come from: paths, ids of the Hugging Face Hub, downloads, and what is on this machine."""

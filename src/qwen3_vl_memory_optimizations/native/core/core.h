@@ -1,0 +1,140 @@
+// The native core: products on encoded rows. A plain C ABI, without headers of torch or Python, so one library serves
+// every version of both. All pointers are to memory of the caller; nothing is kept after a call.
+//
+// Arithmetic. Activations are rounded to 14-bit or 8-bit integers with one scale per row, weights are 8-bit integers with
+// one scale per row. 1,024 columns are summed exactly in 32-bit integers, such sums are added in fp32 in the order of
+// columns, and no operation is contracted. So a result depends on nothing but its row of activations and its row of
+// weights: not on the instruction set, the number of threads, the other rows, or how a weight is cut into ranges.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define QM_EXPORT __attribute__((visibility("default")))
+#define QM_ABI 2
+#define QM_LEVELS 16383          // largest integer of an activation: 1,024 * 16,383 * 127 < 2^31
+#define QM_BYTE_LEVELS 127       // the same with 8 bits
+#define QM_MOST_CREST 16         // largest value of a row with 8 bits, in units of its root mean square
+#define QM_SUMMED_COLUMNS 1024   // columns per exact sum
+#define QM_COLUMN_MULTIPLE 32    // rows of integer activations are padded with zeros to this multiple
+#define QM_LARGEST_ROTATION 4096
+
+enum qm_dtype { QM_FP32 = 0, QM_BF16 = 1, QM_FP16 = 2 };
+
+QM_EXPORT int qm_abi(void);
+
+// Choose the kernels: the best this processor has, at most `limit` ("portable", "avx2", "avxvnni", "avx512vnni", "amx"; NULL or "":
+// no limit). Returns the name of the set, or NULL if `limit` is unknown.
+QM_EXPORT const char *qm_select(const char *limit);
+
+// Whether the kernels in use multiply activations of 8 bits faster than those of 14.
+QM_EXPORT int qm_multiplies_bytes(void);
+
+// `n_threads` below: threads to use, the calling one among them. Workers start at first use.
+
+// Write activations `x` [rows, columns] as integers [rows, padded] and the scale of each row [rows].
+// If `signs` [block] is given, rows are first rotated in blocks of `block` columns (a power of two that divides
+// `columns`): each value times its sign, then a Hadamard transform over sqrt(block).
+// With `bytes` rows take 8 bits, except those whose largest value is more than QM_MOST_CREST times the root mean square.
+// A row with a NaN or an infinite value gets the scale NaN: all its products are NaN.
+// Returns whether all integers fit 8 bits.
+QM_EXPORT int qm_quantize(const void *x, int dtype, int64_t rows, int64_t columns, int64_t x_stride, const float *signs,
+                 int64_t block, int bytes, int16_t *integers, float *scale, int n_threads);
+
+// out [rows, n] = (integers @ weights.T) * scale * weight_scale; strides in elements. `bytes`: all integers fit 8 bits.
+QM_EXPORT void qm_int8_linear(const int16_t *integers, const float *scale, int64_t rows, int64_t columns, const int8_t *weights,
+                    const float *weight_scale, int64_t n, void *out, int dtype, int64_t out_stride, int bytes,
+                    int n_threads);
+
+// --- a decoder layer, for few rows
+
+struct qm_weight {
+    const int8_t *data;
+    const float *scale;
+    const float *signs; // NULL: not rotated
+    int64_t block, rows, columns;
+};
+
+// What comes before attention: norm, products for query, key and value, norm and rotation of heads. Keys and values go
+// where the cache wants them.
+struct qm_layer_start {
+    const void *hidden; // [sequences * length, columns]
+    int64_t dtype, sequences, length, columns;
+    const float *norm; // [columns]
+    struct qm_weight weight; // rows of query, key and value heads
+    int64_t query_heads, key_heads, head_size;
+    const float *query_norm, *key_norm; // [head_size]
+    const float *cosine, *sine; // [sequences * length, head_size]
+    float norm_epsilon, head_epsilon;
+    float *query; // [sequences, length, query_heads, head_size]
+    void *keys, *values; // [sequences, key_heads, tokens, head_size], at the first new token
+    int64_t cache_dtype, sequence_stride, head_stride; // in elements
+    void *work; // qm_start_layer_bytes
+};
+
+// Attention of few rows of each sequence to blocks of encoded keys and values and to the newest tokens, of which the
+// rows are the last. Rows see themselves and what is before them.
+struct qm_attention {
+    const float *query; // [sequences, length, query_heads, head_size]
+    int64_t sequences, length, query_heads, key_heads, head_size;
+    float scale;
+    int64_t n_blocks, block_tokens;
+    // Per block: int8 keys [key_heads, tokens, head_size] and values [key_heads, head_size, tokens], bf16 scales
+    // [key_heads, tokens]; blocks of the first sequence first.
+    const int8_t *const *block_keys, *const *block_values;
+    const uint16_t *const *key_scales, *const *value_scales;
+    const void *keys, *values; // [sequences, key_heads, tokens, head_size]
+    int64_t cache_dtype, sequence_stride, head_stride, tokens;
+    float *out; // [sequences, length, query_heads, head_size]
+};
+
+// What comes after attention: its product, residual, norm, the MLP, residual.
+struct qm_layer_end {
+    const float *attended; // [rows, columns of `attention`]
+    struct qm_weight attention, gate_up, down;
+    const float *norm; // [columns]
+    float norm_epsilon;
+    int64_t rows, columns, dtype;
+    const void *hidden; // [rows, columns]
+    void *out; // [rows, columns]
+    void *work; // qm_end_layer_bytes
+};
+
+struct qm_layer {
+    struct qm_layer_start start;
+    struct qm_attention attention;
+    struct qm_layer_end end;
+};
+
+// Run whole layers, one after the other.
+QM_EXPORT void qm_run_layers(const struct qm_layer *layers, int64_t n_layers, int n_threads);
+
+// The steps of one, and the memory they work in.
+QM_EXPORT int64_t qm_start_layer_bytes(const struct qm_layer_start *layer);
+QM_EXPORT void qm_start_layer(const struct qm_layer_start *layer, int n_threads);
+QM_EXPORT void qm_attend(const struct qm_attention *attention, int n_threads);
+QM_EXPORT int64_t qm_end_layer_bytes(const struct qm_layer_end *layer);
+QM_EXPORT void qm_end_layer(const struct qm_layer_end *layer, int n_threads);
+
+// --- attention of all tokens to all
+
+// Tokens lie `token_stride` elements apart, heads `head_size`, in query, keys and values alike; an even head size of 128 at
+// most.
+struct qm_full_attention {
+    const void *query, *keys, *values; // [tokens, heads, head_size]
+    int64_t dtype, tokens, heads, head_size, token_stride;
+    float scale;
+    void *out; // [tokens, heads, head_size]
+    int64_t out_stride;
+    void *work; // qm_full_attention_bytes
+};
+
+QM_EXPORT int64_t qm_full_attention_bytes(const struct qm_full_attention *attention);
+QM_EXPORT void qm_attend_all(const struct qm_full_attention *attention, int n_threads);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,121 @@
+"""The structures of `core/core.h`, field by field."""
+
+from __future__ import annotations
+
+import ctypes
+
+_POINTER, _NUMBER, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class Weight(ctypes.Structure):
+    """INT8 rows of a weight, `[rows, columns]`; `signs` is set if they are rotated in blocks of `block` columns."""
+
+    _fields_ = [
+        ("data", _POINTER),
+        ("scale", _POINTER),
+        ("signs", _POINTER),
+        ("block", _NUMBER),
+        ("rows", _NUMBER),
+        ("columns", _NUMBER),
+    ]
+
+
+class LayerStart(ctypes.Structure):
+    """What comes before attention (`qm_layer_start`)."""
+
+    _fields_ = [
+        ("hidden", _POINTER),
+        ("dtype", _NUMBER),
+        ("sequences", _NUMBER),
+        ("length", _NUMBER),
+        ("columns", _NUMBER),
+        ("norm", _POINTER),
+        ("weight", Weight),
+        ("query_heads", _NUMBER),
+        ("key_heads", _NUMBER),
+        ("head_size", _NUMBER),
+        ("query_norm", _POINTER),
+        ("key_norm", _POINTER),
+        ("cosine", _POINTER),
+        ("sine", _POINTER),
+        ("norm_epsilon", _REAL),
+        ("head_epsilon", _REAL),
+        ("query", _POINTER),
+        ("keys", _POINTER),
+        ("values", _POINTER),
+        ("cache_dtype", _NUMBER),
+        ("sequence_stride", _NUMBER),
+        ("head_stride", _NUMBER),
+        ("work", _POINTER),
+    ]
+
+
+class Attention(ctypes.Structure):
+    """Attention to blocks and to the newest tokens (`qm_attention`)."""
+
+    _fields_ = [
+        ("query", _POINTER),
+        ("sequences", _NUMBER),
+        ("length", _NUMBER),
+        ("query_heads", _NUMBER),
+        ("key_heads", _NUMBER),
+        ("head_size", _NUMBER),
+        ("scale", _REAL),
+        ("n_blocks", _NUMBER),
+        ("block_tokens", _NUMBER),
+        ("block_keys", _POINTER),
+        ("block_values", _POINTER),
+        ("key_scales", _POINTER),
+        ("value_scales", _POINTER),
+        ("keys", _POINTER),
+        ("values", _POINTER),
+        ("cache_dtype", _NUMBER),
+        ("sequence_stride", _NUMBER),
+        ("head_stride", _NUMBER),
+        ("tokens", _NUMBER),
+        ("out", _POINTER),
+    ]
+
+
+class LayerEnd(ctypes.Structure):
+    """What comes after attention (`qm_layer_end`)."""
+
+    _fields_ = [
+        ("attended", _POINTER),
+        ("attention", Weight),
+        ("gate_up", Weight),
+        ("down", Weight),
+        ("norm", _POINTER),
+        ("norm_epsilon", _REAL),
+        ("rows", _NUMBER),
+        ("columns", _NUMBER),
+        ("dtype", _NUMBER),
+        ("hidden", _POINTER),
+        ("out", _POINTER),
+        ("work", _POINTER),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """A whole layer (`qm_layer`)."""
+
+    _fields_ = [("start", LayerStart), ("attention", Attention), ("end", LayerEnd)]
+
+
+class FullAttention(ctypes.Structure):
+    """Attention of all tokens to all (`qm_full_attention`)."""
+
+    _fields_ = [
+        ("query", _POINTER),
+        ("keys", _POINTER),
+        ("values", _POINTER),
+        ("dtype", _NUMBER),
+        ("tokens", _NUMBER),
+        ("heads", _NUMBER),
+        ("head_size", _NUMBER),
+        ("token_stride", _NUMBER),
+        ("scale", _REAL),
+        ("out", _POINTER),
+        ("out_stride", _NUMBER),
+        ("work", _POINTER),
+    ]
