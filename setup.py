@@ -21,12 +21,14 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-exceptions",
 FLAGS += ["-ffp-contract=off", "-Wno-psabi"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512VNNI = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"]
-FLAGS_OF = {
+X86 = {
     "avx2": AVX2,
     "avxvnni": [*AVX2, "-mavxvnni"],
     "avx512vnni": AVX512VNNI,
     "amx": [*AVX512VNNI, "-mamx-tile", "-mamx-int8"],
 }
+ARM = {"dotprod": ["-march=armv8.2-a+dotprod"]}
+FLAGS_OF = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}
 """Flags of the sources of one instruction set; the others are compiled for any processor."""
 PLAIN = {"avxvnni": [*AVX2, "-DQM_PLAIN"], "amx": []}
 """Flags for compilers and assemblers from before 2021, which do not know these instructions."""
@@ -71,10 +73,10 @@ class BuildCore(build_ext):
         objects = []
         folder = Path(self.build_temp)
         folder.mkdir(parents=True, exist_ok=True)
-        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        flags_of = FLAGS_OF.get(platform.machine().lower(), {})
         for source in map(Path, ext.sources):
             target = folder / f"{source.stem}.o"
-            flags = FLAGS_OF.get(source.stem, []) if x86 else []
+            flags = flags_of.get(source.stem, [])
             compiling = [*command, *FLAGS, "-c", str(source), "-o", str(target)]
             try:
                 subprocess.run([*compiling, *flags], check=True)

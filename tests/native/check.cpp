@@ -146,7 +146,11 @@ void *others(void *seed) {
 int main(int, char **arguments) {
     Random random = {12345};
     const char *best = qm_select(nullptr);
+#if defined(__aarch64__)
+    const char *const sets[] = {"portable", "dotprod", nullptr};
+#else
     const char *const sets[] = {"portable", "avx2", "avxvnni", "avx512vnni", "amx", nullptr}; // or the best below each
+#endif
     bool same = true;
     for (int i = 0; i < 60; ++i) same &= product(random, sets, 1);
     for (int i = 0; i < 60; ++i) same &= layer(random, sets);

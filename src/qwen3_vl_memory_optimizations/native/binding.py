@@ -28,7 +28,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _ABI = 2
 _LIBRARY = Path(__file__).with_name("libcore.so")
-_SETS = ("portable", "avx2", "avxvnni", "avx512vnni", "amx")
+_SETS = ("portable", "avx2", "avxvnni", "avx512vnni", "amx", "dotprod")
 _TORCH = "torch"
 
 

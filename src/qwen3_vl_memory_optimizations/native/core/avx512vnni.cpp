@@ -9,7 +9,7 @@
 namespace {
 
 struct V {
-    static constexpr int LANES = 32, UNROLL = 4, TILE = 12, AHEAD = 8192;
+    static constexpr int LANES = 32, UNROLL = 4, TILE = 12, AHEAD = 8192, SHIFT = 128;
     using Weights = __m512i;
     using Sums = __m512i;
 

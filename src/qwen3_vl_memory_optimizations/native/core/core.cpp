@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #if defined(__linux__)
+#include <sys/auxv.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -42,6 +43,17 @@ bool has(const char *name) {
 }
 
 const Kernels *const known[] = {&portable_kernels, &avx2_kernels, &avxvnni_kernels, &avx512vnni_kernels};
+#elif defined(__aarch64__)
+bool has(const char *) {
+#if defined(__linux__)
+    constexpr unsigned long DOT_PRODUCT = 1 << 20; // HWCAP_ASIMDDP
+    return getauxval(AT_HWCAP) & DOT_PRODUCT;
+#else
+    return true; // Apple
+#endif
+}
+
+const Kernels *const known[] = {&portable_kernels, &dotprod_kernels};
 #else
 bool has(const char *) { return false; }
 const Kernels *const known[] = {&portable_kernels};

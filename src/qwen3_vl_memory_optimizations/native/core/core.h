@@ -26,8 +26,8 @@ enum qm_dtype { QM_FP32 = 0, QM_BF16 = 1, QM_FP16 = 2 };
 
 QM_EXPORT int qm_abi(void);
 
-// Choose the kernels: the best this processor has, at most `limit` ("portable", "avx2", "avxvnni", "avx512vnni", "amx"; NULL or "":
-// no limit). Returns the name of the set, or NULL if `limit` is unknown.
+// Choose the kernels: the best this processor has, at most `limit` (NULL or "": no limit). In this order: "portable", then on
+// x86 "avx2", "avxvnni", "avx512vnni", "amx", on ARM "dotprod". Returns the name of the set, or NULL if `limit` is unknown.
 QM_EXPORT const char *qm_select(const char *limit);
 
 // Whether the kernels in use multiply activations of 8 bits faster than those of 14.

@@ -66,4 +66,5 @@ extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avxvnni_kernels;
 extern const Kernels avx512vnni_kernels;
+extern const Kernels dotprod_kernels;
 extern const Rearranged amx_products;

@@ -5,7 +5,8 @@
 //   all_totals(Sums[LANES / 2]): the total of each
 //   now(values): computed here, not later or earlier
 //   store(int32_t *, sums)  load(int32_t *)  pack(...): see `portable.cpp`
-// and, with QM_BYTES, add_bytes(sums, a, b): sums + the products of four bytes of `a` (without sign) and `b`.
+// and, with QM_BYTES, add_bytes(sums, a, b): sums + the products of four bytes of `a`, which were increased by SHIFT (128: they
+// have no sign), and `b`.
 // Everything is in an unnamed namespace: code of two instruction sets must not be merged by the linker.
 
 #include "lanes.h"
@@ -146,11 +147,11 @@ struct Words {
 };
 
 #ifdef QM_BYTES
-// Fours of bytes. The unit takes one operand without sign, so 128 is added to activations.
+// Fours of bytes. V::SHIFT is added to activations: 128 where the processor takes one operand without sign.
 struct Bytes {
     using X = uint8_t;
     static constexpr int COLUMNS = 4;
-    static constexpr bool SHIFTED = true;
+    static constexpr bool SHIFTED = V::SHIFT != 0;
     ALWAYS_INLINE typename V::Sums add(typename V::Sums sums, typename V::Weights x, typename V::Weights w) {
         return V::add_bytes(sums, x, w);
     }
@@ -259,7 +260,7 @@ int64_t byte_units(int64_t rows, bool) { return (rows + UNIT - 1) / UNIT; }
 void shift_rows(const Linear &product, int64_t unit, int8_t *to) {
     const int64_t stop = (unit + 1) * UNIT < product.rows ? (unit + 1) * UNIT : product.rows;
     for (int64_t i = unit * UNIT * product.x_stride; i < stop * product.x_stride; ++i)
-        to[i] = int8_t(uint8_t(product.x[i] + 128));
+        to[i] = int8_t(uint8_t(product.x[i] + V::SHIFT));
 }
 
 void byte_product(const Linear &product, int8_t *shifted, int64_t first, int64_t stop) {

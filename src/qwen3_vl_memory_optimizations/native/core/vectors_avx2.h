@@ -83,7 +83,7 @@ struct AVX2 {
 
 #ifndef QM_WIDER
 struct V {
-    static constexpr int LANES = 16, UNROLL = 4, TILE = 6, AHEAD = 1024;
+    static constexpr int LANES = 16, UNROLL = 4, TILE = 6, AHEAD = 1024, SHIFT = 128;
     using Weights = __m256i;
     using Sums = __m256i;
 
