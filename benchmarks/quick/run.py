@@ -3,7 +3,8 @@
 Each figure is a ratio of two measurements of one run, interleaved, median of several: the speed of the machine drops
 out, its noise does not, so a figure fails only below half of what is committed. What an instruction set makes of bf16
 does not drop out either: ratios are kept for each processor, and one that is not known has to reach half of the least.
-The model is the 2B shape with 4 of its layers (random weights, written at the first run).
+The model is the 2B shape with 4 of its layers (random weights, written at the first run). Instructions of the native
+core's kernels are counted too (`instructions.py`), where valgrind is installed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 import torch  # noqa: E402
 
 from benchmarks.make_checkpoint import make_checkpoint  # noqa: E402
+from benchmarks.quick import instructions  # noqa: E402
 from benchmarks.results import cpu_name, machine_name  # noqa: E402
 from qwen3_vl_memory_optimizations import create_optimized_model  # noqa: E402
 from qwen3_vl_memory_optimizations.storage import measure_read_bandwidth  # noqa: E402
@@ -39,7 +41,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench-dir", type=Path, default=Path(".bench"), help="where the checkpoint lies, or will")
     parser.add_argument("--json", type=Path, help="write what was measured to this file")
-    parser.add_argument("--commit", action="store_true", help="take what is measured as the ratios of this processor")
+    parser.add_argument(
+        "--commit",
+        action="store_true",
+        help="take what is measured as the ratios of this processor, and the counts of this compiler",
+    )
     arguments = parser.parse_args()
     measured = {name: round(value, 3) for name, value in measure(arguments.bench_dir).items()}
     if arguments.json:
@@ -50,8 +56,11 @@ def main() -> None:
         committed[machine] = measured
         COMMITTED.write_text(json.dumps(committed, indent=1) + "\n")
     failed = compare(measured, expected_of(committed, machine))
+    longer = instructions.check(commit=arguments.commit)
     if failed:
         sys.exit(f"slower than half of what is committed: {', '.join(failed)}")
+    if longer:
+        sys.exit(f"more instructions than committed: {', '.join(longer)}")
 
 
 def expected_of(committed: dict[str, dict[str, float]], machine: str) -> dict[str, float]:
