@@ -115,12 +115,17 @@ ALWAYS_INLINE float single_of_bf16(uint16_t bits) {
     return value;
 }
 
+typedef int32_t Four __attribute__((vector_size(16)));
+typedef float FourFloats __attribute__((vector_size(16)));
+
 // Products of a few rows of integers [rows, x_stride] with all `n` rows of a small matrix of bytes [n, columns], as if by
 // `few_rows`, in fp32. GROUP sums are added up together: one by one that takes longer than the products. `next`: a matrix
-// as large, which comes into the cache meanwhile.
-template <int ROWS>
+// as large, which comes into the cache meanwhile. COLUMNS: how many there are, or 0; a known number leaves addresses to the
+// compiler, which otherwise keeps one of each row in memory.
+template <int ROWS, int COLUMNS>
 ALWAYS_INLINE void block_products(const int16_t *x, int64_t x_stride, const float *units, const int8_t *w, const float *scale,
                                   int64_t columns, int64_t n, const int8_t *next, float *out, int64_t out_stride) {
+    if constexpr (COLUMNS > 0) columns = x_stride = COLUMNS;
     constexpr int GROUP = SUMS, EACH = GROUP / ROWS;
     alignas(64) int32_t found[GROUP];
     for (int64_t first = 0; first < n; first += EACH) {
@@ -129,17 +134,35 @@ ALWAYS_INLINE void block_products(const int16_t *x, int64_t x_stride, const floa
         for (int i = 0; i < EACH; ++i)
             for (int64_t k = 0; k < columns; k += 64) __builtin_prefetch(next + (first + i) * columns + k, 0, 2);
         for (int64_t k = 0; k < columns; k += V::LANES) {
-            typename V::Weights row[ROWS];
-            for (int j = 0; j < ROWS; ++j) row[j] = V::load_integers(x + j * x_stride + k);
-            for (int i = 0; i < EACH; ++i) {
-                const typename V::Weights weights = V::load_weights(w + (first + i) * columns + k);
-                for (int j = 0; j < ROWS; ++j) sums[j * EACH + i] = V::add_products(sums[j * EACH + i], weights, row[j]);
+            if constexpr (ROWS == 1) {
+                const typename V::Weights row = V::load_integers(x + k);
+                for (int i = 0; i < EACH; ++i)
+                    sums[i] = V::add_products(sums[i], V::load_weights(w + (first + i) * columns + k), row);
+            } else { // the other way round GCC 12 keeps rows in memory
+                typename V::Weights weights[EACH];
+                for (int i = 0; i < EACH; ++i) weights[i] = V::load_weights(w + (first + i) * columns + k);
+                for (int j = 0; j < ROWS; ++j) {
+                    const typename V::Weights row = V::load_integers(x + j * x_stride + k);
+                    for (int i = 0; i < EACH; ++i) sums[j * EACH + i] = V::add_products(sums[j * EACH + i], weights[i], row);
+                }
             }
         }
         V::store(found, V::all_totals(sums));
-        for (int j = 0; j < ROWS; ++j)
-            for (int i = 0; i < EACH; ++i)
-                out[j * out_stride + first + i] = float(found[j * EACH + i]) * (units[j] * scale[first + i]);
+        for (int j = 0; j < ROWS; ++j) {
+            float *to = out + j * out_stride + first;
+            if constexpr (EACH % 4 == 0) {
+                for (int i = 0; i < EACH; i += 4) {
+                    Four totals;
+                    FourFloats scales;
+                    memcpy(&totals, found + j * EACH + i, sizeof totals);
+                    memcpy(&scales, scale + first + i, sizeof scales);
+                    const FourFloats values = __builtin_convertvector(totals, FourFloats) * (units[j] * scales);
+                    memcpy(to + i, &values, sizeof values);
+                }
+            } else {
+                for (int i = 0; i < EACH; ++i) to[i] = float(found[j * EACH + i]) * (units[j] * scale[first + i]);
+            }
+        }
     }
 }
 
@@ -152,16 +175,22 @@ void products(const int16_t *x, int64_t x_stride, const float *units, int64_t ro
               int64_t columns, int64_t n, const int8_t *next, float *out, int64_t out_stride) {
     const bool fits = columns % V::LANES == 0 && columns <= QM_SUMMED_COLUMNS && n % SUMS == 0;
     if (!fits) return few_rows({x, units, rows, columns, x_stride, w, scale, n, out, QM_FP32, out_stride, false}, 0, n);
-    int64_t row = 0;
-    const auto some = [&](auto count) {
-        constexpr int ROWS = decltype(count)::value;
-        for (; row + ROWS <= rows; row += ROWS)
-            block_products<ROWS>(x + row * x_stride, x_stride, units + row, w, scale, columns, n, next, out + row * out_stride,
-                                 out_stride);
+    const auto all = [&](auto known) {
+        int64_t row = 0;
+        const auto some = [&](auto count) {
+            constexpr int ROWS = decltype(count)::value;
+            for (; row + ROWS <= rows; row += ROWS)
+                block_products<ROWS, decltype(known)::value>(x + row * x_stride, x_stride, units + row, w, scale, columns, n,
+                                                             next, out + row * out_stride, out_stride);
+        };
+        some(std::integral_constant<int, 4>());
+        some(std::integral_constant<int, 2>());
+        some(std::integral_constant<int, 1>());
     };
-    some(std::integral_constant<int, 4>());
-    some(std::integral_constant<int, 2>());
-    some(std::integral_constant<int, 1>());
+    // Those of the models: the size of a head, and the tokens of a block.
+    if (columns == 128 && x_stride == 128) all(std::integral_constant<int, 128>());
+    else if (columns == 256 && x_stride == 256) all(std::integral_constant<int, 256>());
+    else all(std::integral_constant<int, 0>());
 }
 
 // One block of integers. Both products are those of weights: keys [tokens, size] by rows of the query, values
