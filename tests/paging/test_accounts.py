@@ -51,17 +51,16 @@ def test_the_group_leaves_room_for_what_lives_beside_the_process(group, pager):
     assert pager.frames.limit_bytes >= limit + 900 * MIB
 
 
-def test_free_heap_counts_until_it_is_released(pager, monkeypatch):
+def test_free_heap_is_released_on_demand(pager, monkeypatch):
     monkeypatch.setattr(accounts, "release_library_pages", lambda: None)
     kept, n_blocks, block_bytes = [], 2000, 100_000
     blocks = []
-    for _ in range(n_blocks):  # small ones between keep the heap from shrinking by itself
+    for _ in range(n_blocks):  # small ones between keep the heap from shrinking as a whole
         blocks.append(bytearray(block_bytes))
         kept.append(bytearray(600))
     accounted = ProcessAccounts(pager, BUDGET, 0)
     full = accounted.measure()
-    blocks.clear()
-    assert accounted.measure() > full - n_blocks * block_bytes // 4
+    blocks.clear()  # how much the C library returns by itself depends on what ran before in this process
     assert accounted.measure(release=True) < full - n_blocks * block_bytes * 3 // 4
     del kept
 
