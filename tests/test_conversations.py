@@ -43,8 +43,8 @@ def converse(packed, cache_dir, limit_gb, prompt_tokens, kind, *, avx2, options=
         (0.9, 1024, "text", True),
         (0.7, 4096, "text", False),
         (0.7, 4096, "text", True),
-        # A page takes more in fp32, which is what a processor without bf16 computes in. What libraries take beside
-        # (400 to 530 MB were seen) depends on the processor.
+        # A page takes more in fp32, which is what a processor without bf16 computes in. What libraries take beside it
+        # depends on the processor: on one, a page was refused within 1.0 GB (bf16) and 1.3 GB (fp32).
         (1.1 if fastest_dtype() == torch.bfloat16 else 1.4, 2048, "page", False),
         (1.4, 2048, "page", True),
     ],

@@ -37,7 +37,7 @@ def unavailable_reason() -> str | None:
     if shutil.which("valgrind") is None:
         return "valgrind is not installed"
     if shutil.which("c++") is None:
-        return "there is no compiler (c++)"
+        return "no C++ compiler (c++) was found"
     native = core()
     if native is None or native.isa in ("portable", "dotprod"):
         return "the native core has no AVX2 kernels here"
