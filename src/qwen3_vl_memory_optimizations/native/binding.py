@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import platform
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +29,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _ABI = 2
 _LIBRARY = Path(__file__).with_name("libcore.so")
-_SETS = ("portable", "avx2", "avxvnni", "avx512vnni", "amx", "dotprod")
+_ARM = platform.machine().lower() in ("aarch64", "arm64")
+_SETS = ("portable", "dotprod") if _ARM else ("portable", "avx2", "avxvnni", "avx512vnni", "amx")
 _TORCH = "torch"
 
 
@@ -218,7 +220,7 @@ def core() -> Core | None:
     """Return the native core, loaded at the first call, or `None` if this process uses torch's kernels.
 
     Raises:
-        ConfigurationError: the environment names an unknown instruction set.
+        ConfigurationError: the environment names an unknown instruction set, or one of another sort of processor.
     """
     isa = os.environ.get(ISA_VARIABLE, "").strip().lower()
     if isa not in ("", _TORCH, *_SETS):
