@@ -99,7 +99,7 @@ def _row(native: Any, shape: tuple[int, int], rows: int, copies: list[Any], scal
 
     def product_s(integers: Any) -> float:
         def product(number: int) -> object:
-            return native.int8_linear(integers, copies[number % len(copies)], scale, torch.float32, out=out)
+            return native.linear(integers, copies[number % len(copies)], scale, torch.float32, out=out)
 
         return median_s(product, len(copies) if rows < 64 else 4)
 

@@ -22,10 +22,13 @@ NATIVE = Path(qwen3_vl_memory_optimizations.__file__).parent / "native"
 MOST_SHARE = 1.05
 """A kernel fails above this share of its committed count: of the same compiler, counts differ by less than 0.1 %."""
 KERNELS = {  # the function that is counted, and what the count is divided by
-    "rows_1": ("qm_int8_linear", 1 * 512 * 2048, "product"),
-    "rows_4": ("qm_int8_linear", 4 * 512 * 2048, "product"),
-    "rows_16": ("qm_int8_linear", 16 * 512 * 2048, "product"),
-    "rows_64": ("qm_int8_linear", 64 * 512 * 2048, "product"),
+    "rows_1": ("qm_linear", 1 * 512 * 2048, "product"),
+    "rows_4": ("qm_linear", 4 * 512 * 2048, "product"),
+    "rows_16": ("qm_linear", 16 * 512 * 2048, "product"),
+    "rows_64": ("qm_linear", 64 * 512 * 2048, "product"),
+    "codes_1": ("qm_linear", 1 * 512 * 2048, "product with 4-bit rows"),
+    "codes_4": ("qm_linear", 4 * 512 * 2048, "product with 4-bit rows"),
+    "codes_64": ("qm_linear", 64 * 512 * 2048, "product with 4-bit rows"),
     "quantize": ("qm_quantize", 16 * 6144, "value"),
     "attention": ("qm_attend", 8 * 2 * (8 * 256 + 64) * 128, "key or value"),
     "full_attention": ("qm_attend_all", 4 * 576 * 576, "pair of tokens"),

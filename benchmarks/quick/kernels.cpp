@@ -33,7 +33,18 @@ void linear(const Library &library, int64_t rows) {
     const auto scale = filled<float>(rows), weight_scale = filled<float>(n);
     const auto weights = filled<int8_t>(n * columns);
     std::vector<float> out(static_cast<size_t>(rows * n));
-    CALL(qm_int8_linear)(integers.data(), scale.data(), rows, columns, weights.data(), weight_scale.data(), n, out.data(), QM_FP32, n, 0, 1);
+    const qm_weight weight = {weights.data(), weight_scale.data(), nullptr, 0, n, columns, nullptr};
+    CALL(qm_linear)(integers.data(), scale.data(), rows, &weight, out.data(), QM_FP32, n, 0, 1);
+}
+
+void codes(const Library &library, int64_t rows) {
+    const int64_t columns = 2048, n = 512;
+    const auto integers = filled<int16_t>(rows * padded(columns));
+    const auto scale = filled<float>(rows), weight_scale = filled<float>(n);
+    const auto data = filled<int8_t>(n * (columns / 16 + columns / 2)), tables = filled<int8_t>(256 * 16);
+    std::vector<float> out(static_cast<size_t>(rows * n));
+    const qm_weight weight = {data.data(), weight_scale.data(), nullptr, 0, n, columns, tables.data()};
+    CALL(qm_linear)(integers.data(), scale.data(), rows, &weight, out.data(), QM_FP32, n, 0, 1);
 }
 
 void quantize(const Library &library) {
@@ -84,8 +95,9 @@ int main(int count, char **arguments) {
     else if (!strcmp(kernel, "quantize")) quantize(library);
     else {
         int rows = 0;
-        if (sscanf(kernel, "rows_%d", &rows) != 1 || rows < 1) return 2;
-        linear(library, rows);
+        if (sscanf(kernel, "rows_%d", &rows) == 1 && rows > 0) linear(library, rows);
+        else if (sscanf(kernel, "codes_%d", &rows) == 1 && rows > 0) codes(library, rows);
+        else return 2;
     }
     return 0;
 }

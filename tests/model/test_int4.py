@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from qwen3_vl_memory_optimizations import ConfigurationError, create_optimized_model
 from qwen3_vl_memory_optimizations.compression import codec_names, create_codec
-from qwen3_vl_memory_optimizations.compression.codecs import int4
 from qwen3_vl_memory_optimizations.compression.registry import _FACTORIES, register_codec
 from qwen3_vl_memory_optimizations.model.checkpoint import skeleton
 from qwen3_vl_memory_optimizations.model.checkpoint.packing import CODECS_KEY, pack_checkpoint
@@ -53,30 +52,28 @@ def test_agreement_accuracy_and_bytes(cache_dir):
     stats = model.memory_optimizer.get_memory_efficiency_stats()
     encoded = {name: use["encoded_bytes"] for name, use in stats["codecs"].items()}
     assert encoded == {"int4": 1_474_560, "int8": ENCODED_BYTES - 1_474_560}
-    assert encoded["int4"] == stats["codecs"]["int4"]["logical_bytes"] / 4 * (1 / 2 + 4 / 64)
+    assert encoded["int4"] == stats["codecs"]["int4"]["logical_bytes"] / 4 * 4.5 / 8
     assert stats["paging"]["bytes_read"] > ENCODED_BYTES  # it did not fit, and came again
     model.memory_optimizer.close()
 
 
 @torch.no_grad()
-def test_weights_in_several_pages_of_several_blocks_give_the_same(cache_dir, tmp_path, monkeypatch):
+def test_weights_in_several_pages_give_the_same(cache_dir, tmp_path, monkeypatch):
     inputs = tiny.cases()["image"]
     model = load(cache_dir)
     expected, ids = model(**inputs).logits, model.generate(**inputs, max_new_tokens=8, do_sample=False)
     model.memory_optimizer.close()
-    monkeypatch.setattr(int4, "_BLOCK_BYTES", 5000)
     monkeypatch.setattr(skeleton, "PAGE_BYTES", 10_000)
     cut = load(tmp_path, tensor_budget=ENCODED_BYTES // 2)
     pages = {name: len(entry.pages) for name, entry in cut.memory_optimizer.pager.entries.items()}
     assert pages["model.language_model.layers.0.mlp.up_proj.weight"] > 2
     for _ in range(3):
-        found = cut(**inputs).logits  # kernels take turns while they are timed, so bits differ
-        assert float((found - expected).norm() / expected.norm()) < 0.01
+        assert torch.equal(cut(**inputs).logits, expected)
     assert torch.equal(cut.generate(**inputs, max_new_tokens=8, do_sample=False), ids)
     cut.memory_optimizer.close()
 
 
-def test_the_vocabulary_is_kept_in_int8_and_the_layout_is_recorded(cache_dir):
+def test_the_vocabulary_is_kept_in_int8_and_the_format_is_recorded(cache_dir):
     packed = Checkpoint.open(pack_checkpoint(tiny.DIRECTORY, codec="int4", config=config(cache_dir)))
     codecs = json.loads(packed.metadata[CODECS_KEY])
     stored = create_codec("int4").stored_name
@@ -106,7 +103,7 @@ def test_a_loaded_model_is_taken_over_and_its_weights_can_be_read(tmp_path):
     values = weight * 1
     assert float((values - original).norm() / original.norm()) < 0.15
     rows = torch.tensor([[3, 3], [0, 200]])
-    assert torch.equal(F.embedding(rows, weight), values[rows])  # no single rows: decoded as a whole
+    assert torch.equal(F.embedding(rows, weight), values[rows])
     model.memory_optimizer.close()
 
 

@@ -49,9 +49,42 @@ bool product(Random &random, const char *const *sets, int n_threads) {
         Memory<int16_t> integers(rows * padded(columns));
         Memory<float> scale(rows), out(rows * n);
         const int fit = qm_quantize(x.at, QM_FP32, rows, columns, columns, nullptr, 0, bytes, integers.at, scale.at, n_threads);
-        qm_int8_linear(integers.at, scale.at, rows, columns, weights.at, weight_scale.at, n, out.at, QM_FP32, n, fit, n_threads);
+        const qm_weight weight = {weights.at, weight_scale.at, nullptr, 0, n, columns, nullptr};
+        qm_linear(integers.at, scale.at, rows, &weight, out.at, QM_FP32, n, fit, n_threads);
         if (i) same &= first.same(out);
         else memcpy(first.at, out.at, size_t(rows * n) * 4);
+    }
+    return same;
+}
+
+// Rows of 4 bits: encoded, and multiplied.
+bool codes(Random &random, const char *const *sets, int n_threads) {
+    const int bytes = int(random.next() % 2);
+    const int64_t rows = random.up_to(40), columns = 64 * random.up_to(33), n = random.up_to(80);
+    const int64_t n_values = 2 * QM_MOST_ENCODED + 1, row_bytes = columns / 16 + columns / 2;
+    Memory<float> x(rows * columns), weight_scale(n), first(rows * n);
+    Memory<int8_t> tables(QM_TABLES * 16), first_data(n * row_bytes);
+    Memory<uint16_t> errors(n_values * QM_TABLES);
+    Memory<uint8_t> nearest(QM_TABLES * n_values);
+    Memory<int16_t> values(n * columns);
+    x.fill(random), weight_scale.fill(random), tables.fill(random);
+    for (int64_t i = 0; i < errors.n; ++i) errors.at[i] = uint16_t(random.next() % 4096);
+    for (int64_t i = 0; i < nearest.n; ++i) nearest.at[i] = uint8_t(random.next() % 16);
+    for (int64_t i = 0; i < values.n; ++i) values.at[i] = int16_t(int(random.next() % n_values) - QM_MOST_ENCODED);
+    bool same = true;
+    for (int i = 0; sets[i]; ++i) {
+        if (n_threads == 1) qm_select(sets[i]);
+        Memory<int16_t> integers(rows * padded(columns));
+        Memory<float> scale(rows), out(rows * n);
+        Memory<int8_t> data(n * row_bytes);
+        Memory<int64_t> products(2 * n);
+        const qm_encoding encoding = {values.at, n, columns, tables.at, errors.at, nearest.at, (uint8_t *)data.at, products.at};
+        qm_encode(&encoding, n_threads);
+        const int fit = qm_quantize(x.at, QM_FP32, rows, columns, columns, nullptr, 0, bytes, integers.at, scale.at, n_threads);
+        const qm_weight weight = {data.at, weight_scale.at, nullptr, 0, n, columns, tables.at};
+        qm_linear(integers.at, scale.at, rows, &weight, out.at, QM_FP32, n, fit, n_threads);
+        if (i) same &= first.same(out) && first_data.same(data);
+        else memcpy(first.at, out.at, size_t(rows * n) * 4), memcpy(first_data.at, data.at, size_t(data.n));
     }
     return same;
 }
@@ -90,7 +123,7 @@ bool layer(Random &random, const char *const *sets) {
         memcpy(tail.at, cache.at, size_t(cache.n) * 4);
         float *tail_values = tail.at + cache.n / 2;
         qm_layer_start start = {hidden.at, QM_FP32, sequences, length, columns, norm.at,
-                                {w_in.at, s_in.at, signs.at, 32, heads * size, columns}, queries, keys, size, head_norm.at,
+                                {w_in.at, s_in.at, signs.at, 32, heads * size, columns, nullptr}, queries, keys, size, head_norm.at,
                                 head_norm.at, cosine.at, sine.at, 1e-6f, 1e-6f, query.at, tail.at + before * size,
                                 tail_values + before * size, QM_FP32, keys * tokens * size, tokens * size, nullptr};
         Memory<char> start_work(qm_start_layer_bytes(&start));
@@ -100,9 +133,9 @@ bool layer(Random &random, const char *const *sets) {
                                   key_blocks.data(), value_blocks.data(), key_scales.data(), value_scales.data(), tail.at,
                                   tail_values, QM_FP32, keys * tokens * size, tokens * size, tokens, attended.at};
         qm_attend(&attention, 2);
-        qm_layer_end end = {attended.at, {w_out.at, s_out.at, nullptr, 0, columns, queries * size},
-                            {w_up.at, s_up.at, signs.at, 32, 2 * inner, columns},
-                            {w_down.at, s_down.at, signs.at, 32, columns, inner}, norm.at, 1e-6f, rows, columns, QM_FP32,
+        qm_layer_end end = {attended.at, {w_out.at, s_out.at, nullptr, 0, columns, queries * size, nullptr},
+                            {w_up.at, s_up.at, signs.at, 32, 2 * inner, columns, nullptr},
+                            {w_down.at, s_down.at, signs.at, 32, columns, inner, nullptr}, norm.at, 1e-6f, rows, columns, QM_FP32,
                             hidden.at, out.at, nullptr};
         Memory<char> end_work(qm_end_layer_bytes(&end));
         end.work = end_work.at;
@@ -137,6 +170,7 @@ void *others(void *seed) {
     Random random = {uint64_t((intptr_t)seed)};
     const char *const in_use[] = {"", nullptr};
     for (int i = 0; i < 20; ++i) product(random, in_use, 3);
+    for (int i = 0; i < 10; ++i) codes(random, in_use, 3);
     for (int i = 0; i < 3; ++i) full_attention(random, in_use, 3);
     return nullptr;
 }
@@ -153,6 +187,7 @@ int main(int, char **arguments) {
 #endif
     bool same = true;
     for (int i = 0; i < 60; ++i) same &= product(random, sets, 1);
+    for (int i = 0; i < 30; ++i) same &= codes(random, sets, 1);
     for (int i = 0; i < 60; ++i) same &= layer(random, sets);
     for (int i = 0; i < 10; ++i) same &= full_attention(random, sets, 1);
     qm_select(nullptr);

@@ -66,7 +66,7 @@ def test_wrong_kernels_are_found_and_not_used(fresh, caplog):
         pytest.skip("this processor has portable kernels only")
     binding.core.cache_clear()
     found = (torch.full((1,), float(number)) for number in range(10))
-    fresh.setattr(binding.Core, "int8_linear", lambda *args: next(found))
+    fresh.setattr(binding.Core, "linear", lambda *args: next(found))
     assert core().isa == "portable"
     assert "are wrong on this processor" in caplog.text
     core().select("")
@@ -79,7 +79,7 @@ def test_a_forked_process_computes_too():
         "from qwen3_vl_memory_optimizations.native import core\n"
         "c = core(); torch.set_num_threads(2)\n"
         "x = torch.randn(2, 2048); w = torch.ones(2000, 2048, dtype=torch.int8); s = torch.ones(2000)\n"
-        "run = lambda: c.int8_linear(c.quantize(x), w, s, torch.float32)\n"
+        "run = lambda: c.linear(c.quantize(x), w, s, torch.float32)\n"
         "expected = run()\n"
         "child = os.fork()\n"
         "if not child: os._exit(0 if all(torch.equal(run(), expected) for _ in range(50)) else 1)\n"

@@ -44,7 +44,7 @@ def problem(rows, columns, n, seed, dtype=torch.float32, unaligned=0):
 def check(native, x, weights, scale, dtype, as_bytes=False):
     """Compare with fp64; the bound follows from the arithmetic, so nothing worse can hide in it."""
     integers = native.quantize(x, as_bytes=as_bytes)
-    found = native.int8_linear(integers, weights, scale, dtype).double()
+    found = native.linear(integers, weights, scale, dtype).double()
     wide, values = x.double(), weights.double() * scale.double()[:, None]
     exact = wide @ values.T
     size = wide.abs() @ values.abs().T
@@ -75,7 +75,7 @@ def test_each_instruction_set_has_the_same_bits(native, rows, dtype):
 
     def results():
         integers = [native.quantize(x), native.quantize(x, as_bytes=True), native.quantize(part, rotation_signs(2048))]
-        products = [native.int8_linear(each, weights, scale, dtype) for each in integers[:2]]
+        products = [native.linear(each, weights, scale, dtype) for each in integers[:2]]
         return [each.bytes for each in integers], [
             *(tensor for each in integers for tensor in (each.values, each.scale)),
             *products,
@@ -103,7 +103,7 @@ def test_a_result_depends_on_its_own_rows_alone(native, rows, as_bytes):
     x, weights, scale = problem(rows, 1500, 133, 7)
 
     def product(x, weights, scale):
-        return native.int8_linear(native.quantize(x, as_bytes=as_bytes), weights, scale, torch.float32)
+        return native.linear(native.quantize(x, as_bytes=as_bytes), weights, scale, torch.float32)
 
     whole = product(x, weights, scale)
     for first, stop in ((0, 1), (5, 133), (130, 133)):
@@ -121,7 +121,7 @@ def test_bits_do_not_depend_on_threads(native, rows, as_bytes):
         for n_threads in (1, 2, 7):
             torch.set_num_threads(n_threads)
             integers = native.quantize(x, as_bytes=as_bytes)
-            found.append(native.int8_linear(integers, weights, scale, torch.float32))
+            found.append(native.linear(integers, weights, scale, torch.float32))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
@@ -130,11 +130,11 @@ def test_bits_do_not_depend_on_threads(native, rows, as_bytes):
 
 def test_several_threads_compute_at_once(native):
     x, weights, scale = problem(20, 2048, 1000, 3)
-    expected, wrong = native.int8_linear(native.quantize(x), weights, scale, torch.float32), []
+    expected, wrong = native.linear(native.quantize(x), weights, scale, torch.float32), []
 
     def work():
         for _ in range(30):
-            if not torch.equal(native.int8_linear(native.quantize(x), weights, scale, torch.float32), expected):
+            if not torch.equal(native.linear(native.quantize(x), weights, scale, torch.float32), expected):
                 wrong.append(threading.get_ident())
 
     threads = [threading.Thread(target=work) for _ in range(4)]
@@ -157,7 +157,7 @@ def test_rotation_is_that_of_the_codec(native, k):
 def test_a_row_with_a_value_that_is_no_number_gives_none(native, value):
     x, weights, scale = problem(3, 100, 20, 1)
     x[1, 37] = value
-    found = native.int8_linear(native.quantize(x), weights, scale, torch.float32)
+    found = native.linear(native.quantize(x), weights, scale, torch.float32)
     assert found[1].isnan().all()
     assert found[[0, 2]].isfinite().all()
 
@@ -165,7 +165,7 @@ def test_a_row_with_a_value_that_is_no_number_gives_none(native, value):
 @pytest.mark.parametrize("factor", [0.0, 1e-42, 1e-30, 1e-20, 1e20, 1e36])
 def test_rows_of_any_size(native, factor):
     x, weights, scale = problem(2, 200, 10, 2)
-    found = native.int8_linear(native.quantize(x * factor), weights, scale, torch.float32)
+    found = native.linear(native.quantize(x * factor), weights, scale, torch.float32)
     expected = (x * factor).double() @ (weights.double() * scale.double()[:, None]).T
     assert torch.allclose(found.double(), expected, rtol=1e-2, atol=1e-27 + 1e-4 * float(expected.abs().max()))
 
@@ -188,9 +188,9 @@ def test_the_ends_of_the_range_do_not_overflow(native):
 
 def test_no_rows_and_no_columns(native):
     x, weights, scale = problem(0, 64, 5, 0)
-    assert native.int8_linear(native.quantize(x), weights, scale, torch.float32).shape == (0, 5)
+    assert native.linear(native.quantize(x), weights, scale, torch.float32).shape == (0, 5)
     x, weights, scale = problem(2, 64, 0, 0)
-    assert native.int8_linear(native.quantize(x), weights, scale, torch.float32).shape == (2, 0)
+    assert native.linear(native.quantize(x), weights, scale, torch.float32).shape == (2, 0)
 
 
 def test_rows_that_lie_apart(native):
@@ -198,8 +198,8 @@ def test_rows_that_lie_apart(native):
     wide = torch.zeros(4, 130)
     wide[:, 10:110] = x
     out = torch.full((4, 50), 7.0)
-    native.int8_linear(native.quantize(wide[:, 10:110]), weights, scale, torch.float32, out=out[:, 5:25])
-    assert torch.equal(out[:, 5:25], native.int8_linear(native.quantize(x), weights, scale, torch.float32))
+    native.linear(native.quantize(wide[:, 10:110]), weights, scale, torch.float32, out=out[:, 5:25])
+    assert torch.equal(out[:, 5:25], native.linear(native.quantize(x), weights, scale, torch.float32))
     assert (out[:, :5] == 7).all()
     assert (out[:, 25:] == 7).all()
 
@@ -233,5 +233,5 @@ def test_nothing_is_read_behind_the_operands(native, rows, columns, n, as_bytes)
     x, weights, scale = problem(rows, columns, n, 5)
     integers = native.quantize(guarded(x), as_bytes=as_bytes)
     given = Integers(guarded(integers.values), guarded(integers.scale), columns, integers.bytes)
-    out = native.int8_linear(given, guarded(weights), guarded(scale), torch.float32, out=guarded(torch.empty(rows, n)))
-    assert torch.equal(out, native.int8_linear(integers, weights, scale, torch.float32))
+    out = native.linear(given, guarded(weights), guarded(scale), torch.float32, out=guarded(torch.empty(rows, n)))
+    assert torch.equal(out, native.linear(integers, weights, scale, torch.float32))

@@ -142,11 +142,13 @@ class Codec(ABC):
         name: the key in the registry and in packed checkpoints.
         lossless: whether `decode(encode(w))` equals `w` bit by bit.
         fallback: the codec for weights that this one does not support.
+        suits_vocabulary: whether embeddings and heads, which are the most sensitive, may be stored with it.
     """
 
     name: ClassVar[str]
     lossless: ClassVar[bool]
     fallback: ClassVar[str] = "none"
+    suits_vocabulary: ClassVar[bool] = True
 
     @property
     def stored_name(self) -> str:
@@ -177,14 +179,6 @@ class Codec(ABC):
     @abstractmethod
     def segments(self, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Segment, ...]:
         """Return the segments of the encoded form of a tensor of this shape and dtype; the first is the paged one."""
-
-    def row_block(self, shape: tuple[int, ...]) -> int:
-        """Return how many rows of a tensor of this shape are encoded together.
-
-        Ranges of rows that are encoded, decoded or multiplied start at a multiple of it, and end at a multiple or at
-        the end of the tensor. Single rows can be looked up only if it is 1.
-        """
-        return 1
 
     @abstractmethod
     def encode(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -72,9 +72,8 @@ class DecodedSample:
 
     @classmethod
     def of(cls, codec: Codec, weight: torch.Tensor, encoded: Mapping[str, torch.Tensor]) -> DecodedSample:
-        """Decode the first rows of a weight `[rows, ...]`, or of a chunk that consists of whole row blocks."""
-        block = codec.row_block(tuple(weight.shape))
-        rows = min(len(weight), -(-_SAMPLED_ROWS // block) * block)
+        """Decode the first rows of a weight `[rows, ...]`, or of a chunk."""
+        rows = min(len(weight), _SAMPLED_ROWS)
         shared = {segment.name for segment in codec.segments(tuple(weight.shape), weight.dtype) if segment.shared}
         part = {name: segment if name in shared else segment[:rows] for name, segment in encoded.items()}
         exact = weight[:rows].reshape(rows, -1)

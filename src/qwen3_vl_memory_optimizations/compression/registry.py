@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from functools import partial
 
 from ..errors import ConfigurationError
 from .base import Codec
 from .codecs.fp16 import FP16Codec
-from .codecs.int4 import LAYOUTS, INT4Codec
+from .codecs.int4 import INT4Codec
 from .codecs.int8 import INT8Codec
 from .codecs.raw import RawCodec
 from .codecs.rotated import RotatedINT8Codec
@@ -18,6 +17,7 @@ from .codecs.svd import SVDCodec
 
 _FACTORIES: dict[str, Callable[[], Codec]] = {}
 _VARIANTS: set[str] = set()
+_FORMER = ("int4_64", "int4_32")
 
 
 def register_codec(name: str, factory: Callable[[], Codec], *, variant: bool = False) -> None:
@@ -45,6 +45,8 @@ def create_codec(name: str) -> Codec:
         ConfigurationError: there is no such codec; the error lists the known names and suggests the nearest.
     """
     name, _, parameters = name.partition(":")
+    if name in _FORMER:
+        raise ConfigurationError(f"the format {name!r} of version 0.2 is no longer read; pack the checkpoint again")
     if name not in _FACTORIES:
         names = codec_names()
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
@@ -65,5 +67,4 @@ register_codec(FP16Codec.name, FP16Codec)
 register_codec(SVDCodec.name, SVDCodec)
 register_codec(SparseCodec.name, SparseCodec)
 register_codec(INT4Codec.name, INT4Codec)
-for _layout in LAYOUTS:
-    register_codec(f"{INT4Codec.name}_{_layout}", partial(INT4Codec, layout=_layout), variant=True)
+register_codec(INT4Codec().stored_name, INT4Codec, variant=True)

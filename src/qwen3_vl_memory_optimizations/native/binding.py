@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigurationError
-from .structures import Attention, FullAttention, Layer, LayerEnd, LayerStart
+from .structures import Attention, Encoding, FullAttention, Layer, LayerEnd, LayerStart, Weight
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ MOST_HEAD_SIZE = 128
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of activations and results."""
 
-_ABI = 2
+_ABI = 3
 _LIBRARY = Path(__file__).with_name("libcore.so")
 _ARM = platform.machine().lower() in ("aarch64", "arm64")
 _SETS = ("portable", "dotprod") if _ARM else ("portable", "avx2", "avxvnni", "avx512vnni", "amx")
@@ -78,13 +78,16 @@ class Core:
         self._quantize.argtypes = [
             *(pointer, integer, number, number, number, pointer, number, integer, pointer, pointer, integer)
         ]
-        self._int8_linear = functions.qm_int8_linear
-        self._int8_linear.restype = None
-        self._int8_linear.argtypes = [
-            *(pointer, pointer, number, number, pointer, pointer, number, pointer, integer, number, integer, integer)
+        self._linear = functions.qm_linear
+        self._linear.restype = None
+        self._linear.argtypes = [
+            *(pointer, pointer, number, ctypes.POINTER(Weight), pointer, integer, number, integer, integer)
         ]
         self._multiplies_bytes = functions.qm_multiplies_bytes
         self._multiplies_bytes.argtypes, self._multiplies_bytes.restype = [], integer
+        self._encode = functions.qm_encode
+        self._encode.restype = None
+        self._encode.argtypes = [ctypes.POINTER(Encoding), integer]
         self._run_layers = functions.qm_run_layers
         self._run_layers.argtypes, self._run_layers.restype = [pointer, number, integer], None
         self._steps: dict[type, Any] = {}
@@ -150,29 +153,35 @@ class Core:
         )
         return Integers(values, scale, columns, bool(fits))
 
-    def int8_linear(
-        self, x: Integers, data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None
+    def linear(
+        self,
+        x: Integers,
+        data: torch.Tensor,
+        scale: torch.Tensor,
+        dtype: torch.dtype,
+        out: torch.Tensor | None = None,
+        *,
+        tables: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return `x @ (data * scale).T`, `[rows, n]`.
 
         Args:
             x: the activations.
-            data: int8 `[n, columns]`, contiguous.
+            data: int8 `[n, columns]`, or 4-bit rows, uint8 `[n, columns / 16 + columns / 2]`; contiguous.
             scale: fp32 `[n]`, contiguous.
             dtype: of the result, one of `DTYPES`.
             out: where to write the result; its rows may lie apart.
+            tables: int8 `[256, 16]`, the integers that 4-bit rows name (see `INT4Codec`); `None`: the rows are int8.
         """
         rows, n = len(x.scale), len(data)
         if out is None:
             out = torch.empty((rows, n), dtype=dtype)
-        self._int8_linear(
+        named = None if tables is None else tables.data_ptr()
+        self._linear(
             x.values.data_ptr(),
             x.scale.data_ptr(),
             rows,
-            x.columns,
-            data.data_ptr(),
-            scale.data_ptr(),
-            n,
+            Weight(data.data_ptr(), scale.data_ptr(), None, 0, n, x.columns, named),
             out.data_ptr(),
             DTYPES[dtype],
             out.stride(0),
@@ -180,6 +189,28 @@ class Core:
             torch.get_num_threads(),
         )
         return out
+
+    def encode(
+        self,
+        values: torch.Tensor,
+        tables: torch.Tensor,
+        errors: torch.Tensor,
+        nearest: torch.Tensor,
+        data: torch.Tensor,
+    ) -> torch.Tensor:
+        """Write values as 4-bit rows; return int64 `[rows, 2]`: products of values and integers, squares of integers.
+
+        Args:
+            values: int16 `[rows, columns]`, contiguous, in halves of the unit of the tables.
+            tables: int8 `[256, 16]`.
+            errors: uint16 `[509, 256]` of each value from -254 on with each table, 4,095 at most.
+            nearest: uint8 `[256, 509]`, the code of each value.
+            data: where to write, uint8 `[rows, columns / 16 + columns / 2]`, contiguous.
+        """
+        products = torch.empty((len(values), 2), dtype=torch.int64)
+        pointers = [each.data_ptr() for each in (tables, errors, nearest, data, products)]
+        self._encode(Encoding(values.data_ptr(), *values.shape, *pointers), torch.get_num_threads())
+        return products
 
     def attend_all(self, heads: torch.Tensor, scale: float) -> torch.Tensor:
         """Return attention of all tokens to all, in integers of 12 bits: `[tokens, heads * size]`.
@@ -248,8 +279,8 @@ def _agrees(loaded: Core) -> bool:
     for each in (isa, "portable"):
         loaded.select(each)
         integers, as_bytes = loaded.quantize(x), loaded.quantize(x, as_bytes=True)
-        products = [loaded.int8_linear(each, weights, scale, torch.float32) for each in (integers, as_bytes)]
-        products += [loaded.int8_linear(loaded.quantize(x[:1]), weights, scale, torch.bfloat16)]
+        products = [loaded.linear(each, weights, scale, torch.float32) for each in (integers, as_bytes)]
+        products += [loaded.linear(loaded.quantize(x[:1]), weights, scale, torch.bfloat16)]
         attended = loaded.attend_all(x.flatten()[: 30 * 3 * 2 * 72].view(30, 3, 2, 72), 0.1)
         found.append((integers.values, integers.scale, *products, attended))
     loaded.select(isa)

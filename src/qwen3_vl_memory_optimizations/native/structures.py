@@ -8,7 +8,7 @@ _POINTER, _NUMBER, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 class Weight(ctypes.Structure):
-    """INT8 rows of a weight, `[rows, columns]`; `signs` is set if they are rotated in blocks of `block` columns."""
+    """Rows of a weight: INT8, or 4 bits if `tables` is set; `signs` is set if they are rotated in blocks of `block`."""
 
     _fields_ = [
         ("data", _POINTER),
@@ -17,6 +17,22 @@ class Weight(ctypes.Structure):
         ("block", _NUMBER),
         ("rows", _NUMBER),
         ("columns", _NUMBER),
+        ("tables", _POINTER),
+    ]
+
+
+class Encoding(ctypes.Structure):
+    """Values to write as 4-bit rows (`qm_encoding`)."""
+
+    _fields_ = [
+        ("values", _POINTER),
+        ("rows", _NUMBER),
+        ("columns", _NUMBER),
+        ("tables", _POINTER),
+        ("errors", _POINTER),
+        ("nearest", _POINTER),
+        ("data", _POINTER),
+        ("products", _POINTER),
     ]
 
 

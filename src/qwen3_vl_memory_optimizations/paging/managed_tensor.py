@@ -294,8 +294,6 @@ def _embedding(
     entry = weight.entry
     if entry.rows_per_page is None or input.dtype not in (torch.int32, torch.int64):
         return NotImplemented
-    if entry.codec.row_block(entry.shape) > 1:  # single rows cannot be looked up
-        return NotImplemented
     rows, positions = torch.unique(input, return_inverse=True)
     if rows.numel() and not (0 <= int(rows[0]) and int(rows[-1]) < entry.shape[0]):
         raise IndexError(f"embedding index outside [0, {entry.shape[0]}): {int(rows[0])} to {int(rows[-1])}")

@@ -78,8 +78,8 @@ class Products:
 
         The values are valid until the next part is requested.
         """
-        columns, block = columns_of(entry.shape), entry.codec.row_block(entry.shape)
-        step = max(1, self._scratch().slot_bytes // (columns * dtype.itemsize) // block) * block
+        columns = columns_of(entry.shape)
+        step = max(1, self._scratch().slot_bytes // (columns * dtype.itemsize))
         for first, last in self._access.row_ranges(entry):
             for start in range(first, last, step):
                 stop = min(start + step, last)

@@ -11,13 +11,13 @@ PROCESS_BYTES = 500_000_000
 
 
 def encoded_bytes(matrices: Iterable[Matrix], codec: str) -> int:
-    """Return the size of bf16 matrices as a codec stores them; `int4` leaves embeddings and heads to its fallback."""
+    """Return the size of bf16 matrices as a codec stores them (embeddings and heads: see `suits_vocabulary`)."""
     import torch
 
     from ...compression import create_codec
 
     encoder = create_codec(codec)
-    lookup = create_codec(encoder.fallback) if codec == "int4" else encoder
+    lookup = encoder if encoder.suits_vocabulary else create_codec(encoder.fallback)
     return sum(
         segment.n_bytes
         for matrix in matrices

@@ -90,17 +90,24 @@ class INT8Codec(Codec):
             return self._decoded_product(x, encoded, bias, scratch)
         integers = x.once("integers", lambda: self._integers(x, native))
         assert isinstance(integers, Integers)
-        product = native.int8_linear(integers, encoded["data"], encoded["scale"], x.given_dtype)
+        product = self._native_product(native, integers, encoded, x.given_dtype)
         return product if bias is None else product.add_(bias)
 
     def native_weight(self, encoded: Encoded) -> Weight | None:
         """Return the rows for the native core's layer steps."""
         data = encoded["data"]
-        return Weight(data.data_ptr(), encoded["scale"].data_ptr(), None, 0, *data.shape)
+        return Weight(data.data_ptr(), encoded["scale"].data_ptr(), None, 0, *data.shape, None)
 
     def wants_whole(self, x: LinearInput) -> bool:
         """Return False with the native core, where a row of the weight has the same bits in any range."""
         return core() is None and super().wants_whole(x)
+
+    def _native_product(self, native: Core, integers: Integers, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
+        return native.linear(integers, encoded["data"], encoded["scale"], dtype)
+
+    def _dequantize(self, encoded: Encoded, out: torch.Tensor) -> torch.Tensor:
+        """Write the rows as they are stored, rotated or not, into `out` `[n, columns]`."""
+        return dequantize(encoded, out)
 
     def _integers(self, x: LinearInput, native: Core) -> Integers:
         return native.quantize(x.x2d)
@@ -111,8 +118,8 @@ class INT8Codec(Codec):
         """Multiply any number of rows, decoding weights some rows at a time: in fp32, unless bf16 is faster."""
         dtype = x.given_dtype
         if dtype.itemsize > 2 or (dtype == torch.bfloat16 and has_native_bf16()):
-            return linear_in_steps(x, encoded, bias, dequantize, scratch)
+            return linear_in_steps(x, encoded, bias, self._dequantize, scratch)
         wide = x.once("fp32", lambda: LinearInput(x.x2d.float()))
         assert isinstance(wide, LinearInput)
-        product = linear_in_steps(wide, encoded, None, dequantize, scratch).to(dtype)
+        product = linear_in_steps(wide, encoded, None, self._dequantize, scratch).to(dtype)
         return product if bias is None else product.add_(bias)

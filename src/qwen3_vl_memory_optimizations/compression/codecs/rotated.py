@@ -6,7 +6,7 @@ import torch
 
 from ...native import DTYPES, Core, Integers, Weight, core
 from ..base import STEP_ELEMENTS, Encoded, LinearInput, Scratch
-from .int8 import INT8Codec, dequantize
+from .int8 import INT8Codec
 from .rotation import rotate, rotate_back, rotation_signs
 
 _MOST_EXACT_ROWS = 16
@@ -33,11 +33,11 @@ class RotatedINT8Codec(INT8Codec):
 
     def decode(self, encoded: Encoded, out: torch.Tensor) -> torch.Tensor:
         """Write `(data * scale) @ R.T` in the dtype of `out`."""
-        rows, columns = encoded["data"].shape
+        rows, columns = out.shape
         step = max(1, STEP_ELEMENTS // columns)
         for start in range(0, rows, step):
             part = {name: segment[start : start + step] for name, segment in encoded.items()}
-            values = dequantize(part, torch.empty(part["data"].shape, dtype=torch.float32))
+            values = self._dequantize(part, torch.empty((len(part["scale"]), columns), dtype=torch.float32))
             out[start : start + step] = rotate_back(values)
         return out
 
@@ -54,7 +54,7 @@ class RotatedINT8Codec(INT8Codec):
         """Return the rows for the native core's layer steps, which rotate activations."""
         data = encoded["data"]
         signs = rotation_signs(data.shape[1])
-        return Weight(data.data_ptr(), encoded["scale"].data_ptr(), signs.data_ptr(), len(signs), *data.shape)
+        return Weight(data.data_ptr(), encoded["scale"].data_ptr(), signs.data_ptr(), len(signs), *data.shape, None)
 
     def _integers(self, x: LinearInput, native: Core) -> Integers:
         columns = x.x2d.shape[1]

@@ -235,7 +235,7 @@ class WeightLoader:
 
     @staticmethod
     def _page_rows(first: Segment, codec: Codec, shape: tuple[int, ...]) -> int:
-        return rows_per_page(first.shape, first.dtype.itemsize, codec.row_block(shape))
+        return rows_per_page(first.shape, first.dtype.itemsize)
 
     def _release_address_space(self, entry: TensorEntry, place: _Place) -> None:
         frames = self._pager.frames

@@ -267,7 +267,7 @@ def _write(source: Checkpoint, stored: Stored, plan: CompressionPlan | None, fin
             paged = index == 0 and len(weight.shape) >= 2
             page_bytes = 0
             if paged:
-                rows = rows_per_page(segment.shape, segment.dtype.itemsize, codec.row_block(weight.shape))
+                rows = rows_per_page(segment.shape, segment.dtype.itemsize)
                 page_bytes = rows * columns_of(segment.shape) * segment.dtype.itemsize
             dtype = SAFETENSORS_DTYPES[segment.dtype]
             shape = segment.shape if codec.name != "none" else weight.shape
@@ -333,7 +333,7 @@ def _encoded_chunks(
     encodings: PackedEncodings,
 ) -> Iterator[memoryview]:
     """Yield the bytes of the first segment, some rows at a time; the others are collected in `small`."""
-    for rows in weight.row_chunks(codec.row_block(weight.shape)):
+    for rows in weight.row_chunks():
         try:
             encoded = encodings.encode(name, codec, rows)
         except CodecError as error:

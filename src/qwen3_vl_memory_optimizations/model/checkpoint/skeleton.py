@@ -188,8 +188,7 @@ def codec_for(
 ) -> Codec:
     """Return the codec for a weight: `codec`, or the first of its fallbacks that supports the weight.
 
-    Vocabulary matrices are read row by row, and are the most sensitive: they get a codec that encodes single rows,
-    which excludes those of very few bits.
+    Vocabulary matrices are the most sensitive: they never get a codec of very few bits.
 
     Args:
         site: a managed weight.
@@ -199,7 +198,7 @@ def codec_for(
         values: returns the weight, for codecs that inspect it.
     """
     while True:
-        if codec.supports(site.shape, dtype) and not (site.vocabulary and codec.row_block(site.shape) > 1):
+        if codec.supports(site.shape, dtype) and (codec.suits_vocabulary or not site.vocabulary):
             try:
                 return codec.fit(values)
             except CodecError as error:
@@ -207,8 +206,8 @@ def codec_for(
         codec = create(codec.fallback)
 
 
-def rows_per_page(shape: tuple[int, ...], itemsize: int, row_block: int = 1) -> int:
-    """Return the rows of a matrix, a multiple of `row_block`, in a page of about `PAGE_BYTES`.
+def rows_per_page(shape: tuple[int, ...], itemsize: int) -> int:
+    """Return the rows of a matrix in a page of about `PAGE_BYTES`.
 
     Pages of whole frame units are cheapest to move; if the rows do not divide so, whole frames, else any size.
     """
@@ -216,7 +215,7 @@ def rows_per_page(shape: tuple[int, ...], itemsize: int, row_block: int = 1) -> 
     n_pages = max(1, -(-shape[0] * row_bytes // PAGE_BYTES))
     rows = -(-shape[0] // n_pages)
     for granularity in (UNIT_BYTES, FRAME_BYTES, 1):
-        multiple = math.lcm(granularity // math.gcd(granularity, row_bytes), ROW_MULTIPLE, row_block)
+        multiple = math.lcm(granularity // math.gcd(granularity, row_bytes), ROW_MULTIPLE)
         if multiple * row_bytes <= PAGE_BYTES // 2 or granularity == 1:
             break
     return -(-rows // multiple) * multiple

@@ -18,6 +18,17 @@ struct V {
         return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)from));
     }
     static inline Weights load_integers(const int16_t *from) { return _mm512_loadu_si512(from); }
+    static inline void codes(const uint8_t *codes, const uint8_t *numbers, const int8_t *tables, Weights (&to)[2]) {
+        const __m512i all = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)codes));
+        const __m512i both = _mm512_permutexvar_epi64(_mm512_set_epi64(3, 2, 3, 2, 1, 0, 1, 0), all);
+        const __m512i each = _mm512_srlv_epi64(both, _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0));
+        const auto table = [&](int i) { return _mm_loadu_si128((const __m128i *)(tables + 16 * int64_t(numbers[i]))); };
+        __m512i four = _mm512_inserti32x4(_mm512_castsi128_si512(table(0)), table(1), 1);
+        four = _mm512_inserti32x4(_mm512_inserti32x4(four, table(2), 2), table(3), 3);
+        const __m512i bytes = _mm512_shuffle_epi8(four, _mm512_and_si512(each, _mm512_set1_epi8(15)));
+        to[0] = _mm512_srai_epi16(_mm512_slli_epi16(bytes, 8), 8);
+        to[1] = _mm512_srai_epi16(bytes, 8);
+    }
     static inline Weights repeat(const char *from) {
         int32_t four;
         __builtin_memcpy(&four, from, 4);
@@ -72,10 +83,11 @@ struct V {
 } // namespace
 
 #include "products.inl"
+#include "codes.inl"
 #include "layer.inl"
 #include "full_attention.inl"
 
 extern const Kernels avx512vnni_kernels = {
-    "avx512vnni", few_rows, many_rows, PANEL, 16,
+    "avx512vnni", few_rows, many_rows, few_rows_of_codes, expand_codes, encode_row, PANEL, 16,
     &byte_products, quantize_row, rms_norm, rotate_head, silu_product, convert, add, attend, pack_tokens, attend_full};
 #endif

@@ -71,6 +71,27 @@ const Rearranged *matrix_unit() {
 const Rearranged *matrix_unit() { return nullptr; }
 #endif
 
+int64_t item_bytes(int dtype) { return dtype == QM_FP32 ? 4 : 2; }
+
+// Compute columns `first` to `stop` of a result with a kernel for INT8 rows. 4-bit rows are written so first, some at a time,
+// which stay in the cache.
+template <class Kernel> void with_int8_rows(const Linear &product, int64_t first, int64_t stop, Kernel kernel) {
+    if (!product.tables) return kernel(product, first, stop);
+    int8_t *rows = (int8_t *)malloc(size_t(COLUMNS_TOGETHER * product.columns) + 64);
+    if (!rows) return kernels->few_rows_of_codes(product, first, stop);
+    for (; first < stop; first += COLUMNS_TOGETHER) {
+        Linear part = product;
+        part.n = stop - first < COLUMNS_TOGETHER ? stop - first : COLUMNS_TOGETHER;
+        kernels->expand_codes(product, first, first + part.n, rows);
+        part.tables = nullptr;
+        part.weights = rows;
+        part.weight_scale = product.weight_scale + first;
+        part.out = (char *)product.out + first * item_bytes(product.dtype);
+        kernel(part, int64_t(0), part.n);
+    }
+    free(rows);
+}
+
 struct LinearLoop {
     Linear product;
     int64_t step;
@@ -81,7 +102,8 @@ void linear_chunk(void *context, int64_t chunk) {
     const LinearLoop &loop = *(const LinearLoop *)context;
     const int64_t first = chunk * loop.step;
     const int64_t stop = first + loop.step < loop.product.n ? first + loop.step : loop.product.n;
-    (loop.many ? kernels->many_rows : kernels->few_rows)(loop.product, first, stop);
+    if (loop.many) with_int8_rows(loop.product, first, stop, kernels->many_rows);
+    else (loop.product.tables ? kernels->few_rows_of_codes : kernels->few_rows)(loop.product, first, stop);
 }
 
 struct RearrangedLoop {
@@ -100,7 +122,9 @@ void rearranged_chunk(void *context, int64_t chunk) {
     const RearrangedLoop &loop = *(const RearrangedLoop *)context;
     const int64_t first = chunk * loop.step;
     const int64_t stop = first + loop.step < loop.product.n ? first + loop.step : loop.product.n;
-    loop.kernel.product(loop.product, loop.memory, first, stop);
+    with_int8_rows(loop.product, first, stop, [&](const Linear &part, int64_t from, int64_t to) {
+        loop.kernel.product(part, loop.memory, from, to);
+    });
 }
 
 // Returns false if there is no memory.
@@ -114,7 +138,7 @@ bool rearranged_product(const Rearranged &kernel, const Linear &all, int n_threa
         product.rows = all.rows - row < at_once ? all.rows - row : at_once;
         product.x = all.x + row * all.x_stride;
         product.x_scale = all.x_scale + row;
-        product.out = (char *)all.out + row * all.out_stride * (all.dtype == QM_FP32 ? 4 : 2);
+        product.out = (char *)all.out + row * all.out_stride * item_bytes(all.dtype);
         share_out(rearrange_chunk, &loop, kernel.n_units(product.rows, all.bytes), n_threads);
         share_out(rearranged_chunk, &loop, (all.n + loop.step - 1) / loop.step, n_threads);
     }
@@ -152,6 +176,8 @@ void quantize_chunk(void *context, int64_t chunk) {
     free(work);
 }
 
+void encode_chunk(void *context, int64_t row) { kernels->encode_row(*(const qm_encoding *)context, row); }
+
 int64_t at_least_one(int64_t n) { return n < 1 ? 1 : n; }
 
 } // namespace
@@ -184,25 +210,31 @@ int qm_quantize(const void *x, int dtype, int64_t rows, int64_t columns, int64_t
     return bytes && !loop.is_wide.load(std::memory_order_relaxed);
 }
 
-void qm_int8_linear(const int16_t *integers, const float *scale, int64_t rows, int64_t columns, const int8_t *weights,
-                    const float *weight_scale, int64_t n, void *out, int dtype, int64_t out_stride, int bytes,
-                    int n_threads) {
+void qm_encode(const qm_encoding *encoding, int n_threads) {
+    share_out(encode_chunk, (void *)encoding, encoding->rows, n_threads);
+}
+
+void qm_linear(const int16_t *integers, const float *scale, int64_t rows, const qm_weight *weight, void *out, int dtype,
+               int64_t out_stride, int bytes, int n_threads) {
+    const int64_t columns = weight->columns, n = weight->rows;
     if (rows < 1 || n < 1) return;
     const int64_t padded = (columns + QM_COLUMN_MULTIPLE - 1) / QM_COLUMN_MULTIPLE * QM_COLUMN_MULTIPLE;
-    const Linear product = {integers, scale, rows, columns, padded, weights, weight_scale, n, out, dtype, out_stride, bytes != 0};
+    const Linear product = {integers, scale, rows, columns, padded, weight->data, weight->scale, n, out, dtype, out_stride,
+                            bytes != 0, weight->tables};
     const bool many = rows >= kernels->least_rows;
     const Rearranged *best = bytes && many ? kernels->bytes : nullptr;
-    if (matrix_products && rows > 1 && n >= COLUMNS_TOGETHER) best = matrix_products;
+    if (matrix_products && rows > 1 && n >= COLUMNS_TOGETHER && (many || !weight->tables)) best = matrix_products;
     if (best && rearranged_product(*best, product, n_threads)) return;
     int64_t step;
     if (many) {
-        step = at_least_one(CHUNK_PRODUCTS / at_least_one(rows * columns * kernels->panel)) * kernels->panel;
+        const int64_t panel = weight->tables ? COLUMNS_TOGETHER : kernels->panel;
+        step = at_least_one(CHUNK_PRODUCTS / at_least_one(rows * columns * panel)) * panel;
     } else {
-        step = at_least_one(CHUNK_BYTES / at_least_one(columns * (rows < 4 ? 1 : rows / 2)) / 8) * 8;
+        step = at_least_one(CHUNK_BYTES / at_least_one(product.row_bytes() * (rows < 4 ? 1 : rows / 2)) / 8) * 8;
     }
     LinearLoop loop = {product, step, many};
     const int64_t n_chunks = (n + step - 1) / step;
-    if (n * columns < FEW_BYTES && !many) { // done before a thread would have begun
+    if (n * product.row_bytes() < FEW_BYTES && !many) { // done before a thread would have begun
         for (int64_t chunk = 0; chunk < n_chunks; ++chunk) linear_chunk(&loop, chunk);
         return;
     }

@@ -14,7 +14,7 @@ extern "C" {
 #endif
 
 #define QM_EXPORT __attribute__((visibility("default")))
-#define QM_ABI 2
+#define QM_ABI 3
 #define QM_LEVELS 16383          // largest integer of an activation: 1,024 * 16,383 * 127 < 2^31
 #define QM_BYTE_LEVELS 127       // the same with 8 bits
 #define QM_MOST_CREST 16         // largest value of a row with 8 bits, in units of its root mean square
@@ -44,19 +44,40 @@ QM_EXPORT int qm_multiplies_bytes(void);
 QM_EXPORT int qm_quantize(const void *x, int dtype, int64_t rows, int64_t columns, int64_t x_stride, const float *signs,
                  int64_t block, int bytes, int16_t *integers, float *scale, int n_threads);
 
-// out [rows, n] = (integers @ weights.T) * scale * weight_scale; strides in elements. `bytes`: all integers fit 8 bits.
-QM_EXPORT void qm_int8_linear(const int16_t *integers, const float *scale, int64_t rows, int64_t columns, const int8_t *weights,
-                    const float *weight_scale, int64_t n, void *out, int dtype, int64_t out_stride, int bytes,
-                    int n_threads);
-
-// --- a decoder layer, for few rows
-
+// INT8 rows [rows, columns], or, with `tables` [256, 16], 4-bit rows: for each 16 of the columns, a multiple of 64, the number
+// of a table, then codes of 4 bits that name the table's bytes (see `codes.inl`).
 struct qm_weight {
     const int8_t *data;
-    const float *scale;
+    const float *scale; // of each row
     const float *signs; // NULL: not rotated
     int64_t block, rows, columns;
+    const int8_t *tables; // NULL: INT8
 };
+
+// out [rows, rows of the weight] = (integers @ weight.T) * scale * the weight's scale; strides in elements. `bytes`: all
+// integers fit 8 bits.
+QM_EXPORT void qm_linear(const int16_t *integers, const float *scale, int64_t rows, const struct qm_weight *weight, void *out,
+                    int dtype, int64_t out_stride, int bytes, int n_threads);
+
+// --- 4-bit rows
+
+#define QM_TABLES 256
+#define QM_MOST_ENCODED 254 // size of a value to encode, in halves of the tables' unit
+
+struct qm_encoding {
+    const int16_t *values; // [rows, columns], sizes of QM_MOST_ENCODED at most
+    int64_t rows, columns; // a multiple of 64
+    const int8_t *tables;  // [QM_TABLES, 16]
+    const uint16_t *errors; // [values, QM_TABLES]: of each value from -QM_MOST_ENCODED on with each table; 4,095 at most
+    const uint8_t *nearest; // [QM_TABLES, values]: the code
+    uint8_t *data;          // [rows, columns / 16 + columns / 2]
+    int64_t *products;      // [rows, 2]: of the values and the integers that stand for them; of these with themselves
+};
+
+// For each 16 values, in the groups of `codes.inl`, take the table with the least sum of errors, the first of several.
+QM_EXPORT void qm_encode(const struct qm_encoding *encoding, int n_threads);
+
+// --- a decoder layer, for few rows
 
 // What comes before attention: norm, products for query, key and value, norm and rotation of heads. Keys and values go
 // where the cache wants them.

@@ -19,6 +19,17 @@ struct V {
         return {vmovl_s8(vget_low_s8(bytes)), vmovl_high_s8(bytes)};
     }
     static inline Weights load_integers(const int16_t *from) { return {vld1q_s16(from), vld1q_s16(from + 8)}; }
+    static inline void codes(const uint8_t *codes, const uint8_t *numbers, const int8_t *tables, Weights (&to)[4]) {
+        int16x8_t even[4], odd[4];
+        for (int group = 0; group < 4; ++group) {
+            const uint8x16_t both = vld1q_u8(codes + group / 2 * 16);
+            const uint8x16_t each = group % 2 ? vshrq_n_u8(both, 4) : vandq_u8(both, vdupq_n_u8(15));
+            const int16x8_t bytes = vreinterpretq_s16_s8(vqtbl1q_s8(vld1q_s8(tables + 16 * int64_t(numbers[group])), each));
+            even[group] = vshrq_n_s16(vshlq_n_s16(bytes, 8), 8);
+            odd[group] = vshrq_n_s16(bytes, 8);
+        }
+        to[0] = {even[0], even[1]}, to[1] = {even[2], even[3]}, to[2] = {odd[0], odd[1]}, to[3] = {odd[2], odd[3]};
+    }
     static inline Weights repeat(const char *from) {
         int32_t four;
         __builtin_memcpy(&four, from, 4);
@@ -82,10 +93,11 @@ struct V {
 } // namespace
 
 #include "products.inl"
+#include "codes.inl"
 #include "layer.inl"
 #include "full_attention.inl"
 
 extern const Kernels dotprod_kernels = {
-    "dotprod", few_rows, many_rows, PANEL, 16,
+    "dotprod", few_rows, many_rows, few_rows_of_codes, expand_codes, encode_row, PANEL, 16,
     &byte_products, quantize_row, rms_norm, rotate_head, silu_product, convert, add, attend, pack_tokens, attend_full};
 #endif

@@ -13,7 +13,10 @@ struct Linear {
     void *out;
     int dtype;
     int64_t out_stride;
-    bool bytes; // all of `x` fits 8 bits
+    bool bytes;                     // all of `x` fits 8 bits
+    const int8_t *tables = nullptr; // of 4-bit rows; NULL: INT8
+
+    int64_t row_bytes() const { return tables ? columns / 16 + columns / 2 : columns; }
 };
 
 // Products of activations that are rearranged first, some rows at a time, in memory of the caller. The bits are those of
@@ -40,6 +43,10 @@ struct Kernels {
     // Compute columns `first` to `stop` of the result.
     void (*few_rows)(const Linear &, int64_t first, int64_t stop);
     void (*many_rows)(const Linear &, int64_t first, int64_t stop);
+    // The same with 4-bit rows, and these as INT8 rows `first` to `stop`.
+    void (*few_rows_of_codes)(const Linear &, int64_t first, int64_t stop);
+    void (*expand_codes)(const Linear &, int64_t first, int64_t stop, int8_t *to);
+    void (*encode_row)(const qm_encoding &, int64_t row);
     int64_t panel;      // columns of the result that `many_rows` computes together
     int64_t least_rows; // from here on `many_rows` is faster
     const Rearranged *bytes; // for many rows of 8-bit activations; NULL: `many_rows` is as fast

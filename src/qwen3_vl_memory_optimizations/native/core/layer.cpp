@@ -40,8 +40,7 @@ struct Left {
             kernels->quantize_row(x, QM_FP32, weight.columns, weight.signs, weight.block, false, x,
                                   integers + row * padded(weight.columns), scale + row);
         }
-        qm_int8_linear(integers, scale, rows, weight.columns, weight.data, weight.scale, weight.rows, out, QM_FP32,
-                       weight.rows, 0, n_threads);
+        qm_linear(integers, scale, rows, &weight, out, QM_FP32, weight.rows, 0, n_threads);
     }
 };
 

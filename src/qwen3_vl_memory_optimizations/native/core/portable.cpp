@@ -19,6 +19,12 @@ struct V {
         for (int i = 0; i < LANES; ++i) values.at[i] = from[i];
         return values;
     }
+    static void codes(const uint8_t *codes, const uint8_t *numbers, const int8_t *tables, Weights (&to)[4]) {
+        for (int column = 0; column < 64; ++column) {
+            const int group = column % 32 / 8, code = codes[group / 2 * 16 + column % 8 * 2 + column / 32] >> group % 2 * 4 & 15;
+            to[column / LANES].at[column % LANES] = tables[numbers[group] * 16 + code];
+        }
+    }
     static Weights repeat(const char *from) {
         int16_t pair[2]; // copied: GCC 12 vectorises direct reads so that it reads past the last pair
         __builtin_memcpy(pair, from, sizeof pair);
@@ -99,9 +105,10 @@ struct V {
 } // namespace
 
 #include "products.inl"
+#include "codes.inl"
 #include "layer.inl"
 #include "full_attention.inl"
 
 extern const Kernels portable_kernels = {
-    "portable", few_rows, many_rows, PANEL, 16,
+    "portable", few_rows, many_rows, few_rows_of_codes, expand_codes, encode_row, PANEL, 16,
     nullptr, quantize_row, rms_norm, rotate_head, silu_product, convert, add, attend, pack_tokens, attend_full};

@@ -92,6 +92,22 @@ struct V {
         return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)from));
     }
     static inline Weights load_integers(const int16_t *from) { return _mm256_loadu_si256((const __m256i *)from); }
+    // Two groups, as bytes: columns of the first half in even places, of the second in odd ones.
+    static inline __m256i coded(const uint8_t *codes, const uint8_t *numbers, const int8_t *tables) {
+        const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)codes));
+        const __m256i each = _mm256_srlv_epi64(both, _mm256_set_epi64x(4, 4, 0, 0));
+        const __m128i first = _mm_loadu_si128((const __m128i *)(tables + 16 * int64_t(numbers[0])));
+        const __m128i second = _mm_loadu_si128((const __m128i *)(tables + 16 * int64_t(numbers[1])));
+        return _mm256_shuffle_epi8(_mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1),
+                                   _mm256_and_si256(each, _mm256_set1_epi8(15)));
+    }
+    static inline void codes(const uint8_t *codes, const uint8_t *numbers, const int8_t *tables, Weights (&to)[4]) {
+        for (int half = 0; half < 2; ++half) {
+            const __m256i bytes = coded(codes + 16 * half, numbers + 2 * half, tables);
+            to[half] = _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8);
+            to[half + 2] = _mm256_srai_epi16(bytes, 8);
+        }
+    }
     static inline Weights repeat(const char *from) {
         int32_t four;
         __builtin_memcpy(&four, from, 4);

@@ -22,8 +22,6 @@ def join(entries: Sequence[TensorEntry]) -> bool:
     end = first.address
     for entry, view in zip(entries, views, strict=True):
         alike = entry.codec is first.codec and entry.dtype == first.dtype and not entry.shared
-        if entry.codec.row_block(entry.shape) > 1:  # the encoding of a row depends on its tensor
-            return False
         if not alike or view[paged].shape[1:] != views[0][paged].shape[1:] or entry.address != end:
             return False
         end += entry.n_bytes

@@ -132,15 +132,15 @@ class LogicalTensor(ABC):
             CheckpointError: the parts contradict each other.
         """
 
-    def row_chunks(self, row_block: int = 1) -> Iterator[torch.Tensor]:
-        """Yield the tensor in whole row blocks, some at a time; each chunk is valid until the next.
+    def row_chunks(self) -> Iterator[torch.Tensor]:
+        """Yield the tensor some rows at a time; each chunk is valid until the next.
 
         Raises:
             CheckpointError: the parts contradict each other.
             StorageError: a file cannot be read.
         """
         rows, row_values = self.shape[0], max(1, math.prod(self.shape[1:]))
-        step = max(1, _CHUNK_BYTES // self.dtype.itemsize // row_values // row_block) * row_block
+        step = max(1, _CHUNK_BYTES // self.dtype.itemsize // row_values)
         block = max(1, _BLOCK_VALUES // row_values)
         chunk = torch.empty((min(step, rows), *self.shape[1:]), dtype=self.dtype)
         with Files() as files:
@@ -190,7 +190,7 @@ class PlainTensor(LogicalTensor):
             return lambda start, stop: files.whole(self.extent)
         return lambda start, stop: files.rows(self.extent, start, stop)
 
-    def row_chunks(self, row_block: int = 1) -> Iterator[torch.Tensor]:
+    def row_chunks(self) -> Iterator[torch.Tensor]:
         """Yield the tensor some rows at a time, by direct reads into one buffer."""
         extent, dtype, shape = self.extent, self.dtype, self.shape
         if extent.n_bytes == 0:
@@ -198,7 +198,7 @@ class PlainTensor(LogicalTensor):
             return
         rows = shape[0] if shape else 1
         row_bytes = extent.n_bytes // rows
-        step = max(1, _CHUNK_BYTES // row_bytes // row_block) * row_block
+        step = max(1, _CHUNK_BYTES // row_bytes)
         with DirectFile(extent.path) as file, AlignedBuffer(min(step, rows) * row_bytes + 2 * 4096) as buffer:
             for start in range(0, rows, step):
                 count = min(step, rows - start)

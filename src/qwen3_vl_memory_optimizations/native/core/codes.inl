@@ -1,0 +1,139 @@
+// Products with 4-bit rows. A row of the weight is, for each 16 of its columns, the number of a table (a byte), and then a
+// code of 4 bits for each column, which names one of the table's 16 bytes. These bytes are an INT8 row: the same integers,
+// the same sums, the same bits as if the row had been stored so.
+//
+// 64 columns are four groups and 32 bytes of codes. Group g has the columns 8g to 8g + 7 and 32 + 8g to 32 + 8g + 7, in turns
+// one of each, so that their bytes become 16-bit integers without crossing halves of a vector. Codes of the groups 0 and 1
+// are the low and high halves of the first 16 bytes, of 2 and 3 those of the last. V::codes(codes, numbers, tables, Weights[])
+// returns the 64 in the order of columns.
+
+namespace {
+
+constexpr int64_t CODED = 64;
+
+template <int ROWS>
+ALWAYS_INLINE void code_dots(const int16_t *x, int64_t x_stride, const uint8_t *codes, const uint8_t *numbers,
+                             const int8_t *tables, int64_t columns, int64_t ahead, int32_t (&sums)[ROWS]) {
+    constexpr int VECTORS = CODED / V::LANES, EACH = ROWS > 2 ? 1 : ROWS == 2 && VECTORS > 2 ? 2 : VECTORS;
+    typename V::Sums total[ROWS][EACH];
+    for (int j = 0; j < ROWS; ++j)
+        for (int e = 0; e < EACH; ++e) total[j][e] = V::zero();
+    for (int64_t k = 0; k < columns; k += CODED, codes += CODED / 2, numbers += CODED / 16) {
+        __builtin_prefetch(codes + ahead);
+        typename V::Weights values[VECTORS];
+        V::codes(codes, numbers, tables, values);
+        for (int v = 0; v < VECTORS; ++v)
+            for (int j = 0; j < ROWS; ++j)
+                total[j][v % EACH] =
+                    V::add_products(total[j][v % EACH], values[v], V::load_integers(x + j * x_stride + k + v * V::LANES));
+    }
+    for (int j = 0; j < ROWS; ++j) {
+        for (int e = 1; e < EACH; ++e) total[j][0] = V::add(total[j][0], total[j][e]);
+        sums[j] = V::total(total[j][0]);
+    }
+}
+
+template <int ROWS> ALWAYS_INLINE void code_outputs(const Linear &product, int64_t row, int64_t column) {
+    const int64_t row_bytes = product.row_bytes();
+    const uint8_t *numbers = (const uint8_t *)product.weights + column * row_bytes, *codes = numbers + product.columns / 16;
+    float totals[ROWS] = {};
+    for (int64_t k = 0; k < product.columns; k += SUMMED) {
+        int32_t sums[ROWS];
+        code_dots<ROWS>(product.x + row * product.x_stride + k, product.x_stride, codes + k / 2, numbers + k / 16,
+                        product.tables, product.columns - k < SUMMED ? product.columns - k : SUMMED,
+                        ROWS == 1 ? int64_t(V::AHEAD) : row_bytes, sums);
+        for (int j = 0; j < ROWS; ++j) totals[j] += float(sums[j]);
+    }
+    for (int j = 0; j < ROWS; ++j)
+        put(product.out, product.dtype, (row + j) * product.out_stride + column,
+            totals[j] * (product.x_scale[row + j] * product.weight_scale[column]));
+}
+
+void few_rows_of_codes(const Linear &product, int64_t first, int64_t stop) {
+    for (int64_t column = first; column < stop; ++column) {
+        int64_t row = 0;
+        for (; row + 4 <= product.rows; row += 4) code_outputs<4>(product, row, column);
+        switch (product.rows - row) {
+        case 3: code_outputs<3>(product, row, column); break;
+        case 2: code_outputs<2>(product, row, column); break;
+        case 1: code_outputs<1>(product, row, column); break;
+        }
+    }
+}
+
+// Write rows `first` to `stop` of the weight as INT8.
+void expand_codes(const Linear &product, int64_t first, int64_t stop, int8_t *to) {
+    constexpr int VECTORS = CODED / V::LANES;
+    for (int64_t row = first; row < stop; ++row) {
+        const uint8_t *numbers = (const uint8_t *)product.weights + row * product.row_bytes();
+        const uint8_t *codes = numbers + product.columns / 16;
+        for (int64_t k = 0; k < product.columns; k += CODED, to += CODED) {
+            typename V::Weights values[VECTORS];
+            V::codes(codes + k / 2, numbers + k / 16, product.tables, values);
+            int16_t wide[CODED];
+            memcpy(wide, values, sizeof wide);
+            for (int i = 0; i < CODED; ++i) to[i] = int8_t(wide[i]);
+        }
+    }
+}
+
+typedef uint16_t Sixteen __attribute__((vector_size(32)));
+
+// The table with the least error of 16 values, the first of several.
+ALWAYS_INLINE int64_t best_table(const int16_t (&values)[16], const uint16_t *errors) {
+    constexpr int TOGETHER = 8; // vectors: more do not fit the registers
+    Sixteen least = {}, best = {};
+    for (int64_t first = 0; first < QM_TABLES; first += TOGETHER * 16) {
+        Sixteen sums[TOGETHER] = {};
+        for (int i = 0; i < 16; ++i) {
+            const uint16_t *from = errors + (values[i] + QM_MOST_ENCODED) * QM_TABLES + first;
+            for (int v = 0; v < TOGETHER; ++v) {
+                Sixteen each;
+                memcpy(&each, from + v * 16, sizeof each);
+                sums[v] += each;
+            }
+        }
+        for (int v = 0; v < TOGETHER; ++v) {
+            const Sixteen number = Sixteen{} + uint16_t(first + v * 16), less = (Sixteen)(sums[v] < least);
+            const bool is_first = first + v == 0;
+            least = is_first ? sums[v] : (sums[v] & less) | (least & ~less);
+            best = is_first ? number : (number & less) | (best & ~less);
+        }
+    }
+    int64_t found = best[0];
+    uint16_t found_error = least[0];
+    for (int lane = 1; lane < 16; ++lane) {
+        const int64_t number = best[lane] + lane;
+        if (least[lane] > found_error || (least[lane] == found_error && number > found)) continue;
+        found = number;
+        found_error = least[lane];
+    }
+    return found;
+}
+
+void encode_row(const qm_encoding &all, int64_t row) {
+    const int16_t *x = all.values + row * all.columns;
+    uint8_t *numbers = all.data + row * (all.columns / 16 + all.columns / 2), *codes = numbers + all.columns / 16;
+    int64_t product = 0, square = 0;
+    for (int64_t k = 0; k < all.columns; k += CODED, x += CODED, codes += CODED / 2) {
+        memset(codes, 0, CODED / 2);
+        for (int group = 0; group < 4; ++group) {
+            int16_t values[16];
+            for (int i = 0; i < 16; ++i) values[i] = x[i % 2 * 32 + group * 8 + i / 2];
+            const int64_t table = best_table(values, all.errors);
+            *numbers++ = uint8_t(table);
+            const uint8_t *nearest = all.nearest + table * (2 * QM_MOST_ENCODED + 1) + QM_MOST_ENCODED;
+            for (int i = 0; i < 16; ++i) {
+                const uint8_t code = nearest[values[i]];
+                const int64_t integer = all.tables[table * 16 + code];
+                codes[group / 2 * 16 + i] |= uint8_t(code << group % 2 * 4);
+                product += integer * values[i];
+                square += integer * integer;
+            }
+        }
+    }
+    all.products[2 * row] = product;
+    all.products[2 * row + 1] = square;
+}
+
+} // namespace
