@@ -1,8 +1,10 @@
-"""Write the text decoder of a Qwen3-VL checkpoint as GGUF (architecture `qwen3`), quantised, tensor by tensor.
+"""Write the text decoder of a Qwen3-VL checkpoint as GGUF (architecture `qwen3` or `qwen3vl`), quantised.
 
-Without an image, the three position indices of Qwen3-VL's M-RoPE are equal, so its decoder is a plain Qwen3. Matrices
-are Q8_0 or Q4_0 throughout (llama.cpp's own quantiser would keep the head of a Q4_0 file at six bits and decode a
-little slower); norms stay fp32. Memory: one block of rows. The tokenizer is a stand-in, since models are fed ids.
+Without an image, the three position indices of Qwen3-VL's M-RoPE are equal, so its decoder is a plain Qwen3, which
+OpenVINO can read too. `qwen3vl` also takes the embeddings of images, from the tower that `write_mmproj.py` writes.
+Matrices are Q8_0 or Q4_0 throughout (llama.cpp's own quantiser would keep the head of a Q4_0 file at six bits and
+decode a little slower); norms stay fp32. Memory: one block of rows. The tokenizer is a stand-in, since models are fed
+ids.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
@@ -20,6 +23,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType
 from safetensors import safe_open
 
+ARCHITECTURES = ("qwen3", "qwen3vl")
 PREFIX = "model.language_model."
 TYPES = {
     "Q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
@@ -56,29 +60,85 @@ def gguf_name(name: str) -> str | None:
     return f"blk.{layer}.{_LAYER_NAMES[part]}.weight"
 
 
-def write_gguf(checkpoint: Path, out: Path, quantization: str) -> None:
-    """Write `out` (atomically) from a Hugging Face directory; `quantization` is one of `TYPES`."""
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor of a GGUF file.
+
+    Attributes:
+        name: in the file.
+        shape: rows first.
+        kind: type in the file.
+        parts: gives the bytes in their order.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    parts: Callable[[], Iterable[np.ndarray]]
+
+
+class CheckpointTensors:
+    """The tensors of a Hugging Face directory, read in parts."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._places = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
+        self._files = {file: safe_open(checkpoint / file, "pt") for file in set(self._places.values())}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def slice(self, name: str):
+        """Return the view of a tensor from which parts are read."""
+        return self._files[self._places[name]].get_slice(name)
+
+    def entry(self, name: str, target: str, kind: GGMLQuantizationType) -> Entry:
+        """Return a whole tensor as an entry of the file."""
+        tensor = self.slice(name)
+        return Entry(target, tuple(tensor.get_shape()), kind, lambda: _quantized_parts(tensor, kind))
+
+
+def write_gguf(checkpoint: Path, out: Path, quantization: str, architecture: str = "qwen3") -> None:
+    """Write `out` (atomically) from a Hugging Face directory.
+
+    Args:
+        quantization: one of `TYPES`.
+        architecture: one of `ARCHITECTURES`.
+    """
     config = json.loads((checkpoint / "config.json").read_text())
-    places = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
-    names = sorted((name for name in places if gguf_name(name)), key=_order)
+    tensors = CheckpointTensors(checkpoint)
+    matrix_kind, file_type = TYPES[quantization]
+    entries = []
+    for name in sorted(filter(gguf_name, tensors), key=_order):
+        is_vector = len(tensors.slice(name).get_shape()) == 1
+        kind = GGMLQuantizationType.F32 if is_vector else matrix_kind
+        entries.append(tensors.entry(name, gguf_name(name), kind))
+
+    def add_metadata(writer: GGUFWriter) -> None:
+        _add_metadata(writer, config, file_type)
+        if architecture == "qwen3vl":
+            writer.add_rope_dimension_sections([*config["text_config"]["rope_parameters"]["mrope_section"], 0])
+            writer.add_num_deepstack_layers(len(config["vision_config"]["deepstack_visual_indexes"]))
+
+    write_file(out, architecture, add_metadata, entries)
+
+
+def write_file(out: Path, architecture: str, add_metadata: Callable[[GGUFWriter], None], entries: list[Entry]) -> None:
+    """Write a GGUF file atomically, one part of a tensor at a time."""
     partial = out.with_suffix(".partial")
-    writer = GGUFWriter(str(partial), "qwen3")
-    _write_metadata(writer, config, TYPES[quantization][1])
-    files = {file: safe_open(checkpoint / file, "pt") for file in {places[name] for name in names}}
-    for name in names:
-        shape = tuple(files[places[name]].get_slice(name).get_shape())
-        kind = _type_of(shape, quantization)
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        size = math.prod(shape) // block * block_bytes
-        writer.add_tensor_info(gguf_name(name), shape, np.dtype(np.float32), size, kind)
+    writer = GGUFWriter(str(partial), architecture)
+    add_metadata(writer)
+    for entry in entries:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[entry.kind]
+        size = math.prod(entry.shape) // block * block_bytes
+        writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), size, entry.kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     stream = writer.fout[0]
     writer.write_padding(stream, stream.tell())
     unflushed = 0
-    for name in names:
-        for part in _quantized_parts(files[places[name]].get_slice(name), quantization):
+    for entry in entries:
+        for part in entry.parts():
             stream.write(part.tobytes())
             unflushed += part.nbytes
             if unflushed > _FLUSH_BYTES:
@@ -91,18 +151,18 @@ def write_gguf(checkpoint: Path, out: Path, quantization: str) -> None:
     os.replace(partial, out)
 
 
-def _type_of(shape: tuple[int, ...], quantization: str) -> GGMLQuantizationType:
-    return GGMLQuantizationType.F32 if len(shape) == 1 else TYPES[quantization][0]
+def quantized(values: torch.Tensor, kind: GGMLQuantizationType) -> np.ndarray:
+    """Return the bytes of whole rows in a type."""
+    array = values.to(torch.float32).contiguous().numpy()
+    return array if kind == GGMLQuantizationType.F32 else gguf.quantize(array, kind)
 
 
-def _quantized_parts(tensor, quantization: str) -> Iterator[np.ndarray]:
+def _quantized_parts(tensor, kind: GGMLQuantizationType) -> Iterator[np.ndarray]:
     """Give a tensor's bytes in their order, a block of rows at a time."""
     shape = tuple(tensor.get_shape())
-    kind = _type_of(shape, quantization)
     rows = max(1, _BLOCK_VALUES // math.prod(shape[1:]))
     for first in range(0, shape[0], rows):
-        values = tensor[first : first + rows].to(torch.float32).numpy()
-        yield values if kind == GGMLQuantizationType.F32 else gguf.quantize(values, kind)
+        yield quantized(tensor[first : first + rows], kind)
 
 
 def _order(name: str) -> tuple[int, str]:
@@ -113,7 +173,7 @@ def _order(name: str) -> tuple[int, str]:
     return (0 if target.startswith("token_embd") else 10**6), target
 
 
-def _write_metadata(writer: GGUFWriter, config: dict, file_type: LlamaFileType) -> None:
+def _add_metadata(writer: GGUFWriter, config: dict, file_type: LlamaFileType) -> None:
     text = config["text_config"]
     writer.add_name("Qwen3-VL text decoder")
     writer.add_file_type(file_type)
@@ -134,6 +194,9 @@ def _write_metadata(writer: GGUFWriter, config: dict, file_type: LlamaFileType) 
     merges = [f"{letters[97]} {letters[98]}"]
     words = [*letters, merges[0].replace(" ", "")]
     words += [f"<{number}>" for number in range(len(words), text["vocab_size"])]
+    # libmtmd puts the first two around an image.
+    for word in ("vision_start", "vision_end", "image", "video"):
+        words[config[f"{word}_token_id"]] = f"<|{word}|>" if word.startswith("vision") else f"<|{word}_pad|>"
     kinds = [TokenType.NORMAL] * 257 + [TokenType.CONTROL] * (text["vocab_size"] - 257)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
@@ -164,8 +227,9 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--type", choices=TYPES, default="Q8_0")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="qwen3")
     arguments = parser.parse_args()
-    write_gguf(arguments.checkpoint, arguments.out, arguments.type)
+    write_gguf(arguments.checkpoint, arguments.out, arguments.type, arguments.architecture)
 
 
 if __name__ == "__main__":
