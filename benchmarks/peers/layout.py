@@ -14,6 +14,8 @@ HERE = Path(__file__).resolve().parent
 SHAPES = ("2B", "4B", "8B")
 WORKS = ("decode-32", "prefill-256", "prefill-1024", "image-448", "image-1024")
 ISAS = ("native", "avx2")
+TOWER_TYPE = "Q8_0"
+"""Type of llama.cpp's vision tower, the same beside each text decoder."""
 
 AVX2_ENVIRONMENT = {
     "ATEN_CPU_CAPABILITY": "avx2",
@@ -54,8 +56,8 @@ PEERS = {
     "transformers bf16": Peer(worker="plain_transformers", variant="bf16", vision=True),
     "transformers fp32": Peer(worker="plain_transformers", variant="fp32", vision=True),
     "accelerate bf16": Peer(worker="accelerate_offload", variant="bf16", vision=True),
-    "llama.cpp Q8_0": Peer(worker="llama_cpp", variant="Q8_0", needs=("llama-{isa}", "gguf")),
-    "llama.cpp Q4_0": Peer(worker="llama_cpp", variant="Q4_0", needs=("llama-{isa}", "gguf")),
+    "llama.cpp Q8_0": Peer(worker="llama_cpp", variant="Q8_0", vision=True, needs=("llama-{isa}", "gguf")),
+    "llama.cpp Q4_0": Peer(worker="llama_cpp", variant="Q4_0", vision=True, needs=("llama-{isa}", "gguf")),
     "OpenVINO Q8_0": Peer(worker="openvino", variant="Q8_0", needs=("gguf", "openvino")),
     "OpenVINO Q4_0": Peer(worker="openvino", variant="Q4_0", needs=("gguf", "openvino")),
 }
@@ -91,8 +93,16 @@ class Layout:
         return self.peers / f"llama-{isa}"
 
     def gguf(self, shape: str, quantization: str) -> Path:
-        """Return the GGUF file; what OpenVINO makes of it lies beside it."""
+        """Return the GGUF file of the text decoder; what OpenVINO makes of it lies beside it."""
         return self.peers / "gguf" / f"{shape}-{quantization}" / "model.gguf"
+
+    def vision_gguf(self, shape: str, quantization: str) -> Path:
+        """Return the GGUF file of the text decoder that takes images."""
+        return self.peers / "gguf" / f"{shape}-vision" / f"model-{quantization}.gguf"
+
+    def mmproj(self, shape: str, tower_type: str = TOWER_TYPE) -> Path:
+        """Return the GGUF file of the vision tower."""
+        return self.peers / "gguf" / f"{shape}-vision" / f"mmproj-{tower_type}.gguf"
 
     @property
     def offload(self) -> Path:

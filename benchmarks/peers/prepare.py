@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.peers.layout import HERE, ISAS, SHAPES, Layout  # noqa: E402
+from benchmarks.peers.layout import HERE, ISAS, SHAPES, TOWER_TYPE, Layout  # noqa: E402
 
 PACKAGES = ("gguf>=0.17", "diskcache", "matplotlib>=3.8")
 OPENVINO_PACKAGES = ("openvino>=2026.4", "openvino-genai>=2026.4")
@@ -111,15 +111,28 @@ def make_checkpoint(layout: Layout, shape: str) -> None:
 
 
 def make_gguf(layout: Layout, shape: str) -> None:
-    """Write the text decoder as GGUF in each quantisation."""
+    """Write the text decoder in each quantisation, without and with images, and the vision tower as GGUF."""
     for quantization in QUANTIZATIONS:
-        out = layout.gguf(shape, quantization)
-        if out.exists():
-            continue
+        write_gguf(layout, shape, layout.gguf(shape, quantization), quantization, "qwen3")
+        write_gguf(layout, shape, layout.vision_gguf(shape, quantization), quantization, "qwen3vl")
+    write_mmproj(layout, shape, TOWER_TYPE)
+
+
+def write_gguf(layout: Layout, shape: str, out: Path, quantization: str, architecture: str) -> None:
+    """Write a text decoder unless it is there."""
+    _write(layout, shape, out, "write_gguf.py", "--type", quantization, "--architecture", architecture)
+
+
+def write_mmproj(layout: Layout, shape: str, tower_type: str) -> None:
+    """Write a vision tower unless it is there."""
+    _write(layout, shape, layout.mmproj(shape, tower_type), "write_mmproj.py", "--type", tower_type)
+
+
+def _write(layout: Layout, shape: str, out: Path, script: str, *options: str) -> None:
+    if not out.exists():
         print(f"writing {out}", flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
-        script = str(HERE / "write_gguf.py")
-        _run([str(layout.python), script, str(layout.checkpoint(shape)), str(out), "--type", quantization])
+        _run([str(layout.python), str(HERE / script), str(layout.checkpoint(shape)), str(out), *options])
 
 
 def convert_to_openvino(layout: Layout, shape: str) -> None:

@@ -16,6 +16,8 @@ from typing import Protocol
 from benchmarks.peers.layout import Layout
 
 SHORT_PROMPT = 32
+PIXELS_PER_TOKEN = 32
+"""Side of the square of pixels that becomes one token."""
 SKIPPED_TOKENS = 4
 """Tokens after the first that are not counted: kernels are chosen and schedules learnt in them."""
 
@@ -70,7 +72,12 @@ class Request(argparse.Namespace):
     @property
     def context(self) -> int:
         """Tokens that prompt and answer have together, with some room."""
-        return (self.size if self.kind == "prefill" else SHORT_PROMPT + self.size + SKIPPED_TOKENS) + 8
+        tokens = {
+            "prefill": self.size,
+            "decode": SHORT_PROMPT + self.size + SKIPPED_TOKENS,
+            "image": (self.size // PIXELS_PER_TOKEN) ** 2 + SHORT_PROMPT,
+        }
+        return tokens[self.kind] + 8
 
 
 def parse() -> Request:
