@@ -25,14 +25,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
 
 from benchmarks.peers.check_gguf import agreement  # noqa: E402
-from benchmarks.peers.layout import PEERS, TOWER_TYPE, Layout, Peer, worker_environment  # noqa: E402
+from benchmarks.peers.layout import FAST_TOWER, PEERS, SMALL_TOWER, Layout, Peer, worker_environment  # noqa: E402
 from benchmarks.peers.prepare import write_gguf, write_mmproj  # noqa: E402
 from benchmarks.peers.workers._measure import PIXELS_PER_TOKEN, random_ids  # noqa: E402
 
 SIDES = ((448, 448), (320, 608), (256, 256))
 """Heights and widths of the images."""
 TEXT_TOKENS = 32
-COMPARED = (("F16", "F16"), ("Q8_0", TOWER_TYPE), ("Q4_0", TOWER_TYPE))
+COMPARED = (("F16", FAST_TOWER), ("Q8_0", SMALL_TOWER), ("Q4_0", SMALL_TOWER))
 """Types of the text decoder and of the tower."""
 PARTS = ("embeddings", "deepstack 1", "deepstack 2", "deepstack 3", "logits")
 

@@ -14,8 +14,8 @@ HERE = Path(__file__).resolve().parent
 SHAPES = ("2B", "4B", "8B")
 WORKS = ("decode-32", "prefill-256", "prefill-1024", "image-448", "image-1024")
 ISAS = ("native", "avx2")
-TOWER_TYPE = "Q8_0"
-"""Type of llama.cpp's vision tower, the same beside each text decoder."""
+FAST_TOWER, SMALL_TOWER = "F16", "Q8_0"
+"""Types of llama.cpp's vision tower: F16 encodes in a tenth less time, Q8_0 has half the bytes."""
 
 AVX2_ENVIRONMENT = {
     "ATEN_CPU_CAPABILITY": "avx2",
@@ -100,7 +100,7 @@ class Layout:
         """Return the GGUF file of the text decoder that takes images."""
         return self.peers / "gguf" / f"{shape}-vision" / f"model-{quantization}.gguf"
 
-    def mmproj(self, shape: str, tower_type: str = TOWER_TYPE) -> Path:
+    def mmproj(self, shape: str, tower_type: str) -> Path:
         """Return the GGUF file of the vision tower."""
         return self.peers / "gguf" / f"{shape}-vision" / f"mmproj-{tower_type}.gguf"
 

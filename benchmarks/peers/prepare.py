@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.peers.layout import HERE, ISAS, SHAPES, TOWER_TYPE, Layout  # noqa: E402
+from benchmarks.peers.layout import FAST_TOWER, HERE, ISAS, SHAPES, SMALL_TOWER, Layout  # noqa: E402
 
 PACKAGES = ("gguf>=0.17", "diskcache", "matplotlib>=3.8")
 OPENVINO_PACKAGES = ("openvino>=2026.4", "openvino-genai>=2026.4")
@@ -115,7 +115,8 @@ def make_gguf(layout: Layout, shape: str) -> None:
     for quantization in QUANTIZATIONS:
         write_gguf(layout, shape, layout.gguf(shape, quantization), quantization, "qwen3")
         write_gguf(layout, shape, layout.vision_gguf(shape, quantization), quantization, "qwen3vl")
-    write_mmproj(layout, shape, TOWER_TYPE)
+    for tower_type in (FAST_TOWER, SMALL_TOWER):
+        write_mmproj(layout, shape, tower_type)
 
 
 def write_gguf(layout: Layout, shape: str, out: Path, quantization: str, architecture: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import llama_cpp
 import numpy as np
 
-from benchmarks.peers.layout import TOWER_TYPE
+from benchmarks.peers.layout import FAST_TOWER, SMALL_TOWER
 from benchmarks.peers.workers._measure import SHORT_PROMPT, OnToken, Request, random_ids, run
 
 _UNIT = 256
@@ -30,7 +30,10 @@ class LlamaModel:
         if is_image:
             from benchmarks.peers.workers._mtmd import ImagePrompts
 
-            self._images = ImagePrompts(self._llama, request.layout.mmproj(request.shape), request.threads)
+            # Unlike the decoder's, the tower's weights are copied into memory.
+            self._tower_type = SMALL_TOWER if request.limit else FAST_TOWER
+            tower = request.layout.mmproj(request.shape, self._tower_type)
+            self._images = ImagePrompts(self._llama, tower, request.threads)
 
     def generate(self, prompt: list[int], tokens: int, on_token: OnToken) -> None:
         self._llama.reset()
@@ -50,7 +53,7 @@ class LlamaModel:
             "threads": self._llama.n_threads,
         }
         if self._images is not None:
-            figures |= {"tower": TOWER_TYPE, "image_tokens": self._images.image_tokens}
+            figures |= {"tower": self._tower_type, "image_tokens": self._images.image_tokens}
         return figures
 
 
