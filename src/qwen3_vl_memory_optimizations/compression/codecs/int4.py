@@ -115,8 +115,8 @@ def _encode(halves: torch.Tensor, data: torch.Tensor) -> torch.Tensor:
     codes = nearest.view(-1).take(numbers[:, None] * nearest.shape[1] + at)
     integers = tables()[numbers].gather(1, codes.long()).long()
     data[:, : columns // _GROUP] = numbers.view(n, -1)
-    pairs = codes.view(n, -1, 2, _GROUP)
-    data[:, columns // _GROUP :] = (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(n, -1)
+    low, high = codes.view(n, -1, 2, 2 * _GROUP).unbind(2)
+    data[:, columns // _GROUP :] = (low | high << 4).reshape(n, -1)
     return torch.stack([(integers * other).view(n, -1).sum(dim=1) for other in (groups.long(), integers)], dim=1)
 
 
@@ -124,7 +124,7 @@ def _integers(data: torch.Tensor) -> torch.Tensor:
     """Return 4-bit rows as int8 `[n, columns]`."""
     n, columns = len(data), _columns(data)
     numbers = data[:, : columns // _GROUP].reshape(-1)
-    both = data[:, columns // _GROUP :].reshape(-1, 1, _GROUP)
+    both = data[:, columns // _GROUP :].reshape(-1, 1, 2 * _GROUP)
     codes = torch.cat([both & 15, both >> 4], dim=1).view(-1, _GROUP)
     integers = tables()[numbers.long()].gather(1, codes.long())
     return integers.view(n, -1, 4, 8, 2).permute(0, 1, 4, 2, 3).reshape(n, columns)

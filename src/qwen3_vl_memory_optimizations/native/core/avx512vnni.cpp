@@ -19,9 +19,8 @@ struct V {
     }
     static inline Weights load_integers(const int16_t *from) { return _mm512_loadu_si512(from); }
     static inline void codes(const uint8_t *codes, const uint8_t *numbers, const int8_t *tables, Weights (&to)[2]) {
-        const __m512i all = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)codes));
-        const __m512i both = _mm512_permutexvar_epi64(_mm512_set_epi64(3, 2, 3, 2, 1, 0, 1, 0), all);
-        const __m512i each = _mm512_srlv_epi64(both, _mm512_set_epi64(4, 4, 0, 0, 4, 4, 0, 0));
+        const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)codes));
+        const __m512i each = _mm512_srlv_epi64(both, _mm512_set_epi64(4, 4, 4, 4, 0, 0, 0, 0));
         const auto table = [&](int i) { return _mm_loadu_si128((const __m128i *)(tables + 16 * int64_t(numbers[i]))); };
         __m512i four = _mm512_inserti32x4(_mm512_castsi128_si512(table(0)), table(1), 1);
         four = _mm512_inserti32x4(_mm512_inserti32x4(four, table(2), 2), table(3), 3);
@@ -40,11 +39,11 @@ struct V {
     static inline void now(__m512i &) {}
 #else // as intrinsics, GCC 12 copies each sum before it adds to it
     static inline Sums add_products(Sums sums, Weights a, Weights b) {
-        __asm__("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
+        __asm__("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), QM_OR_MEMORY("v")(b));
         return sums;
     }
     static inline Sums add_bytes(Sums sums, Weights a, Weights b) {
-        __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
+        __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(a), QM_OR_MEMORY("v")(b));
         return sums;
     }
     static inline void now(__m512i &values) { __asm__ volatile("" : "+v"(values)); }

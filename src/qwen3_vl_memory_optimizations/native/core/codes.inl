@@ -3,9 +3,9 @@
 // the same sums, the same bits as if the row had been stored so.
 //
 // 64 columns are four groups and 32 bytes of codes. Group g has the columns 8g to 8g + 7 and 32 + 8g to 32 + 8g + 7, in turns
-// one of each, so that their bytes become 16-bit integers without crossing halves of a vector. Codes of the groups 0 and 1
-// are the low and high halves of the first 16 bytes, of 2 and 3 those of the last. V::codes(codes, numbers, tables, Weights[])
-// returns the 64 in the order of columns.
+// one of each, so that their bytes become 16-bit integers without crossing parts of a vector. The low halves of the bytes are
+// codes of the groups 0 and 1, 16 bytes each, the high halves of 2 and 3. V::codes(codes, numbers, tables, Weights[]) returns
+// the 64 in the order of columns.
 
 namespace {
 
@@ -126,7 +126,7 @@ void encode_row(const qm_encoding &all, int64_t row) {
             for (int i = 0; i < 16; ++i) {
                 const uint8_t code = nearest[values[i]];
                 const int64_t integer = all.tables[table * 16 + code];
-                codes[group / 2 * 16 + i] |= uint8_t(code << group % 2 * 4);
+                codes[group % 2 * 16 + i] |= uint8_t(code << group / 2 * 4);
                 product += integer * values[i];
                 square += integer * integer;
             }

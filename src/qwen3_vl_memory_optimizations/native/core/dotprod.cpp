@@ -22,8 +22,8 @@ struct V {
     static inline void codes(const uint8_t *codes, const uint8_t *numbers, const int8_t *tables, Weights (&to)[4]) {
         int16x8_t even[4], odd[4];
         for (int group = 0; group < 4; ++group) {
-            const uint8x16_t both = vld1q_u8(codes + group / 2 * 16);
-            const uint8x16_t each = group % 2 ? vshrq_n_u8(both, 4) : vandq_u8(both, vdupq_n_u8(15));
+            const uint8x16_t both = vld1q_u8(codes + group % 2 * 16);
+            const uint8x16_t each = group / 2 ? vshrq_n_u8(both, 4) : vandq_u8(both, vdupq_n_u8(15));
             const int16x8_t bytes = vreinterpretq_s16_s8(vqtbl1q_s8(vld1q_s8(tables + 16 * int64_t(numbers[group])), each));
             even[group] = vshrq_n_s16(vshlq_n_s16(bytes, 8), 8);
             odd[group] = vshrq_n_s16(bytes, 8);

@@ -21,7 +21,7 @@ struct V {
     }
     static void codes(const uint8_t *codes, const uint8_t *numbers, const int8_t *tables, Weights (&to)[4]) {
         for (int column = 0; column < 64; ++column) {
-            const int group = column % 32 / 8, code = codes[group / 2 * 16 + column % 8 * 2 + column / 32] >> group % 2 * 4 & 15;
+            const int group = column % 32 / 8, code = codes[group % 2 * 16 + column % 8 * 2 + column / 32] >> group / 2 * 4 & 15;
             to[column / LANES].at[column % LANES] = tables[numbers[group] * 16 + code];
         }
     }

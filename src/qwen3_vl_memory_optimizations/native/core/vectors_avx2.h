@@ -9,6 +9,13 @@
 #include <immintrin.h>
 #endif
 
+// An operand of an instruction that may be in memory. Clang would put all of them there.
+#ifdef __clang__
+#define QM_OR_MEMORY(registers) registers
+#else
+#define QM_OR_MEMORY(registers) registers "m"
+#endif
+
 namespace {
 
 struct AVX2 {
@@ -92,18 +99,14 @@ struct V {
         return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)from));
     }
     static inline Weights load_integers(const int16_t *from) { return _mm256_loadu_si256((const __m256i *)from); }
-    // Two groups, as bytes: columns of the first half in even places, of the second in odd ones.
-    static inline __m256i coded(const uint8_t *codes, const uint8_t *numbers, const int8_t *tables) {
-        const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)codes));
-        const __m256i each = _mm256_srlv_epi64(both, _mm256_set_epi64x(4, 4, 0, 0));
-        const __m128i first = _mm_loadu_si128((const __m128i *)(tables + 16 * int64_t(numbers[0])));
-        const __m128i second = _mm_loadu_si128((const __m128i *)(tables + 16 * int64_t(numbers[1])));
-        return _mm256_shuffle_epi8(_mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1),
-                                   _mm256_and_si256(each, _mm256_set1_epi8(15)));
-    }
     static inline void codes(const uint8_t *codes, const uint8_t *numbers, const int8_t *tables, Weights (&to)[4]) {
+        const __m256i all = _mm256_loadu_si256((const __m256i *)codes), low = _mm256_set1_epi8(15);
+        const __m256i each[2] = {_mm256_and_si256(all, low), _mm256_and_si256(_mm256_srli_epi16(all, 4), low)};
         for (int half = 0; half < 2; ++half) {
-            const __m256i bytes = coded(codes + 16 * half, numbers + 2 * half, tables);
+            const __m128i first = _mm_loadu_si128((const __m128i *)(tables + 16 * int64_t(numbers[2 * half])));
+            const __m128i second = _mm_loadu_si128((const __m128i *)(tables + 16 * int64_t(numbers[2 * half + 1])));
+            const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1);
+            const __m256i bytes = _mm256_shuffle_epi8(both, each[half]);
             to[half] = _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8);
             to[half + 2] = _mm256_srai_epi16(bytes, 8);
         }
@@ -115,11 +118,11 @@ struct V {
     }
 #ifdef QM_BYTES
     static inline Sums add_products(Sums sums, Weights a, Weights b) {
-        __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sums) : "x"(a), "x"(b));
+        __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(sums) : "x"(a), QM_OR_MEMORY("x")(b));
         return sums;
     }
     static inline Sums add_bytes(Sums sums, Weights a, Weights b) {
-        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(a), "x"(b));
+        __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(a), QM_OR_MEMORY("x")(b));
         return sums;
     }
 #else
@@ -128,7 +131,7 @@ struct V {
         return _mm256_add_epi32(sums, _mm256_madd_epi16(a, b));
 #else // as intrinsics, GCC 12 copies sums between registers
         __m256i products;
-        __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sums), "=&x"(products) : "x"(a), "x"(b));
+        __asm__("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sums), "=&x"(products) : "x"(a), QM_OR_MEMORY("x")(b));
         return sums;
 #endif
     }
