@@ -33,7 +33,7 @@ void linear(const Library &library, int64_t rows) {
     const auto scale = filled<float>(rows), weight_scale = filled<float>(n);
     const auto weights = filled<int8_t>(n * columns);
     std::vector<float> out(static_cast<size_t>(rows * n));
-    const qm_weight weight = {weights.data(), weight_scale.data(), nullptr, 0, n, columns, nullptr};
+    const qm_weight weight = {weights.data(), weight_scale.data(), nullptr, 0, n, columns, nullptr, QM_INT8_ROWS};
     CALL(qm_linear)(integers.data(), scale.data(), rows, &weight, out.data(), QM_FP32, n, 0, 1);
 }
 
@@ -43,7 +43,7 @@ void codes(const Library &library, int64_t rows) {
     const auto scale = filled<float>(rows), weight_scale = filled<float>(n);
     const auto data = filled<int8_t>(n * (columns / 16 + columns / 2)), tables = filled<int8_t>(256 * 16);
     std::vector<float> out(static_cast<size_t>(rows * n));
-    const qm_weight weight = {data.data(), weight_scale.data(), nullptr, 0, n, columns, tables.data()};
+    const qm_weight weight = {data.data(), weight_scale.data(), nullptr, 0, n, columns, tables.data(), QM_INT4_ROWS};
     CALL(qm_linear)(integers.data(), scale.data(), rows, &weight, out.data(), QM_FP32, n, 0, 1);
 }
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from qwen3_vl_memory_optimizations import CodecError
 from qwen3_vl_memory_optimizations.compression import FP16Codec, LinearInput, SparseCodec, SVDCodec, create_codec
 from qwen3_vl_memory_optimizations.compression.codecs import svd
+from qwen3_vl_memory_optimizations.native import core
 
 from .contract import DTYPES, CodecContract, assert_snr, decoded, product
 
@@ -49,9 +50,17 @@ class TestFP16(CodecContract):
         bound = torch.maximum(values.abs().double() * 2.0**-11, largest * 2.0**-39).clamp(min=2.0**-148)
         assert bool(((found - values.double()).abs() <= bound).all()), (found, values)
 
-    def test_bf16_is_multiplied_as_it_is(self, codec):
-        values, x, bias = torch.randn(32, 64).bfloat16(), torch.randn(5, 64).bfloat16(), torch.randn(32).bfloat16()
+    def test_many_rows_of_bf16_are_multiplied_as_they_are(self, codec):
+        values, x, bias = torch.randn(32, 64).bfloat16(), torch.randn(17, 64).bfloat16(), torch.randn(32).bfloat16()
         assert torch.equal(product(codec, x, codec.encode(values), bias), F.linear(x, values, bias))
+
+    @pytest.mark.skipif(core() is None, reason="the native core is not built")
+    @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+    def test_few_rows_are_multiplied_in_fp32(self, codec, stored):
+        values, x = (torch.randn(33, 100) * 1e-3).to(stored), torch.randn(5, 100)
+        encoded = codec.encode(values)
+        exact = F.linear(x.double(), decoded(codec, encoded, torch.float64, 100))
+        assert_snr(exact, product(codec, x, encoded), 130)
 
 
 class TestSVD(CodecContract):

@@ -49,7 +49,7 @@ bool product(Random &random, const char *const *sets, int n_threads) {
         Memory<int16_t> integers(rows * padded(columns));
         Memory<float> scale(rows), out(rows * n);
         const int fit = qm_quantize(x.at, QM_FP32, rows, columns, columns, nullptr, 0, bytes, integers.at, scale.at, n_threads);
-        const qm_weight weight = {weights.at, weight_scale.at, nullptr, 0, n, columns, nullptr};
+        const qm_weight weight = {weights.at, weight_scale.at, nullptr, 0, n, columns, nullptr, QM_INT8_ROWS};
         qm_linear(integers.at, scale.at, rows, &weight, out.at, QM_FP32, n, fit, n_threads);
         if (i) same &= first.same(out);
         else memcpy(first.at, out.at, size_t(rows * n) * 4);
@@ -81,10 +81,29 @@ bool codes(Random &random, const char *const *sets, int n_threads) {
         const qm_encoding encoding = {values.at, n, columns, tables.at, errors.at, nearest.at, (uint8_t *)data.at, products.at};
         qm_encode(&encoding, n_threads);
         const int fit = qm_quantize(x.at, QM_FP32, rows, columns, columns, nullptr, 0, bytes, integers.at, scale.at, n_threads);
-        const qm_weight weight = {data.at, weight_scale.at, nullptr, 0, n, columns, tables.at};
+        const qm_weight weight = {data.at, weight_scale.at, nullptr, 0, n, columns, tables.at, QM_INT4_ROWS};
         qm_linear(integers.at, scale.at, rows, &weight, out.at, QM_FP32, n, fit, n_threads);
         if (i) same &= first.same(out) && first_data.same(data);
         else memcpy(first.at, out.at, size_t(rows * n) * 4), memcpy(first_data.at, data.at, size_t(data.n));
+    }
+    return same;
+}
+
+bool floats(Random &random, const char *const *sets, int n_threads) {
+    const int64_t rows = random.up_to(20), columns = random.up_to(2100), n = random.up_to(80);
+    Memory<float> x(rows * columns), weight_scale(n), first(rows * n);
+    Memory<uint16_t> weights(n * columns);
+    x.fill(random), weight_scale.fill(random);
+    const int64_t format = random.next() % 2 ? QM_BF16_ROWS : QM_FP16_ROWS;
+    for (int64_t i = 0; i < weights.n; ++i) weights.at[i] = uint16_t(0x3c00 + random.next() % 512 + random.next() % 2 * 0x8000);
+    bool same = true;
+    for (int i = 0; sets[i]; ++i) {
+        if (n_threads == 1) qm_select(sets[i]);
+        Memory<float> out(rows * n);
+        const qm_weight weight = {weights.at, weight_scale.at, nullptr, 0, n, columns, nullptr, format};
+        qm_float_linear(x.at, rows, &weight, out.at, QM_FP32, n, n_threads);
+        if (i) same &= first.same(out);
+        else memcpy(first.at, out.at, size_t(rows * n) * 4);
     }
     return same;
 }
@@ -123,7 +142,7 @@ bool layer(Random &random, const char *const *sets) {
         memcpy(tail.at, cache.at, size_t(cache.n) * 4);
         float *tail_values = tail.at + cache.n / 2;
         qm_layer_start start = {hidden.at, QM_FP32, sequences, length, columns, norm.at,
-                                {w_in.at, s_in.at, signs.at, 32, heads * size, columns, nullptr}, queries, keys, size, head_norm.at,
+                                {w_in.at, s_in.at, signs.at, 32, heads * size, columns, nullptr, QM_INT8_ROWS}, queries, keys, size, head_norm.at,
                                 head_norm.at, cosine.at, sine.at, 1e-6f, 1e-6f, query.at, tail.at + before * size,
                                 tail_values + before * size, QM_FP32, keys * tokens * size, tokens * size, nullptr};
         Memory<char> start_work(qm_start_layer_bytes(&start));
@@ -133,9 +152,9 @@ bool layer(Random &random, const char *const *sets) {
                                   key_blocks.data(), value_blocks.data(), key_scales.data(), value_scales.data(), tail.at,
                                   tail_values, QM_FP32, keys * tokens * size, tokens * size, tokens, attended.at};
         qm_attend(&attention, 2);
-        qm_layer_end end = {attended.at, {w_out.at, s_out.at, nullptr, 0, columns, queries * size, nullptr},
-                            {w_up.at, s_up.at, signs.at, 32, 2 * inner, columns, nullptr},
-                            {w_down.at, s_down.at, signs.at, 32, columns, inner, nullptr}, norm.at, 1e-6f, rows, columns, QM_FP32,
+        qm_layer_end end = {attended.at, {w_out.at, s_out.at, nullptr, 0, columns, queries * size, nullptr, QM_INT8_ROWS},
+                            {w_up.at, s_up.at, signs.at, 32, 2 * inner, columns, nullptr, QM_INT8_ROWS},
+                            {w_down.at, s_down.at, signs.at, 32, columns, inner, nullptr, QM_INT8_ROWS}, norm.at, 1e-6f, rows, columns, QM_FP32,
                             hidden.at, out.at, nullptr};
         Memory<char> end_work(qm_end_layer_bytes(&end));
         end.work = end_work.at;
@@ -171,6 +190,7 @@ void *others(void *seed) {
     const char *const in_use[] = {"", nullptr};
     for (int i = 0; i < 20; ++i) product(random, in_use, 3);
     for (int i = 0; i < 10; ++i) codes(random, in_use, 3);
+    for (int i = 0; i < 10; ++i) floats(random, in_use, 3);
     for (int i = 0; i < 3; ++i) full_attention(random, in_use, 3);
     return nullptr;
 }
@@ -188,6 +208,7 @@ int main(int, char **arguments) {
     bool same = true;
     for (int i = 0; i < 60; ++i) same &= product(random, sets, 1);
     for (int i = 0; i < 30; ++i) same &= codes(random, sets, 1);
+    for (int i = 0; i < 30; ++i) same &= floats(random, sets, 1);
     for (int i = 0; i < 60; ++i) same &= layer(random, sets);
     for (int i = 0; i < 10; ++i) same &= full_attention(random, sets, 1);
     qm_select(nullptr);

@@ -4,12 +4,14 @@
 docs/native.md.
 """
 
-from .binding import COLUMN_MULTIPLE, DTYPES, ISA_VARIABLE, MOST_HEAD_SIZE, Core, Integers, core
-from .structures import Attention, Layer, LayerEnd, LayerStart, Weight
+from .binding import COLUMN_MULTIPLE, DTYPES, ISA_VARIABLE, MOST_HEAD_SIZE, Core, Integers, core, float_weight
+from .structures import INT4_ROWS, INT8_ROWS, Attention, Layer, LayerEnd, LayerStart, Weight
 
 __all__ = [
     "COLUMN_MULTIPLE",
     "DTYPES",
+    "INT4_ROWS",
+    "INT8_ROWS",
     "ISA_VARIABLE",
     "MOST_HEAD_SIZE",
     "Attention",
@@ -20,4 +22,5 @@ __all__ = [
     "LayerStart",
     "Weight",
     "core",
+    "float_weight",
 ]

@@ -14,7 +14,19 @@ from typing import Any
 import torch
 
 from ..errors import ConfigurationError
-from .structures import Attention, Encoding, FullAttention, Layer, LayerEnd, LayerStart, Weight
+from .structures import (
+    BF16_ROWS,
+    FP16_ROWS,
+    INT4_ROWS,
+    INT8_ROWS,
+    Attention,
+    Encoding,
+    FullAttention,
+    Layer,
+    LayerEnd,
+    LayerStart,
+    Weight,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +97,9 @@ class Core:
         ]
         self._multiplies_bytes = functions.qm_multiplies_bytes
         self._multiplies_bytes.argtypes, self._multiplies_bytes.restype = [], integer
+        self._float_linear = functions.qm_float_linear
+        self._float_linear.restype = None
+        self._float_linear.argtypes = [*(pointer, number, ctypes.POINTER(Weight), pointer, integer, number, integer)]
         self._encode = functions.qm_encode
         self._encode.restype = None
         self._encode.argtypes = [ctypes.POINTER(Encoding), integer]
@@ -181,13 +196,30 @@ class Core:
             x.values.data_ptr(),
             x.scale.data_ptr(),
             rows,
-            Weight(data.data_ptr(), scale.data_ptr(), None, 0, n, x.columns, named),
+            Weight(data.data_ptr(), scale.data_ptr(), None, 0, n, x.columns, named, INT4_ROWS if named else INT8_ROWS),
             out.data_ptr(),
             DTYPES[dtype],
             out.stride(0),
             x.bytes,
             torch.get_num_threads(),
         )
+        return out
+
+    def float_linear(
+        self, x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return `x @ (data * scale).T`, `[rows, n]`, computed in fp32; made for few rows of `x`.
+
+        Args:
+            x: fp32 `[rows, columns]`, contiguous.
+            data: bf16 or fp16 `[n, columns]`, contiguous.
+            scale: fp32 `[n]`; `None`: all are 1.
+            dtype: of the result, one of `DTYPES`.
+        """
+        rows, n = len(x), len(data)
+        out = torch.empty((rows, n), dtype=dtype)
+        weight = float_weight(data, scale)
+        self._float_linear(x.data_ptr(), rows, weight, out.data_ptr(), DTYPES[dtype], n, torch.get_num_threads())
         return out
 
     def encode(
@@ -244,6 +276,13 @@ class Core:
         """Run the layers `first` to `stop` of an array, one after the other."""
         address = ctypes.addressof(layers) + first * ctypes.sizeof(Layer)
         self._run_layers(address, stop - first, torch.get_num_threads())
+
+
+def float_weight(data: torch.Tensor, scale: torch.Tensor | None) -> Weight:
+    """Return 16-bit rows `[n, columns]`, bf16 or fp16, with a scale for each, as the native core takes them."""
+    address = None if scale is None else scale.data_ptr()
+    format_ = BF16_ROWS if data.dtype == torch.bfloat16 else FP16_ROWS
+    return Weight(data.data_ptr(), address, None, 0, *data.shape, None, format_)
 
 
 @lru_cache(maxsize=1)

@@ -7,8 +7,12 @@ import ctypes
 _POINTER, _NUMBER, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
+INT8_ROWS, INT4_ROWS, BF16_ROWS, FP16_ROWS = range(4)
+"""Values of `Weight.format`."""
+
+
 class Weight(ctypes.Structure):
-    """Rows of a weight: INT8, or 4 bits if `tables` is set; `signs` is set if they are rotated in blocks of `block`."""
+    """Rows of a weight; `signs` is set if they are rotated in blocks of `block` columns, `tables` for 4 bits."""
 
     _fields_ = [
         ("data", _POINTER),
@@ -18,6 +22,7 @@ class Weight(ctypes.Structure):
         ("rows", _NUMBER),
         ("columns", _NUMBER),
         ("tables", _POINTER),
+        ("format", _NUMBER),
     ]
 
 

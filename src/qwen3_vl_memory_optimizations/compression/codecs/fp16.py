@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ...native import DTYPES, Weight, core, float_weight
 from ..base import Codec, Encoded, LinearInput, Scratch, Segment, columns_of, linear_in_steps
 
+_FEW_ROWS = 16
+"""Up to here a product waits for the weight; for more rows torch's products are faster."""
 _TOP_EXPONENT = 15
 _BLOCK_ELEMENTS = 1 << 18
 
@@ -62,7 +65,21 @@ class FP16Codec(Codec):
         return out.copy_(data).mul_(encoded["scale"][:, None].to(out.dtype))
 
     def linear(self, x: LinearInput, encoded: Encoded, bias: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
-        """Compute one product in the dtype of `x`: on the rows themselves if both are bf16, else on decoded rows."""
+        """Compute few rows in fp32 with the native core, more in the dtype of `x`, decoded unless both are bf16."""
+        native = core()
+        if native is not None and x.rows <= _FEW_ROWS and x.given_dtype in DTYPES:
+            wide = x.once("fp32 rows", lambda: x.x2d.float().contiguous())
+            assert isinstance(wide, torch.Tensor)
+            product = native.float_linear(wide, encoded["data"], encoded["scale"], x.given_dtype)
+            return product if bias is None else product.add_(bias)
         if encoded["data"].dtype == x.x2d.dtype == torch.bfloat16:
             return F.linear(x.x2d, encoded["data"], bias)
         return linear_in_steps(x, encoded, bias, self.decode, scratch)
+
+    def native_weight(self, encoded: Encoded) -> Weight | None:
+        """Return the rows for the native core's layer steps."""
+        return float_weight(encoded["data"], encoded["scale"])
+
+    def wants_whole(self, x: LinearInput) -> bool:
+        """Return False for few rows with the native core, where a row of the weight has the same bits in any range."""
+        return not (core() is not None and x.rows <= _FEW_ROWS) and super().wants_whole(x)

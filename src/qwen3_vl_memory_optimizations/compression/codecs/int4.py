@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from ...errors import CodecError
-from ...native import Core, Integers, Weight, core
-from ..base import STEP_ELEMENTS, Encoded, Segment, columns_of
+from ...native import INT4_ROWS, Core, Integers, Weight, core
+from ..base import STEP_ELEMENTS, Encoded, Segment, bf16_at_least, columns_of
 from .int4_tables import UNITS_PER_DEVIATION, tables
 from .rotated import RotatedINT8Codec
 from .rotation import rotate, rotation_signs
@@ -74,11 +74,13 @@ class INT4Codec(RotatedINT8Codec):
             if not bool(torch.isfinite(largest).all()):
                 raise CodecError("INT4 cannot represent NaN or infinite weights; keep this tensor with codec 'none'")
             largest = torch.where(largest > 0, largest, 1)
-            values /= largest[:, None]  # squares would overflow
-            unit = (values.norm(dim=1) / (columns**0.5 * UNITS_PER_DEVIATION)).clamp_(min=1 / 127)
-            halves = values.mul_(2 / unit[:, None]).round_().clamp_(-_MOST, _MOST).to(torch.int16)
+            relative = values / largest[:, None]  # or squares would overflow
+            unit = (relative.norm(dim=1) / (columns**0.5 * UNITS_PER_DEVIATION)).clamp_(min=1 / 127)
+            # A rotated row differs in its last bits with the number of rows around it; bf16 hides that.
+            unit = bf16_at_least(largest * unit)
+            halves = (values / unit[:, None]).mul_(2).round_().clamp_(-_MOST, _MOST).to(torch.int16)
             product, square = _encode(halves, data[part]).double().unbind(1)
-            scale[part] = largest * unit * torch.where(square > 0, product / (2 * square), 1).float()  # least squares
+            scale[part] = (unit * torch.where(square > 0, product / (2 * square), 1)).float()  # least squares
         return {"data": data, "scale": scale}
 
     def native_weight(self, encoded: Encoded) -> Weight | None:
@@ -86,7 +88,7 @@ class INT4Codec(RotatedINT8Codec):
         data, columns = encoded["data"], _columns(encoded["data"])
         signs = rotation_signs(columns)
         pointers = (data.data_ptr(), encoded["scale"].data_ptr(), signs.data_ptr())
-        return Weight(*pointers, len(signs), len(data), columns, tables().data_ptr())
+        return Weight(*pointers, len(signs), len(data), columns, tables().data_ptr(), INT4_ROWS)
 
     def _native_product(self, native: Core, integers: Integers, encoded: Encoded, dtype: torch.dtype) -> torch.Tensor:
         return native.linear(integers, encoded["data"], encoded["scale"], dtype, tables=tables())

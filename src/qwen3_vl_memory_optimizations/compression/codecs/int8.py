@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ...errors import CodecError
-from ...native import DTYPES, Core, Integers, Weight, core
+from ...native import DTYPES, INT8_ROWS, Core, Integers, Weight, core
 from ..base import Codec, Encoded, LinearInput, Scratch, Segment, bf16_at_least, columns_of, linear_in_steps
 from ..kernels import has_native_bf16
 
@@ -96,7 +96,7 @@ class INT8Codec(Codec):
     def native_weight(self, encoded: Encoded) -> Weight | None:
         """Return the rows for the native core's layer steps."""
         data = encoded["data"]
-        return Weight(data.data_ptr(), encoded["scale"].data_ptr(), None, 0, *data.shape, None)
+        return Weight(data.data_ptr(), encoded["scale"].data_ptr(), None, 0, *data.shape, None, INT8_ROWS)
 
     def wants_whole(self, x: LinearInput) -> bool:
         """Return False with the native core, where a row of the weight has the same bits in any range."""

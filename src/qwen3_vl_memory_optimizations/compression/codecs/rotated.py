@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...native import DTYPES, Core, Integers, Weight, core
+from ...native import DTYPES, INT8_ROWS, Core, Integers, Weight, core
 from ..base import STEP_ELEMENTS, Encoded, LinearInput, Scratch
 from .int8 import INT8Codec
 from .rotation import rotate, rotate_back, rotation_signs
@@ -54,7 +54,9 @@ class RotatedINT8Codec(INT8Codec):
         """Return the rows for the native core's layer steps, which rotate activations."""
         data = encoded["data"]
         signs = rotation_signs(data.shape[1])
-        return Weight(data.data_ptr(), encoded["scale"].data_ptr(), signs.data_ptr(), len(signs), *data.shape, None)
+        return Weight(
+            data.data_ptr(), encoded["scale"].data_ptr(), signs.data_ptr(), len(signs), *data.shape, None, INT8_ROWS
+        )
 
     def _integers(self, x: LinearInput, native: Core) -> Integers:
         columns = x.x2d.shape[1]

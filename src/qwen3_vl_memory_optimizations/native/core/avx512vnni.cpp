@@ -74,6 +74,11 @@ struct V {
     template <int COLUMNS> static inline int64_t pack(const int8_t *w, int64_t columns, int64_t n, int64_t deep, int8_t *panel) {
         return AVX2::pack_panel<COLUMNS>(w, columns, n, deep, 32, panel);
     }
+    static inline F singles(const uint16_t *from) {
+        float values[WIDE];
+        _mm512_storeu_ps(values, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)));
+        return read(values);
+    }
     static inline uint16_t half(float value) { return uint16_t(_cvtss_sh(value, 0)); }
     static inline float single(uint16_t bits) { return _cvtsh_ss(bits); }
     static inline float inverse_root(float n) { return 1.0f / __builtin_sqrtf(n); }
@@ -83,10 +88,11 @@ struct V {
 
 #include "products.inl"
 #include "codes.inl"
+#include "floats.inl"
 #include "layer.inl"
 #include "full_attention.inl"
 
 extern const Kernels avx512vnni_kernels = {
-    "avx512vnni", few_rows, many_rows, few_rows_of_codes, expand_codes, encode_row, PANEL, 16,
+    "avx512vnni", few_rows, many_rows, few_rows_of_codes, expand_codes, encode_row, float_rows, PANEL, 16,
     &byte_products, quantize_row, rms_norm, rotate_head, silu_product, convert, add, attend, pack_tokens, attend_full};
 #endif

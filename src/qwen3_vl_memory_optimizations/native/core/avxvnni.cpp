@@ -8,11 +8,12 @@
 #include "vectors_avx2.h"
 #include "products.inl"
 #include "codes.inl"
+#include "floats.inl"
 #include "layer.inl"
 #include "full_attention.inl"
 
 extern const Kernels avxvnni_kernels = {
-    "avxvnni", few_rows, many_rows, few_rows_of_codes, expand_codes, encode_row, PANEL, 16,
+    "avxvnni", few_rows, many_rows, few_rows_of_codes, expand_codes, encode_row, float_rows, PANEL, 16,
 #ifdef QM_BYTES
     &byte_products,
 #else

@@ -176,6 +176,17 @@ void quantize_chunk(void *context, int64_t chunk) {
     free(work);
 }
 
+struct FloatLoop {
+    FloatLinear product;
+    int64_t step;
+};
+
+void float_chunk(void *context, int64_t chunk) {
+    const FloatLoop &loop = *(const FloatLoop *)context;
+    const int64_t first = chunk * loop.step;
+    kernels->float_rows(loop.product, first, first + loop.step < loop.product.n ? first + loop.step : loop.product.n);
+}
+
 void encode_chunk(void *context, int64_t row) { kernels->encode_row(*(const qm_encoding *)context, row); }
 
 int64_t at_least_one(int64_t n) { return n < 1 ? 1 : n; }
@@ -219,15 +230,15 @@ void qm_linear(const int16_t *integers, const float *scale, int64_t rows, const 
     const int64_t columns = weight->columns, n = weight->rows;
     if (rows < 1 || n < 1) return;
     const int64_t padded = (columns + QM_COLUMN_MULTIPLE - 1) / QM_COLUMN_MULTIPLE * QM_COLUMN_MULTIPLE;
-    const Linear product = {integers, scale, rows, columns, padded, weight->data, weight->scale, n, out, dtype, out_stride,
-                            bytes != 0, weight->tables};
+    const Linear product = {integers, scale, rows, columns, padded, (const int8_t *)weight->data, weight->scale, n, out, dtype,
+                            out_stride, bytes != 0, weight->format == QM_INT4_ROWS ? weight->tables : nullptr};
     const bool many = rows >= kernels->least_rows;
     const Rearranged *best = bytes && many ? kernels->bytes : nullptr;
-    if (matrix_products && rows > 1 && n >= COLUMNS_TOGETHER && (many || !weight->tables)) best = matrix_products;
+    if (matrix_products && rows > 1 && n >= COLUMNS_TOGETHER && (many || !product.tables)) best = matrix_products;
     if (best && rearranged_product(*best, product, n_threads)) return;
     int64_t step;
     if (many) {
-        const int64_t panel = weight->tables ? COLUMNS_TOGETHER : kernels->panel;
+        const int64_t panel = product.tables ? COLUMNS_TOGETHER : kernels->panel;
         step = at_least_one(CHUNK_PRODUCTS / at_least_one(rows * columns * panel)) * panel;
     } else {
         step = at_least_one(CHUNK_BYTES / at_least_one(product.row_bytes() * (rows < 4 ? 1 : rows / 2)) / 8) * 8;
@@ -239,4 +250,14 @@ void qm_linear(const int16_t *integers, const float *scale, int64_t rows, const 
         return;
     }
     share_out(linear_chunk, &loop, n_chunks, n_threads);
+}
+
+void qm_float_linear(const float *x, int64_t rows, const qm_weight *weight, void *out, int dtype, int64_t out_stride,
+                     int n_threads) {
+    const int64_t columns = weight->columns, n = weight->rows;
+    if (rows < 1 || n < 1) return;
+    const FloatLinear product = {x, rows, columns, (const uint16_t *)weight->data, weight->scale,
+                                 weight->format == QM_BF16_ROWS, n, out, dtype, out_stride};
+    FloatLoop loop = {product, at_least_one(CHUNK_BYTES / at_least_one(2 * columns * (rows < 4 ? 1 : rows / 2)) / 8) * 8};
+    share_out(float_chunk, &loop, (n + loop.step - 1) / loop.step, n * columns * 2 < FEW_BYTES ? 1 : n_threads);
 }

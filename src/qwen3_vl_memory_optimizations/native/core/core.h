@@ -44,20 +44,27 @@ QM_EXPORT int qm_multiplies_bytes(void);
 QM_EXPORT int qm_quantize(const void *x, int dtype, int64_t rows, int64_t columns, int64_t x_stride, const float *signs,
                  int64_t block, int bytes, int16_t *integers, float *scale, int n_threads);
 
-// INT8 rows [rows, columns], or, with `tables` [256, 16], 4-bit rows: for each 16 of the columns, a multiple of 64, the number
-// of a table, then codes of 4 bits that name the table's bytes (see `codes.inl`).
+enum qm_format { QM_INT8_ROWS = 0, QM_INT4_ROWS = 1, QM_BF16_ROWS = 2, QM_FP16_ROWS = 3 };
+
+// Rows [rows, columns] of a format. QM_INT4_ROWS: for each 16 of the columns, a multiple of 64, the number of one of `tables`
+// [256, 16], then codes of 4 bits that name the table's bytes (see `codes.inl`).
 struct qm_weight {
-    const int8_t *data;
-    const float *scale; // of each row
+    const void *data;
+    const float *scale; // of each row; of 16-bit rows it may be NULL: 1
     const float *signs; // NULL: not rotated
     int64_t block, rows, columns;
-    const int8_t *tables; // NULL: INT8
+    const int8_t *tables;
+    int64_t format;
 };
 
 // out [rows, rows of the weight] = (integers @ weight.T) * scale * the weight's scale; strides in elements. `bytes`: all
-// integers fit 8 bits.
+// integers fit 8 bits. For INT8 and 4-bit rows.
 QM_EXPORT void qm_linear(const int16_t *integers, const float *scale, int64_t rows, const struct qm_weight *weight, void *out,
                     int dtype, int64_t out_stride, int bytes, int n_threads);
+
+// The same with activations x [rows, columns] in fp32, for 16-bit rows; made for few rows of activations.
+QM_EXPORT void qm_float_linear(const float *x, int64_t rows, const struct qm_weight *weight, void *out, int dtype, int64_t out_stride,
+                          int n_threads);
 
 // --- 4-bit rows
 

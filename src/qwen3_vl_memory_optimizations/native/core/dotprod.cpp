@@ -6,6 +6,8 @@
 #include <arm_neon.h>
 #include <stddef.h>
 
+#include "lanes.h"
+
 namespace {
 
 struct V {
@@ -76,6 +78,11 @@ struct V {
             }
         return lines;
     }
+    static inline F singles(const uint16_t *from) {
+        float values[WIDE];
+        for (int i = 0; i < WIDE; ++i) values[i] = single(from[i]);
+        return read(values);
+    }
     static inline uint16_t half(float value) {
         const __fp16 narrow = __fp16(value);
         uint16_t bits;
@@ -94,10 +101,11 @@ struct V {
 
 #include "products.inl"
 #include "codes.inl"
+#include "floats.inl"
 #include "layer.inl"
 #include "full_attention.inl"
 
 extern const Kernels dotprod_kernels = {
-    "dotprod", few_rows, many_rows, few_rows_of_codes, expand_codes, encode_row, PANEL, 16,
+    "dotprod", few_rows, many_rows, few_rows_of_codes, expand_codes, encode_row, float_rows, PANEL, 16,
     &byte_products, quantize_row, rms_norm, rotate_head, silu_product, convert, add, attend, pack_tokens, attend_full};
 #endif

@@ -19,6 +19,18 @@ struct Linear {
     int64_t row_bytes() const { return tables ? columns / 16 + columns / 2 : columns; }
 };
 
+struct FloatLinear {
+    const float *x; // [rows, columns]
+    int64_t rows, columns;
+    const uint16_t *weights;
+    const float *weight_scale; // NULL: 1
+    bool is_bf16;
+    int64_t n;
+    void *out;
+    int dtype;
+    int64_t out_stride;
+};
+
 // Products of activations that are rearranged first, some rows at a time, in memory of the caller. The bits are those of
 // the others.
 struct Rearranged {
@@ -47,6 +59,8 @@ struct Kernels {
     void (*few_rows_of_codes)(const Linear &, int64_t first, int64_t stop);
     void (*expand_codes)(const Linear &, int64_t first, int64_t stop, int8_t *to);
     void (*encode_row)(const qm_encoding &, int64_t row);
+    // Compute columns `first` to `stop` of the result.
+    void (*float_rows)(const FloatLinear &, int64_t first, int64_t stop);
     int64_t panel;      // columns of the result that `many_rows` computes together
     int64_t least_rows; // from here on `many_rows` is faster
     const Rearranged *bytes; // for many rows of 8-bit activations; NULL: `many_rows` is as fast

@@ -35,6 +35,8 @@ struct Left {
           scale(work.take<float>(rows)) {}
 
     void multiply(int64_t rows, const qm_weight &weight, float *out, int n_threads) {
+        if (weight.format == QM_BF16_ROWS || weight.format == QM_FP16_ROWS)
+            return qm_float_linear(values, rows, &weight, out, QM_FP32, weight.rows, n_threads);
         for (int64_t row = 0; row < rows; ++row) {
             float *x = values + row * weight.columns;
             kernels->quantize_row(x, QM_FP32, weight.columns, weight.signs, weight.block, false, x,

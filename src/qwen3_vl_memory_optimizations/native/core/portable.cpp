@@ -1,5 +1,6 @@
 // Any processor: plain C++, which compilers turn into the vectors that they may assume (NEON on 64-bit ARM).
 #include "kernels.h"
+#include "lanes.h"
 
 namespace {
 
@@ -75,6 +76,11 @@ struct V {
                 }
         return lines;
     }
+    static F singles(const uint16_t *from) {
+        float values[WIDE];
+        for (int i = 0; i < WIDE; ++i) values[i] = single(from[i]);
+        return read(values);
+    }
     static uint16_t half(float value) {
         uint32_t bits;
         __builtin_memcpy(&bits, &value, 4);
@@ -106,9 +112,10 @@ struct V {
 
 #include "products.inl"
 #include "codes.inl"
+#include "floats.inl"
 #include "layer.inl"
 #include "full_attention.inl"
 
 extern const Kernels portable_kernels = {
-    "portable", few_rows, many_rows, few_rows_of_codes, expand_codes, encode_row, PANEL, 16,
+    "portable", few_rows, many_rows, few_rows_of_codes, expand_codes, encode_row, float_rows, PANEL, 16,
     nullptr, quantize_row, rms_norm, rotate_head, silu_product, convert, add, attend, pack_tokens, attend_full};

@@ -9,6 +9,8 @@
 #include <immintrin.h>
 #endif
 
+#include "lanes.h"
+
 // An operand of an instruction that may be in memory. Clang would put all of them there.
 #ifdef __clang__
 #define QM_OR_MEMORY(registers) registers
@@ -151,6 +153,12 @@ struct V {
         return AVX2::pack_panel<COLUMNS>(w, columns, n, deep, 16, panel);
     }
     static inline uint16_t half(float value) { return uint16_t(_cvtss_sh(value, 0)); }
+    static inline F singles(const uint16_t *from) {
+        float values[WIDE];
+        for (int i = 0; i < WIDE; i += 8)
+            _mm256_storeu_ps(values + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
+        return read(values);
+    }
     static inline float single(uint16_t bits) { return _cvtsh_ss(bits); }
     static inline float inverse_root(float n) { return 1.0f / __builtin_sqrtf(n); }
 };
