@@ -34,10 +34,15 @@ struct V {
         return _mm512_set1_epi32(four);
     }
 #ifdef QM_EMULATED
+    static inline F singles(const uint16_t *from) { return AVX2::singles(from); }
     static inline Sums add_products(Sums sums, Weights a, Weights b) { return _mm512_dpwssd_epi32(sums, a, b); }
     static inline Sums add_bytes(Sums sums, Weights a, Weights b) { return _mm512_dpbusd_epi32(sums, a, b); }
     static inline void now(__m512i &) {}
-#else // as intrinsics, GCC 12 copies each sum before it adds to it
+#else
+    static inline F singles(const uint16_t *from) {
+        return F{{(FloatPart)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from))}};
+    }
+    // As intrinsics, GCC 12 copies each sum before it adds to it.
     static inline Sums add_products(Sums sums, Weights a, Weights b) {
         __asm__("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), QM_OR_MEMORY("v")(b));
         return sums;
@@ -73,11 +78,6 @@ struct V {
     static inline void store(int32_t *to, Sums sums) { _mm512_store_si512(to, sums); }
     template <int COLUMNS> static inline int64_t pack(const int8_t *w, int64_t columns, int64_t n, int64_t deep, int8_t *panel) {
         return AVX2::pack_panel<COLUMNS>(w, columns, n, deep, 32, panel);
-    }
-    static inline F singles(const uint16_t *from) {
-        float values[WIDE];
-        _mm512_storeu_ps(values, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)));
-        return read(values);
     }
     static inline uint16_t half(float value) { return uint16_t(_cvtss_sh(value, 0)); }
     static inline float single(uint16_t bits) { return _cvtsh_ss(bits); }

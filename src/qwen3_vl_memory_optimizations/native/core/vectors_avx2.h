@@ -41,6 +41,13 @@ struct AVX2 {
         _mm_storeu_si128((__m128i *)to, found);
     }
 
+    static inline F singles(const uint16_t *from) {
+        float values[WIDE];
+        for (int i = 0; i < WIDE; i += 8)
+            _mm256_storeu_ps(values + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
+        return read(values);
+    }
+
     // Four bytes of 8 rows of weights as 8 bytes if `COLUMNS` is 2 (two 16-bit integers), as they are if it is 4: 8 lines of 8
     // rows, `step` bytes apart.
     template <int COLUMNS> static inline void pack_block(const int8_t *w, int64_t columns, int8_t *to, int64_t step) {
@@ -153,12 +160,7 @@ struct V {
         return AVX2::pack_panel<COLUMNS>(w, columns, n, deep, 16, panel);
     }
     static inline uint16_t half(float value) { return uint16_t(_cvtss_sh(value, 0)); }
-    static inline F singles(const uint16_t *from) {
-        float values[WIDE];
-        for (int i = 0; i < WIDE; i += 8)
-            _mm256_storeu_ps(values + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
-        return read(values);
-    }
+    static inline F singles(const uint16_t *from) { return AVX2::singles(from); }
     static inline float single(uint16_t bits) { return _cvtsh_ss(bits); }
     static inline float inverse_root(float n) { return 1.0f / __builtin_sqrtf(n); }
 };
