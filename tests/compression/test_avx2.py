@@ -1,6 +1,6 @@
 """The codecs keep their contract with AVX2 alone, the instruction set of the small machines.
 
-Without VNNI the INT8 product of torch saturates; its INT4 kernel interleaves 32 rows instead of 64.
+Torch's products sum in another order with it, and its INT8 product saturates.
 """
 
 import os

@@ -117,7 +117,11 @@ class Access:
         self._changed.notify_all()
 
     def _used(self, entry: TensorEntry, first: int, last: int) -> None:
-        """Unpin pages of a tensor after computing on them."""
+        """Unpin pages of a tensor after computing on them, and prefetch into the room they leave."""
+        self._unpin(entry, first, last)
+        self._resident_set.advance(entry, last)
+
+    def _unpin(self, entry: TensorEntry, first: int, last: int) -> None:
         for page in entry.pages[first:last]:
             if page.unused:
                 self._mover.touch(page)
@@ -126,7 +130,6 @@ class Access:
                 self._mover.evict(page)
         if entry.freed:
             self._release(entry)
-        self._resident_set.advance(entry, last)
 
     def hold(self, entries: Sequence[TensorEntry]) -> bool:
         """Pin tensors that are entirely in memory during a computation; counts as an access to each.
@@ -146,7 +149,8 @@ class Access:
             self._enter()
             try:
                 for entry in entries:
-                    self._begin(entry)
+                    self._count(entry)
+                self._note(entries)
             except BaseException:
                 self.let_go(entries)
                 raise
@@ -157,7 +161,9 @@ class Access:
         with self._lock:
             self._leave()
             for entry in entries:
-                self._used(entry, 0, len(entry.pages))
+                self._unpin(entry, 0, len(entry.pages))
+            if entries:
+                self._resident_set.advance(entries[-1], len(entries[-1].pages))
 
     def pin(self, entry: TensorEntry) -> None:
         """Make a whole tensor resident and pin it.
@@ -295,6 +301,22 @@ class Access:
     def _begin(self, entry: TensorEntry, *, in_cycle: bool = False) -> None:
         if entry.freed or self._mover.closed:
             raise _freed(entry)
+        self._count(entry)
+        if not in_cycle:  # cyclic tensors need no prediction, and each token accesses thousands of them
+            self._note((entry,))
+
+    def _note(self, entries: Sequence[TensorEntry]) -> None:
+        """Let prediction know of accesses, in their order."""
+        weights = [entry for entry in entries if entry.kind == "weights"]
+        if weights:
+            self._resident_set.record(weights)
+        for entry in entries:
+            if entry.kind != "weights":
+                for listener in self.listeners:
+                    listener(entry.tensor_id, entry.n_bytes, entry.kind)
+                self._resident_set.used(entry)
+
+    def _count(self, entry: TensorEntry) -> None:
         self._clock += 1
         clock, stats = self._clock, self._stats
         for page in entry.pages:
@@ -308,12 +330,6 @@ class Access:
                 stats.hit_bytes += page.n_bytes
         for recorder in self.recorders:
             recorder(entry.tensor_id, entry.n_bytes, entry.kind)
-        if entry.kind == "weights":
-            self._resident_set.record(entry)
-        elif not in_cycle:  # cyclic tensors need no prediction, and each token accesses thousands of them
-            for listener in self.listeners:
-                listener(entry.tensor_id, entry.n_bytes, entry.kind)
-            self._resident_set.used(entry)
 
     def _await(self, page: Page) -> None:
         """Wait until a page is resident; start its load if no other thread has."""
