@@ -52,10 +52,9 @@ class NativeLayers:
 
         def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
             local.plain, local.ahead = kwargs.get("deepstack_visual_embeds") is None, None
-            local.fits, local.in_pass = False, True
 
         def after(module: Any, args: Any, output: Any) -> None:
-            local.plain, local.ahead, local.in_pass = False, None, False
+            local.plain, local.ahead = False, None
 
         before.changes_nothing = after.changes_nothing = True  # type: ignore[attr-defined]
         decoder.register_forward_pre_hook(before, with_kwargs=True)
@@ -87,11 +86,8 @@ class NativeLayers:
         if decoder is None or not isinstance(cache.layers[index], ManagedKVLayer):
             return None
         built = getattr(self._local, "built", None)
-        # Once per pass: nobody replaces parameters between layers.
-        checked = getattr(self._local, "in_pass", False) and self._local.fits
-        if built is None or not (built.is_for(hidden) and (checked or built.fits(decoder.layers))):
+        if built is None or not built.fits(hidden, decoder.layers):
             built = self._local.built = _Built(decoder.layers, hidden)
-        self._local.fits = True
         if not built.complete:
             return None
         factors = _fp32(position_embeddings)
@@ -128,14 +124,11 @@ class _Built:
             for module, layer in zip(modules, self.layers, strict=True):
                 self._describe(module, layer)
 
-    def is_for(self, hidden: torch.Tensor) -> bool:
-        """Return whether the structures are those of such an input."""
-        return hidden.shape == self._shape and hidden.dtype == self._dtype
-
-    def fits(self, modules: Sequence[Any]) -> bool:
-        """Return whether they are those of the layers' present parameters."""
+    def fits(self, hidden: torch.Tensor, modules: Sequence[Any]) -> bool:
+        """Return whether the structures are those of such an input and of the layers' present parameters."""
+        same = hidden.shape == self._shape and hidden.dtype == self._dtype and len(modules) == len(self.layers)
         return (
-            len(modules) == len(self.layers)
+            same
             and all(parameters["weight"] is weight for parameters, weight in self._weights)
             and all(_state(parameters["weight"]) == state for parameters, state in self._norms)
         )

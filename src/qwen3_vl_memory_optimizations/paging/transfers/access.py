@@ -117,11 +117,7 @@ class Access:
         self._changed.notify_all()
 
     def _used(self, entry: TensorEntry, first: int, last: int) -> None:
-        """Unpin pages of a tensor after computing on them, and prefetch into the room they leave."""
-        self._unpin(entry, first, last)
-        self._resident_set.advance(entry, last)
-
-    def _unpin(self, entry: TensorEntry, first: int, last: int) -> None:
+        """Unpin pages of a tensor after computing on them."""
         for page in entry.pages[first:last]:
             if page.unused:
                 self._mover.touch(page)
@@ -130,6 +126,7 @@ class Access:
                 self._mover.evict(page)
         if entry.freed:
             self._release(entry)
+        self._resident_set.advance(entry, last)
 
     def hold(self, entries: Sequence[TensorEntry]) -> bool:
         """Pin tensors that are entirely in memory during a computation; counts as an access to each.
@@ -149,8 +146,7 @@ class Access:
             self._enter()
             try:
                 for entry in entries:
-                    self._count(entry)
-                self._note(entries)
+                    self._begin(entry)
             except BaseException:
                 self.let_go(entries)
                 raise
@@ -161,9 +157,7 @@ class Access:
         with self._lock:
             self._leave()
             for entry in entries:
-                self._unpin(entry, 0, len(entry.pages))
-            if entries:
-                self._resident_set.advance(entries[-1], len(entries[-1].pages))
+                self._used(entry, 0, len(entry.pages))
 
     def pin(self, entry: TensorEntry) -> None:
         """Make a whole tensor resident and pin it.
@@ -301,22 +295,6 @@ class Access:
     def _begin(self, entry: TensorEntry, *, in_cycle: bool = False) -> None:
         if entry.freed or self._mover.closed:
             raise _freed(entry)
-        self._count(entry)
-        if not in_cycle:  # cyclic tensors need no prediction, and each token accesses thousands of them
-            self._note((entry,))
-
-    def _note(self, entries: Sequence[TensorEntry]) -> None:
-        """Let prediction know of accesses, in their order."""
-        weights = [entry for entry in entries if entry.kind == "weights"]
-        if weights:
-            self._resident_set.record(weights)
-        for entry in entries:
-            if entry.kind != "weights":
-                for listener in self.listeners:
-                    listener(entry.tensor_id, entry.n_bytes, entry.kind)
-                self._resident_set.used(entry)
-
-    def _count(self, entry: TensorEntry) -> None:
         self._clock += 1
         clock, stats = self._clock, self._stats
         for page in entry.pages:
@@ -330,6 +308,12 @@ class Access:
                 stats.hit_bytes += page.n_bytes
         for recorder in self.recorders:
             recorder(entry.tensor_id, entry.n_bytes, entry.kind)
+        if entry.kind == "weights":
+            self._resident_set.record(entry)
+        elif not in_cycle:  # cyclic tensors need no prediction, and each token accesses thousands of them
+            for listener in self.listeners:
+                listener(entry.tensor_id, entry.n_bytes, entry.kind)
+            self._resident_set.used(entry)
 
     def _await(self, page: Page) -> None:
         """Wait until a page is resident; start its load if no other thread has."""

@@ -116,21 +116,16 @@ class ResidentSet:
             self.schedule = PassSchedule(self._order, lambda name: model_of(str(name)))
             self._order_changed, self._plan_state = False, ()
 
-    def record(self, entries: Sequence[TensorEntry]) -> None:
-        """Record the start of an access to weights, in their order, and prefetch.
-
-        First come the missing pages of the last one, then those of the next weights.
-        """
-        for entry in entries:
-            self._follow_order()
-            began = self.schedule.record(entry.tensor_id)
-            self._current, self._next_page = entry, 0
-            if began:
-                if self.on_pass is not None:
-                    self.on_pass()
-                self._replan()
-                self._drop_unexpected()
+    def record(self, entry: TensorEntry) -> None:
+        """Record the start of an access to a weight, and prefetch: its own pages first, then the next weights."""
+        self._follow_order()
+        began = self.schedule.record(entry.tensor_id)
+        self._current, self._next_page = entry, 0
+        if began and self.on_pass is not None:
+            self.on_pass()
         self._replan()
+        if began:
+            self._drop_unexpected()
         self.prefetch()
 
     def advance(self, entry: TensorEntry, next_page: int) -> None:
