@@ -217,7 +217,7 @@ def _failures(runs: list[dict]) -> Iterator[str]:
 
 
 def draw(runs: list[dict], directory: Path, machine: str) -> dict[tuple[str, str], str]:
-    """Draw token/s against the limit for each shape and instruction set; return the files' names."""
+    """Draw token/s against the limit, where there are several limits; return the files' names."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -226,6 +226,8 @@ def draw(runs: list[dict], directory: Path, machine: str) -> dict[tuple[str, str
     names = {}
     for shape, isa, group in _sections(runs):
         limits = _limits(group)
+        if len(limits) < 2:
+            continue
         figure, axes = plt.subplots(1, len(PLOTTED), figsize=(12, 4.5), constrained_layout=True)
         for axis, work in zip(axes, PLOTTED, strict=True):
             for number, peer in enumerate(PEERS):
