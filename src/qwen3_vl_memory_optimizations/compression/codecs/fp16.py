@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ...native import DTYPES, Weight, core, float_weight
 from ..base import Codec, Encoded, LinearInput, Scratch, Segment, columns_of, linear_in_steps
+from ..kernels import has_native_bf16
 
 _FEW_ROWS = 16
 """Up to here a product waits for the weight; for more rows torch's products are faster."""
@@ -66,8 +67,8 @@ class FP16Codec(Codec):
 
     def linear(self, x: LinearInput, encoded: Encoded, bias: torch.Tensor | None, scratch: Scratch) -> torch.Tensor:
         """Compute few rows in fp32 with the native core, more in the dtype of `x`, decoded unless both are bf16."""
-        native = core()
-        if native is not None and x.rows <= _FEW_ROWS and x.given_dtype in DTYPES:
+        native = core() if self._is_native(x, encoded["data"].dtype) else None
+        if native is not None:
             wide = x.once("fp32 rows", lambda: x.x2d.float().contiguous())
             assert isinstance(wide, torch.Tensor)
             product = native.float_linear(wide, encoded["data"], encoded["scale"], x.given_dtype)
@@ -83,3 +84,10 @@ class FP16Codec(Codec):
     def wants_whole(self, x: LinearInput) -> bool:
         """Return False for few rows with the native core, where a row of the weight has the same bits in any range."""
         return not (core() is not None and x.rows <= _FEW_ROWS) and super().wants_whole(x)
+
+    @staticmethod
+    def _is_native(x: LinearInput, stored: torch.dtype) -> bool:
+        """Return whether the native core multiplies: not several rows that the processor multiplies in bf16."""
+        if x.rows > _FEW_ROWS or x.given_dtype not in DTYPES:
+            return False
+        return x.rows == 1 or not (x.given_dtype == stored == torch.bfloat16 and has_native_bf16())
