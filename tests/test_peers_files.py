@@ -43,7 +43,7 @@ def test_decoder_and_tower_are_those_of_the_checkpoint(tmp_path, monkeypatch):
     for name, tensor in expected.items():
         values = tensor.whole().float()
         torch.testing.assert_close(found[name].whole().float(), values, rtol=0.01, atol=0.01 * values.abs().max())
-    # There is no config.json beside the files: this is what their own metadata say.
+    # The reader takes the configuration from the metadata of the files.
     assert read.config["text_config"]["rope_parameters"] == given.config["text_config"]["rope_parameters"]
     tower = read.config["vision_config"]
     assert tower == {key: given.config["vision_config"][key] for key in tower}

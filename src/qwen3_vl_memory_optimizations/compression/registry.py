@@ -46,7 +46,9 @@ def create_codec(name: str) -> Codec:
     """
     name, _, parameters = name.partition(":")
     if name in _FORMER:
-        raise ConfigurationError(f"the format {name!r} of version 0.2 is no longer read; pack the checkpoint again")
+        raise ConfigurationError(
+            f"{name!r} is the INT4 format of version 0.2, which this one cannot read; pack the checkpoint again"
+        )
     if name not in _FACTORIES:
         names = codec_names()
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
