@@ -188,7 +188,7 @@ class Estimator:
             compute_s, _ = rates.seconds(DECODE, ops)
         else:
             product_s = max(ops / self._machine.decode[self._kind()].per_s, self._weights / self._machine.memory.per_s)
-            native = self._codec == "int8_rotated" and core() is not None
+            native = self._codec != "none" and core() is not None
             compute_s = product_s / (_NATIVE_DECODE_SHARE if native else _DECODE_SHARE)
         ssd = self._machine.ssd
         if ssd is None:
