@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from .compression import CodecSpeeds, CompressionMethodSelector
+from .compression import CodecSpeeds, CompressionMethodSelector, create_codec
 from .compression.selection import TOLERANCES, WEIGHT_CANDIDATES
 from .config import MemoryConfig
-from .errors import CheckpointError, MemoryBudgetExceeded
+from .errors import CheckpointError, MemoryBudgetExceeded, format_bytes
 from .model.checkpoint.codec_speeds import codec_speeds
 from .model.checkpoint.formats import LogicalTensor, needs_packing, open_checkpoint, weights_of
 from .model.checkpoint.loading import WeightLoader
-from .model.checkpoint.packing import Progress, find, find_packed, pack_checkpoint, plan_path
+from .model.checkpoint.packing import Calibration, Progress, find, find_packed, pack_checkpoint, plan_path
 from .model.checkpoint.plan import CompressionPlan, PlannedWeight
 from .model.checkpoint.skeleton import WeightSite, build_skeleton, compute_dtype_of, weight_sites
 from .optimizer import MemoryOptimizer
+from .process import rss_bytes, usable_memory
 from .profiles import configure
 from .storage import Checkpoint
 
@@ -27,6 +29,13 @@ logger = logging.getLogger(__name__)
 
 _WORTH_MEASURING_BYTES = 64 * 2**20
 """Below this size, loading takes less time than measuring the codec speeds."""
+_MOST_TOKENS = 8192
+"""Of calibration inputs; twice as many gained little (measured)."""
+_ACTIVATIONS = 5
+"""Values of each token held at once, in units of the widest layer (measured)."""
+_STATISTICS_MATRICES = 3
+"""Held at once, of as many rows and columns as the widest input has."""
+_ENCODING_BYTES = 400 << 20
 _SAMPLE_ROWS = 256
 _VOCABULARY_CANDIDATES = ("none", "fp16", "int8_rotated", "int8")
 """Rows of an embedding are looked up one by one."""
@@ -42,15 +51,20 @@ def pack_model(
     *,
     plan: CompressionPlan | None = None,
     calibration: Path | None = None,
+    fast: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """Pack a checkpoint once, as configured; `codec="auto"` first makes a plan and stores it (`plan_path`).
+
+    Codecs that compensate errors (`int4`) encode each weight for the inputs that it gets from calibration inputs.
 
     Args:
         directory: a checkpoint, or a path that `open_checkpoint` accepts.
         config: the codec, the budget for making the plan, and the location of packed checkpoints.
         plan: pack by this plan instead; replaces the result of another plan.
-        calibration: a directory of images and `.txt` files for a new plan (see `make_plan`).
+        calibration: a directory of images and `.txt` files to calibrate with instead of the shipped ones; with `auto`,
+            for a new plan.
+        fast: compensate no errors, which takes a tenth of the time and loses more.
         progress: called with a description, the amount done and the total.
 
     Returns:
@@ -68,7 +82,8 @@ def pack_model(
     if codec == "none" and plan is None and not needs_packing(source):
         return source.directory
     if codec != "auto" and plan is None:
-        return pack_checkpoint(source, codec=codec, config=config, progress=progress)
+        inputs = None if fast else _calibration(source, config, calibration, (codec,))
+        return pack_checkpoint(source, codec=codec, calibration=inputs, config=config, progress=progress)
     path = plan_path(source, config)
     if plan is None and calibration is None:
         packed = find_packed(source, "auto", config)
@@ -78,7 +93,53 @@ def pack_model(
             plan = CompressionPlan.load(path)
     if plan is None:
         plan = make_plan(source, config, calibration=calibration, progress=progress)
-    return pack_checkpoint(source, plan=plan, config=config, progress=progress)
+    codecs = {weight.codec for weight in plan.weights.values()}
+    inputs = None if fast else _calibration(source, config, calibration, codecs)
+    return pack_checkpoint(source, plan=plan, calibration=inputs, config=config, progress=progress)
+
+
+def _calibration(
+    source: Checkpoint, config: MemoryConfig, samples: Path | None, codecs: Iterable[str]
+) -> Calibration | None:
+    """Return the inputs to encode for; `None` if no codec compensates errors, or the checkpoint has no tokenizer."""
+    if not any(create_codec(codec).compensates for codec in codecs):
+        return None
+    from .model.checkpoint.calibration import digest  # imports transformers
+    from .model.inputs.processor import load_tokenizer
+
+    try:
+        load_tokenizer(source.directory)
+    except CheckpointError as error:
+        logger.warning("encoding without calibration, which loses more: %s", str(error))
+        return None
+    description = "shipped images and text" if samples is None else f"{samples.resolve()}, {digest(samples)}"
+    batch = partial(_windows, source.directory, config, samples)
+    return Calibration(description, samples is not None, batch)
+
+
+def _windows(
+    directory: Path, config: MemoryConfig, samples: Path | None, shapes: Mapping[str, tuple[int, ...]]
+) -> Mapping[str, torch.Tensor]:
+    """Return as many calibration inputs as memory allows for weights of these shapes."""
+    from .model.checkpoint.calibration import WINDOW_TOKENS, calibration_windows
+
+    available = usable_memory()[1] if config.ram_budget is None else config.ram_budget - rss_bytes()
+    widest, columns = max(max(shape) for shape in shapes.values()), max(shape[1] for shape in shapes.values())
+    fixed = _STATISTICS_MATRICES * 4 * columns**2 + _ENCODING_BYTES
+    tokens = min(_MOST_TOKENS, (available - fixed) // (_ACTIVATIONS * 4 * widest))
+    if tokens < WINDOW_TOKENS:
+        required = fixed + WINDOW_TOKENS * _ACTIVATIONS * 4 * widest
+        raise MemoryBudgetExceeded(
+            f"encoding with calibration needs {format_bytes(required)}, but {format_bytes(max(0, available))} are "
+            "left; raise ram_budget, or encode without it (qwen3vl-mem pack --fast), which loses more",
+            requested_bytes=required,
+            available_bytes=max(0, available),
+            budget_bytes=config.ram_budget or available,
+            owner="packing",
+        )
+    batch, description = calibration_windows(directory, samples, tokens)
+    logger.info("calibrating with %s", description)
+    return batch
 
 
 def make_plan(

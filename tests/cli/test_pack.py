@@ -66,7 +66,7 @@ def test_a_bad_plan_is_refused_with_its_place(run, tiny, tmp_path):
     result = run("pack", tiny, "--cache-dir", tmp_path, "--plan", tmp_path / "none.json")
     assert (result.exit_code, "cannot be read" in result.stderr) == (2, True)
     result = run("pack", tiny, "--cache-dir", tmp_path, "--codec", "int8", "--plan", plan)
-    assert "require codec auto" in result.stderr
+    assert "requires codec auto" in result.stderr
 
 
 def test_calibration_takes_a_directory_of_samples(run, tiny, tmp_path):
@@ -75,3 +75,30 @@ def test_calibration_takes_a_directory_of_samples(run, tiny, tmp_path):
     (tmp_path / "a.txt").write_text("The cat sat on the mat. " * 20)
     result = run("pack", tiny, "--cache-dir", tmp_path / "cache", "--calibration", tmp_path, "--json")
     assert json.loads(result.stdout)["calibrated_on"].startswith("0 images and text")
+
+
+def test_int4_is_calibrated_unless_it_shall_be_fast(run, tiny, tmp_path):
+    options = ("pack", tiny, "--cache-dir", tmp_path, "--codec", "int4", "--json")
+    fast = json.loads(run(*options, "--fast").stdout)
+    assert (fast["already_packed"], fast["calibrated_on"]) == (False, None)
+    assert "not calibrated" in run(*options[:-1], "--fast").stdout
+    calibrated = json.loads(run(*options).stdout)
+    assert (calibrated["already_packed"], calibrated["directory"]) == (False, fast["directory"])
+    assert calibrated["calibrated_on"] == "shipped images and text"
+    for again in (run(*options), run(*options, "--fast")):
+        assert json.loads(again.stdout)["already_packed"]
+
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "a.txt").write_text("The cat sat on the mat. " * 20)
+    assert str(own) in json.loads(run(*options, "--calibration", own).stdout)["calibrated_on"]
+    assert json.loads(run(*options, "--calibration", own).stdout)["already_packed"]
+    (own / "a.txt").write_text("The dog sat on the mat. " * 20)
+    assert not json.loads(run(*options, "--calibration", own).stdout)["already_packed"]
+    assert json.loads(run(*options).stdout)["already_packed"]
+
+
+def test_options_of_calibration_that_exclude_each_other(run, tiny, tmp_path):
+    options = ("pack", tiny, "--cache-dir", tmp_path, "--calibration", tmp_path, "--codec")
+    assert "requires codec auto or int4" in run(*options, "int8").stderr
+    assert "--fast encodes without calibration" in run(*options, "int4", "--fast").stderr

@@ -11,6 +11,7 @@ from qwen3_vl_memory_optimizations.compression import create_codec
 from qwen3_vl_memory_optimizations.compression.codecs import int4, int8, rotated
 from qwen3_vl_memory_optimizations.compression.codecs.int4_tables import tables
 from qwen3_vl_memory_optimizations.compression.codecs.rotation import rotate
+from qwen3_vl_memory_optimizations.native import core as native_core
 
 from .contract import DTYPES, CodecContract, assert_snr, decoded, product
 
@@ -100,3 +101,69 @@ def test_the_former_format_is_named_in_the_error():
 
     with pytest.raises(ConfigurationError, match="int4_64.*version 0.2.*pack the checkpoint again"):
         create_codec("int4_64")
+
+
+needs_core = pytest.mark.skipif(native_core() is None, reason="errors are compensated by the native core alone")
+
+
+@needs_core
+class TestCompensation:
+    def problem(self, columns=256, rows=96, inputs=1024):
+        """Inputs with few large directions, and weights."""
+        generator = torch.Generator().manual_seed(0)
+        mixing = torch.randn(columns, columns, generator=generator) * torch.linspace(2, 0.02, columns)[:, None]
+        x = torch.randn(inputs, columns, generator=generator) @ mixing
+        return x, torch.randn(rows, columns, generator=generator) * 0.02
+
+    def lost(self, codec, x, weight, encoded):
+        found = decoded(codec, encoded, torch.float32, weight.shape[1])
+        return float((x @ (found - weight).t()).norm() / (x @ weight.t()).norm())
+
+    def test_outputs_lose_much_less(self):
+        codec, (x, weight) = create_codec("int4"), self.problem()
+        plain = self.lost(codec, x, weight, codec.encode(weight))
+        compensated = self.lost(codec, x, weight, codec.encode_compensated(weight, codec.compensation(x)))
+        assert compensated < 0.65 * plain
+
+    def test_outliers_of_inputs_are_kept(self):
+        codec, (x, weight) = create_codec("int4"), self.problem()
+        x[:, 7] *= 300
+        plain = self.lost(codec, x, weight, codec.encode(weight))
+        assert self.lost(codec, x, weight, codec.encode_compensated(weight, codec.compensation(x))) < 0.1 * plain
+
+    def test_rows_are_encoded_independently(self):
+        codec, (x, weight) = create_codec("int4"), self.problem()
+        compensation = codec.compensation(x)
+        whole = codec.encode_compensated(weight, compensation)
+        for start, stop in ((0, 16), (16, 96)):
+            part = codec.encode_compensated(weight[start:stop], compensation)
+            same = (part["data"] == whole["data"][start:stop]).float().mean()
+            assert same > 0.95  # products of few rows are summed in another order
+            assert torch.equal(part["scale"], whole["scale"][start:stop])
+
+    @pytest.mark.parametrize("inputs", [torch.zeros(5, 128), torch.randn(1, 128), torch.randn(300, 128) * 1e-18])
+    def test_inputs_that_determine_little(self, inputs):
+        codec, weight = create_codec("int4"), torch.randn(32, 128)
+        found = decoded(codec, codec.encode_compensated(weight, codec.compensation(inputs)), torch.float32, 128)
+        assert_snr(weight, found, 15, "little")
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
+    def test_inputs_that_cannot_be_used_are_refused(self, bad):
+        inputs = torch.randn(64, 128)
+        inputs[3, 4] = bad
+        with pytest.raises(CodecError, match="inputs"):
+            create_codec("int4").compensation(inputs)
+
+    def test_others_do_not(self):
+        codec = create_codec("int8")
+        assert not codec.compensates
+        with pytest.raises(CodecError, match="does not compensate"):
+            codec.compensation(torch.randn(4, 64))
+
+
+def test_without_the_native_core_nothing_is_compensated(monkeypatch):
+    monkeypatch.setattr(int4, "core", lambda: None)
+    codec = create_codec("int4")
+    assert not codec.compensates
+    with pytest.raises(CodecError, match="native core"):
+        codec.encode_compensated(torch.randn(2, 64), None)

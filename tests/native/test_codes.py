@@ -110,3 +110,26 @@ def test_the_table_of_least_error_is_taken():
     groups = values.view(8, 1, 2, 4, 8).permute(0, 1, 3, 4, 2).reshape(8, 4, 16).double()
     sums = [(groups[..., None] - table).abs().amin(-1).square().sum(-1) for table in 2 * tables().double()]
     assert torch.equal(data[:, :4].long(), torch.stack(sums, dim=-1).argmin(-1))
+
+
+def test_each_instruction_set_compensates_errors_with_the_same_bits(native):  # noqa: F811
+    generator = torch.Generator().manual_seed(3)
+    columns, rows = 192, 21
+    feedback = torch.randn(64, 64, generator=generator).triu(1) * 0.3
+    importance = torch.rand(64, generator=generator)
+    errors, nearest = _look_up()
+    found = []
+    for name in (native.isa, "portable"):
+        native.select(name)
+        targets = torch.randn(rows, columns, generator=torch.Generator().manual_seed(4)) * 30
+        fed_back = torch.randn(rows, 64, generator=torch.Generator().manual_seed(5)) * 4
+        data = torch.zeros((rows, columns // 16 * 9), dtype=torch.uint8)
+        given = targets.clone()
+        native.encode_compensated(
+            targets[:, 64:128], fed_back, feedback, importance, tables(), errors, nearest, data, 64
+        )
+        integers = _integers(data)[:, 64:128].view(rows, 2, 4, 8).permute(0, 2, 3, 1).reshape(rows, 64)
+        torch.testing.assert_close(targets[:, 64:128], given[:, 64:128] - integers)
+        assert torch.equal(targets[:, :64], given[:, :64]) and torch.equal(targets[:, 128:], given[:, 128:])
+        found.append((targets, data))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -40,9 +40,17 @@ def pack(
             "--calibration",
             metavar="DIR",
             rich_help_panel=INPUT,
-            help="Make a new plan from the images and .txt files in DIR instead of the shipped ones.",
+            help="Calibrate with the images and .txt files in DIR instead of the shipped ones; codecs auto and int4.",
         ),
     ] = None,
+    fast: Annotated[
+        bool,
+        typer.Option(
+            "--fast",
+            rich_help_panel=INPUT,
+            help="Codec int4: encode without calibration, in a tenth of the time; loses several times more.",
+        ),
+    ] = False,
     codec: CodecOption = "auto",
     plan: Annotated[
         Path | None,
@@ -69,16 +77,21 @@ def pack(
     Example: qwen3vl-mem pack ~/models/Qwen3-VL-2B-Instruct
     """
     line = ctx.with_resource(progress_line(quiet=quiet or as_json))
+    from ..compression import create_codec
     from ..errors import ConfigurationError
     from ..profiles import configure
 
     config = configure(typed(ctx, profile=profile, codec=codec, cache_dir=cache_dir, ram_budget=ram_budget))
     codec = config.codec
-    if codec != "auto" and (plan or calibration):
-        raise ConfigurationError(f"--plan and --calibration require codec auto, not {codec!r}; drop them or --codec")
+    if codec != "auto" and plan:
+        raise ConfigurationError(f"--plan requires codec auto, not {codec!r}; drop one of them")
+    if calibration and codec != "auto" and not create_codec(codec).compensates:
+        raise ConfigurationError(f"--calibration requires codec auto or int4, not {codec!r}; drop one of them")
+    if calibration and fast:
+        raise ConfigurationError("--fast encodes without calibration; drop it or --calibration")
 
     from ..model.checkpoint.formats import needs_packing, open_checkpoint
-    from ..model.checkpoint.packing import packed_directory, plan_path
+    from ..model.checkpoint.packing import CALIBRATION_KEY, packed_directory, plan_path
     from ..model.checkpoint.plan import CompressionPlan
     from ..planning import pack_model
     from ..storage import Checkpoint
@@ -92,7 +105,7 @@ def pack(
     packed = packed_directory(source, config.weight_codec(), config)
     before = packed.stat().st_ino if packed.is_dir() else None
     start = time.perf_counter()
-    directory = pack_model(source, config, plan=given, calibration=calibration, progress=line.report)
+    directory = pack_model(source, config, plan=given, calibration=calibration, fast=fast, progress=line.report)
     line.close()
     seconds = time.perf_counter() - start
     was_there = before is not None and directory.stat().st_ino == before
@@ -108,6 +121,8 @@ def pack(
     used = CompressionPlan.load(path) if codec == "auto" and path.is_file() else None
     if used is not None:
         report |= {"plan": str(path), "calibrated_on": used.calibrated_on, "codecs": _by_codec(used)}
+    elif codec != "auto" and create_codec(codec).compensates:
+        report["calibrated_on"] = Checkpoint.open(directory).metadata.get(CALIBRATION_KEY)
     if as_json:
         print_json(report)
         return
@@ -123,6 +138,10 @@ def _show(report: dict[str, Any], plan: CompressionPlan | None) -> None:
     screen = console()
     sizes = f"{format_bytes(before_bytes)} -> {format_bytes(after_bytes)} ({share}, {report['codec']})"
     screen.print(f"[green]{done}[/green]: {sizes}", highlight=False)
+    if plan is None and "calibrated_on" in report:
+        inputs = report["calibrated_on"]
+        text = f"calibrated on {inputs}" if inputs else "not calibrated, which loses more: pack without --fast"
+        screen.print(text, markup=False, highlight=False, soft_wrap=True)
     if plan is not None:
         screen.print(_plan_table(plan), highlight=False)
         usual = max(report["codecs"], key=lambda name: report["codecs"][name]["weights"])

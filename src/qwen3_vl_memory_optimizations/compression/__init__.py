@@ -1,6 +1,6 @@
 """Codecs: tensor <-> encoded rows, and products computed on the encoded form. No files, pools or policies."""
 
-from .base import ROW_MULTIPLE, Codec, LinearInput, Scratch, Segment, columns_of
+from .base import ROW_MULTIPLE, Codec, Compensation, Encoded, LinearInput, Scratch, Segment, columns_of
 from .codecs.fp16 import FP16Codec
 from .codecs.int4 import INT4Codec
 from .codecs.int8 import INT8Codec
@@ -28,9 +28,11 @@ __all__ = [
     "Candidate",
     "Codec",
     "CodecSpeeds",
+    "Compensation",
     "CompressedTensor",
     "CompressionMethodSelector",
     "DecodedSample",
+    "Encoded",
     "EncodingCounters",
     "EncodingLog",
     "FP16Codec",

@@ -48,6 +48,23 @@ class Segment:
         return n_elements * self.dtype.itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class Compensation:
+    """How errors in columns of a weight are made up for, in the order in which its codec encodes them.
+
+    The sum of squared errors of a layer's outputs is `|| E R ||^2`, where E are the errors of the weight and R is upper
+    triangular: `R R^T` are the sums of products of the inputs. So column k, which is encoded after the columns before
+    it, is aimed at its value plus `E[:, :k] @ feedback[:k, k]`.
+
+    Attributes:
+        feedback: fp32 `[columns, columns]`: R with each column divided by its diagonal element.
+        importance: fp32 `[columns]`: squares of the diagonal.
+    """
+
+    feedback: torch.Tensor
+    importance: torch.Tensor
+
+
 class Scratch:
     """Reusable memory for transient results; grows to the largest request and is then reused.
 
@@ -202,6 +219,27 @@ class Codec(ABC):
         `None`: the native core does not know this codec.
         """
         return None
+
+    @property
+    def compensates(self) -> bool:
+        """Whether `encode` can make later columns of a row compensate errors of earlier ones (see `compensation`)."""
+        return False
+
+    def compensation(self, inputs: torch.Tensor) -> Compensation:
+        """Return how errors are compensated, for inputs `[m, columns]` of the layer whose weight is to be encoded.
+
+        Raises:
+            CodecError: this codec does not; or the inputs are not finite.
+        """
+        raise CodecError(f"the codec {self.name!r} does not compensate errors")
+
+    def encode_compensated(self, rows: torch.Tensor, compensation: Compensation) -> dict[str, torch.Tensor]:
+        """Encode a range of rows `[n, ...]` so that products with the inputs change least.
+
+        Raises:
+            CodecError: values that this codec cannot represent; or it does not compensate errors.
+        """
+        raise CodecError(f"the codec {self.name!r} does not compensate errors")
 
     def wants_whole(self, x: LinearInput) -> bool:
         """Return whether a product needs all rows of the weight at once, where memory allows, for identical bits.

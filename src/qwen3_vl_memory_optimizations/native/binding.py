@@ -20,6 +20,7 @@ from .structures import (
     INT4_ROWS,
     INT8_ROWS,
     Attention,
+    Compensation,
     Encoding,
     FullAttention,
     Layer,
@@ -39,7 +40,7 @@ MOST_HEAD_SIZE = 128
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes of activations and results."""
 
-_ABI = 3
+_ABI = 4
 _LIBRARY = Path(__file__).with_name("libcore.so")
 _ARM = platform.machine().lower() in ("aarch64", "arm64")
 _SETS = ("portable", "dotprod") if _ARM else ("portable", "avx2", "avxvnni", "avx512vnni", "amx")
@@ -103,6 +104,9 @@ class Core:
         self._encode = functions.qm_encode
         self._encode.restype = None
         self._encode.argtypes = [ctypes.POINTER(Encoding), integer]
+        self._encode_compensated = functions.qm_encode_compensated
+        self._encode_compensated.restype = None
+        self._encode_compensated.argtypes = [ctypes.POINTER(Compensation), integer]
         self._run_layers = functions.qm_run_layers
         self._run_layers.argtypes, self._run_layers.restype = [pointer, number, integer], None
         self._steps: dict[type, Any] = {}
@@ -243,6 +247,39 @@ class Core:
         pointers = [each.data_ptr() for each in (tables, errors, nearest, data, products)]
         self._encode(Encoding(values.data_ptr(), *values.shape, *pointers), torch.get_num_threads())
         return products
+
+    def encode_compensated(
+        self,
+        targets: torch.Tensor,
+        fed_back: torch.Tensor,
+        feedback: torch.Tensor,
+        importance: torch.Tensor,
+        tables: torch.Tensor,
+        errors: torch.Tensor,
+        nearest: torch.Tensor,
+        data: torch.Tensor,
+        first: int,
+    ) -> None:
+        """Write 64 columns of 4-bit rows, each value making up for the errors of those before it.
+
+        Args:
+            targets: fp32 `[rows, 64]`, values in the unit of the tables and in the order of groups (`core/codes.inl`);
+                replaced by what the chosen integers lack. Its rows may lie apart.
+            fed_back: fp32 `[rows, 64]`, contiguous: what errors of earlier columns add to the targets.
+            feedback: fp32 `[64, 64]`, contiguous: of the error of column i, the share that is added to column j > i.
+            importance: fp32 `[64]` of a squared error in each column.
+            tables, errors, nearest: as in `encode`.
+            data: whole rows, uint8 `[rows, columns / 16 + columns / 2]`, contiguous; these columns are written.
+            first: the number of the first of the 64 columns.
+        """
+        columns = data.shape[1] * 16 // 9
+        pointers = [each.data_ptr() for each in (feedback, importance, tables, errors, nearest)]
+        numbers, codes = data.data_ptr() + first // 16, data.data_ptr() + columns // 16 + first // 2
+        job = Compensation(
+            *(targets.data_ptr(), targets.stride(0), fed_back.data_ptr(), len(targets)),
+            *(*pointers, numbers, codes, data.shape[1]),
+        )
+        self._encode_compensated(job, torch.get_num_threads())
 
     def attend_all(self, heads: torch.Tensor, scale: float) -> torch.Tensor:
         """Return attention of all tokens to all, in integers of 12 bits: `[tokens, heads * size]`.

@@ -41,6 +41,25 @@ class Encoding(ctypes.Structure):
     ]
 
 
+class Compensation(ctypes.Structure):
+    """64 columns of rows to encode, with feedback of errors (`qm_compensation`)."""
+
+    _fields_ = [
+        ("targets", _POINTER),
+        ("stride", _NUMBER),
+        ("fed_back", _POINTER),
+        ("rows", _NUMBER),
+        ("feedback", _POINTER),
+        ("importance", _POINTER),
+        ("tables", _POINTER),
+        ("errors", _POINTER),
+        ("nearest", _POINTER),
+        ("numbers", _POINTER),
+        ("codes", _POINTER),
+        ("row_bytes", _NUMBER),
+    ]
+
+
 class LayerStart(ctypes.Structure):
     """What comes before attention (`qm_layer_start`)."""
 

@@ -121,6 +121,17 @@ class PackedWriter:
             self._log({"name": name, "checksums": [f"{value:016x}" for value in checksums]})
         self._checksums[name] = checksums
 
+    def read(self, name: str) -> bytes:
+        """Return the bytes of an entry that is written.
+
+        Raises:
+            StorageError: the file cannot be read.
+        """
+        if self._file is None:
+            raise self._not_open()
+        entry = self._layout.entries[name]
+        return self._file.read_bytes(self._data_start + self._layout.offsets[name], entry.n_bytes)
+
     def finish(self, copy_files: Iterable[Path] = (), texts: Mapping[str, str] | None = None) -> None:
         """Write the header, copy small files beside it, and give the directory its final name.
 

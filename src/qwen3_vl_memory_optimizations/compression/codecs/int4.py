@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from ...errors import CodecError
 from ...native import INT4_ROWS, Core, Integers, Weight, core
-from ..base import STEP_ELEMENTS, Encoded, Segment, bf16_at_least, columns_of
+from ..base import STEP_ELEMENTS, Compensation, Encoded, Segment, bf16_at_least, columns_of
+from .compensation import error_feedback
 from .int4_tables import UNITS_PER_DEVIATION, tables
 from .rotated import RotatedINT8Codec
 from .rotation import rotate, rotation_signs
@@ -70,18 +71,47 @@ class INT4Codec(RotatedINT8Codec):
         for start in range(0, n, step):
             part = slice(start, min(start + step, n))
             values = rotate(matrix[part])
-            largest = torch.maximum(values.amax(dim=1), values.amin(dim=1).neg_())
-            if not bool(torch.isfinite(largest).all()):
-                raise CodecError("INT4 cannot represent NaN or infinite weights; keep this tensor with codec 'none'")
-            largest = torch.where(largest > 0, largest, 1)
-            relative = values / largest[:, None]  # or squares would overflow
-            unit = (relative.norm(dim=1) / (columns**0.5 * UNITS_PER_DEVIATION)).clamp_(min=1 / 127)
-            # A rotated row differs in its last bits with the number of rows around it; bf16 hides that.
-            unit = bf16_at_least(largest * unit)
+            unit = _units(values)
             halves = (values / unit[:, None]).mul_(2).round_().clamp_(-_MOST, _MOST).to(torch.int16)
             product, square = _encode(halves, data[part]).double().unbind(1)
             scale[part] = (unit * torch.where(square > 0, product / (2 * square), 1)).float()  # least squares
         return {"data": data, "scale": scale}
+
+    @property
+    def compensates(self) -> bool:
+        """Whether the native core is there, which is needed for it."""
+        return core() is not None
+
+    def compensation(self, inputs: torch.Tensor) -> Compensation:
+        """Return how errors are compensated, for inputs `[m, columns]` of any floating dtype.
+
+        Raises:
+            CodecError: they are not finite.
+        """
+        return error_feedback(inputs, _order(inputs.shape[1]))
+
+    def encode_compensated(self, rows: torch.Tensor, compensation: Compensation) -> dict[str, torch.Tensor]:
+        """Rotate and quantise rows `[n, ...]` of any floating dtype, as in GPTQ (arXiv:2210.17323).
+
+        Raises:
+            CodecError: NaN or infinite values, which no scale represents; or there is no native core.
+        """
+        native, (errors, nearest) = core(), _look_up()
+        if native is None:
+            raise CodecError("INT4 compensates errors with the native core alone, which is not there")
+        values = rotate(rows.reshape(rows.shape[0], -1))
+        n, columns = values.shape
+        unit = _units(values)
+        targets = values[:, _order(columns)].div_(unit[:, None])
+        data = torch.empty((n, columns // _GROUP + columns // 2), dtype=torch.uint8)
+        for first in range(0, columns, _BLOCK):
+            part = slice(first, first + _BLOCK)
+            fed_back = targets[:, :first] @ compensation.feedback[:first, part]
+            within, importance = compensation.feedback[part, part].contiguous(), compensation.importance[part]
+            native.encode_compensated(
+                targets[:, part], fed_back, within, importance, tables(), errors, nearest, data, first
+            )
+        return {"data": data, "scale": unit}
 
     def native_weight(self, encoded: Encoded) -> Weight | None:
         """Return the rows for the native core's layer steps, which rotate activations."""
@@ -98,6 +128,29 @@ class INT4Codec(RotatedINT8Codec):
         if out.dtype == torch.float16:  # the scales of small values are below its range
             return out.copy_(_integers(encoded["data"]).float().mul_(scale))
         return out.copy_(_integers(encoded["data"])).mul_(scale.to(out.dtype))
+
+
+def _units(values: torch.Tensor) -> torch.Tensor:
+    """Return the unit of the tables for each rotated row `[n, columns]`, fp32 `[n]`.
+
+    Raises:
+        CodecError: NaN or infinite values.
+    """
+    largest = torch.maximum(values.amax(dim=1), values.amin(dim=1).neg_())
+    if not bool(torch.isfinite(largest).all()):
+        raise CodecError("INT4 cannot represent NaN or infinite weights; keep this tensor with codec 'none'")
+    largest = torch.where(largest > 0, largest, 1)
+    relative = values / largest[:, None]  # or squares would overflow
+    unit = (relative.norm(dim=1) / (values.shape[1] ** 0.5 * UNITS_PER_DEVIATION)).clamp_(min=1 / 127)
+    # A rotated row differs in its last bits with the number of rows around it; bf16 hides that.
+    return bf16_at_least(largest * unit)
+
+
+@lru_cache(maxsize=16)
+def _order(columns: int) -> torch.Tensor:
+    """Return the columns in the order of groups (see `codes.inl`)."""
+    within = torch.arange(_BLOCK).view(2, 4, 8).permute(1, 2, 0).reshape(-1)
+    return (torch.arange(0, columns, _BLOCK)[:, None] + within).view(-1)
 
 
 def _columns(data: torch.Tensor) -> int:

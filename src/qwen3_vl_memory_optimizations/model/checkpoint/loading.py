@@ -21,7 +21,7 @@ from ..compat import INIT_METHOD, initialise
 from ..layers.decoder_layer import joined_names
 from .formats import TORCH_DTYPES
 from .packing import CODECS_KEY, SHAPES_KEY, Progress, find, original_dtypes, segment_name
-from .skeleton import WeightSite, codec_for, materialize_buffers, rows_per_page, weight_sites
+from .skeleton import WeightSite, codec_for, materialize_buffers, put, rows_per_page, weight_sites
 from .small_tensors import read_small_tensors
 
 logger = logging.getLogger(__name__)
@@ -327,9 +327,3 @@ def _draw(model: nn.Module, module: nn.Module) -> None:
     holders = [each for each in model.modules() if hasattr(each, INIT_METHOD) and module in set(each.modules())]
     with torch.no_grad():
         initialise(holders[-1], module)
-
-
-def put(site: WeightSite, tensor: torch.Tensor) -> None:
-    """Assign a tensor to every holder of a parameter, so that tied weights stay one."""
-    for module, attribute in site.holders:
-        module._parameters[attribute] = tensor  # type: ignore[assignment]

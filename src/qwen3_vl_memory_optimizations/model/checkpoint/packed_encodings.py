@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ...compression import Codec, DecodedSample, EncodingCounters
+from ...compression import Codec, Compensation, DecodedSample, Encoded, EncodingCounters
 
 ENCODINGS_FILE = "qwen3vl_mem.encodings.json"
 
@@ -26,22 +26,34 @@ class PackedEncodings:
     errors: dict[str, float] = field(default_factory=dict)
     counted: EncodingCounters = field(default_factory=EncodingCounters)
 
-    def encode(self, name: str, codec: Codec, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    def encode(
+        self, name: str, codec: Codec, rows: torch.Tensor, compensation: Compensation | None = None
+    ) -> dict[str, torch.Tensor]:
         """Encode a chunk of whole row blocks of a weight; the first chunk of each weight is sampled.
+
+        Args:
+            name: of the weight.
+            codec: of the weight.
+            rows: the chunk.
+            compensation: of errors, if the codec compensates them.
 
         Raises:
             CodecError: the codec cannot represent the values.
         """
         start_s = time.perf_counter()
-        encoded = codec.encode(rows)
+        encoded = codec.encode(rows) if compensation is None else codec.encode_compensated(rows, compensation)
         if not codec.lossless:
             counted = EncodingCounters(timed_bytes=rows.nbytes, encode_s=time.perf_counter() - start_s)
-            if name not in self.errors:
-                sample = DecodedSample.of(codec, rows, encoded)
-                self.errors[name] = sample.relative_error
-                counted.decoded_bytes, counted.decode_s = sample.decoded_bytes, sample.seconds
             self.counted.add(counted)
+            if name not in self.errors:
+                self.sample(name, codec, rows, encoded)
         return encoded
+
+    def sample(self, name: str, codec: Codec, rows: torch.Tensor, encoded: Encoded) -> None:
+        """Note the error of the first rows of a weight, and the time to decode them."""
+        sample = DecodedSample.of(codec, rows, encoded)
+        self.errors[name] = sample.relative_error
+        self.counted.add(EncodingCounters(decoded_bytes=sample.decoded_bytes, decode_s=sample.seconds))
 
     def to_json(self) -> str:
         """Return the content of the file."""

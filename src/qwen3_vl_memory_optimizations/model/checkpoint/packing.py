@@ -7,17 +7,20 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import nn
 
-from ...compression import Codec, columns_of, create_codec
+from ...compression import Codec, Encoded, Segment, columns_of, create_codec
 from ...config import MemoryConfig
 from ...errors import CheckpointError, CodecError, ConfigurationError, MemoryBudgetExceeded, format_bytes
 from ...process import rss_bytes
 from ...storage import CONFIG_FILE, Checkpoint, PackedEntry, PackedLayout, PackedWriter, TensorExtent, pack_lock
 from ..sources.uses import note_use
+from .calibrated_encoding import CalibratedEncoding, Stored
 from .formats import (
     PLAIN_FLOATS,
     TORCH_DTYPES,
@@ -43,12 +46,34 @@ DTYPES_KEY = "qwen3vl_mem.dtypes"
 """Metadata of packed checkpoints: name of an encoded tensor -> its dtype in the source, as spelled by safetensors."""
 PLAN_KEY = "qwen3vl_mem.plan"
 """Metadata of checkpoints packed by a plan: its fingerprint."""
+CALIBRATION_KEY = "qwen3vl_mem.calibration"
+"""Metadata of checkpoints whose encoding compensates errors: a description of the inputs."""
 _DECODING_BYTES = 96 << 20
 """Memory to decode and encode a few chunks, besides what the reader of a weight holds (measured)."""
 
 logger = logging.getLogger(__name__)
 
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Inputs for which weights are encoded, if their codecs compensate errors.
+
+    Attributes:
+        description: of the inputs; another replaces the result of this one.
+        chosen: whether the user chose them; otherwise the result of any others is as good.
+        batch: returns the arguments of one forward, given the shapes of the large weights.
+    """
+
+    description: str
+    chosen: bool
+    batch: Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, torch.Tensor]]
+
+    def suits(self, directory: Path) -> bool:
+        """Return whether a packed checkpoint was encoded for inputs like these."""
+        found = Checkpoint.open(directory).metadata.get(CALIBRATION_KEY)
+        return found == self.description if self.chosen else found is not None
 
 
 def segment_name(tensor_name: str, segment: str, is_first: bool) -> str:
@@ -99,6 +124,7 @@ def pack_checkpoint(
     *,
     codec: str = "int8",
     plan: CompressionPlan | None = None,
+    calibration: Calibration | None = None,
     config: MemoryConfig | None = None,
     progress: Progress | None = None,
 ) -> Path:
@@ -112,6 +138,7 @@ def pack_checkpoint(
         codec: encodes large weights if there is no plan.
         plan: a codec per weight, stored beside the result before the work begins; replaces the result of another plan
             for this checkpoint.
+        calibration: inputs for codecs that compensate errors; replaces the result of others.
         config: locates the packed checkpoints.
         progress: called as the work proceeds.
 
@@ -129,7 +156,7 @@ def pack_checkpoint(
     if source.packed:
         raise ConfigurationError(f"{source.directory} is already packed; load it directly")
     final_dir = packed_directory(source, "auto" if plan else codec, config)
-    if _is_packed(final_dir, plan):
+    if _is_packed(final_dir, plan, calibration):
         _keep(plan, plan_path(source, config))
         return final_dir
     skeleton = build_skeleton(source, torch.float32)
@@ -149,10 +176,11 @@ def pack_checkpoint(
         logger.info("%s: cannot be paged from its own files; decoding once into %s", source.directory, final_dir)
     final_dir.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with pack_lock(final_dir):
-        if not _is_packed(final_dir, plan):
+        if not _is_packed(final_dir, plan, calibration):
             _keep(plan, plan_path(source, config))
             _remove_stale(final_dir)
-            _write(source, stored, plan, final_dir, report)
+            given = None if calibration is None else _Given(skeleton, sites, calibration)
+            _write(source, stored, plan, given, final_dir, report)
     note_use(config, source, Checkpoint.open(final_dir))
     return final_dir
 
@@ -169,9 +197,9 @@ def _keep(plan: CompressionPlan | None, path: Path) -> None:
         plan.save(path)
 
 
-def _is_packed(directory: Path, plan: CompressionPlan | None) -> bool:
-    """Return whether a directory exists and, given a plan, was packed by it."""
-    if not directory.is_dir():
+def _is_packed(directory: Path, plan: CompressionPlan | None, calibration: Calibration | None = None) -> bool:
+    """Return whether a directory exists and was packed by this plan and for these inputs, if they are given."""
+    if not directory.is_dir() or not (calibration is None or calibration.suits(directory)):
         return False
     return plan is None or Checkpoint.open(directory).metadata.get(PLAN_KEY) == plan.fingerprint()
 
@@ -186,15 +214,20 @@ def _remove_stale(final_dir: Path) -> None:
             shutil.rmtree(other, ignore_errors=True)
 
 
-Stored = dict[str, tuple[LogicalTensor, Codec]]
-"""Tensor name -> its values in the source, and its codec."""
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A calibration, and what its inputs pass through."""
+
+    skeleton: nn.Module
+    sites: list[WeightSite]
+    calibration: Calibration
 
 
 def _stored(source: Checkpoint, sites: list[WeightSite], codec_of: Callable[[str], Codec]) -> Stored:
     """Return all tensors: the large ones in order of use, then the others."""
     raw = create_codec("none")
     weights = weights_of(source)
-    stored: Stored = {}
+    stored: dict[str, tuple[LogicalTensor, Codec]] = {}
     for site in sorted(sites, key=lambda site: not site.managed):
         weight = find(source, weights, site)
         codec = raw
@@ -260,7 +293,14 @@ def find(source: Checkpoint, tensors: Mapping[str, Found], site: WeightSite) -> 
     return found
 
 
-def _write(source: Checkpoint, stored: Stored, plan: CompressionPlan | None, final_dir: Path, report: Progress) -> None:
+def _write(
+    source: Checkpoint,
+    stored: Stored,
+    plan: CompressionPlan | None,
+    given: _Given | None,
+    final_dir: Path,
+    report: Progress,
+) -> None:
     entries = []
     for name, (weight, codec) in stored.items():
         for index, segment in enumerate(codec.segments(weight.shape, weight.dtype)):
@@ -286,6 +326,8 @@ def _write(source: Checkpoint, stored: Stored, plan: CompressionPlan | None, fin
     }
     if plan is not None:
         metadata[PLAN_KEY] = plan.fingerprint()
+    if given is not None:
+        metadata[CALIBRATION_KEY] = given.calibration.description
     shapes = {
         name: weight.shape
         for name, (weight, codec) in stored.items()
@@ -296,8 +338,11 @@ def _write(source: Checkpoint, stored: Stored, plan: CompressionPlan | None, fin
     total = sum(weight.n_bytes for weight, _ in stored.values())
     done = 0
     encodings = PackedEncodings()
-    with PackedWriter(final_dir, PackedLayout(entries), metadata, replace=plan is not None) as writer:
+    replace = plan is not None or given is not None
+    with PackedWriter(final_dir, PackedLayout(entries), metadata, replace=replace) as writer:
         complete = writer.open()
+        if given is not None:
+            _encode_calibrated(given, stored, writer, complete, encodings, report)
         for name, (weight, codec) in stored.items():
             segments = codec.segments(weight.shape, weight.dtype)
             names = [segment_name(name, segment.name, index == 0) for index, segment in enumerate(segments)]
@@ -313,7 +358,7 @@ def _write(source: Checkpoint, stored: Stored, plan: CompressionPlan | None, fin
                     if part not in complete:
                         values = small[segment.name]
                         writer.append(part, [_bytes(values[0] if segment.shared else torch.cat(values))])
-            elif not codec.lossless:  # written before an interruption, which lost its error
+            elif not codec.lossless and name not in encodings.errors:  # lost by an interruption
                 next(_encoded_chunks(name, weight, codec, {}, segments[0].name, encodings))
             done += weight.n_bytes
             report("packing", done, total)
@@ -322,6 +367,48 @@ def _write(source: Checkpoint, stored: Stored, plan: CompressionPlan | None, fin
         if config is not None:
             texts[CONFIG_FILE] = json.dumps(config, indent=2)
         writer.finish(side_files(source), texts)
+
+
+def _encode_calibrated(
+    given: _Given,
+    stored: Stored,
+    writer: PackedWriter,
+    complete: set[str],
+    encodings: PackedEncodings,
+    report: Progress,
+) -> None:
+    """Write the weights that the calibration's inputs reach."""
+
+    def segments_of(name: str) -> list[tuple[str, Segment]]:
+        weight, codec = stored[name]
+        segments = codec.segments(weight.shape, weight.dtype)
+        return [(segment_name(name, segment.name, index == 0), segment) for index, segment in enumerate(segments)]
+
+    def read(name: str) -> Encoded | None:
+        parts = segments_of(name)
+        if not all(part in complete for part, _ in parts):
+            return None
+        return {
+            segment.name: torch.frombuffer(bytearray(writer.read(part)), dtype=segment.dtype).view(segment.shape)
+            for part, segment in parts
+        }
+
+    def write(name: str, encoded: Encoded) -> None:
+        for part, segment in segments_of(name):
+            writer.append(part, [_bytes(encoded[segment.name])])
+            complete.add(part)
+
+    shapes = {name: weight.shape for name, (weight, codec) in stored.items() if codec.compensates}
+    batch = given.calibration.batch(shapes)
+    CalibratedEncoding(
+        given.skeleton,
+        given.sites,
+        stored,
+        read=read,
+        write=write,
+        progress=lambda done, total: report("calibrating", done, total),
+        encodings=encodings,
+    ).run(batch)
 
 
 def _encoded_chunks(

@@ -179,6 +179,12 @@ def weight_sites(model: nn.Module, stored_itemsize: int = 2) -> list[WeightSite]
     return sites
 
 
+def put(site: WeightSite, tensor: torch.Tensor) -> None:
+    """Assign a tensor to every holder of a parameter, so that tied weights stay one."""
+    for module, attribute in site.holders:
+        module._parameters[attribute] = tensor  # type: ignore[assignment]
+
+
 def codec_for(
     site: WeightSite,
     dtype: torch.dtype,

@@ -10,6 +10,6 @@
 #include "full_attention.inl"
 
 extern const Kernels avx2_kernels = {
-    "avx2", few_rows, many_rows, few_rows_of_codes, expand_codes, encode_row, float_rows, PANEL, 16,
+    "avx2", few_rows, many_rows, few_rows_of_codes, expand_codes, encode_row, encode_compensated, float_rows, PANEL, 16,
     nullptr, quantize_row, rms_norm, rotate_head, silu_product, convert, add, attend, pack_tokens, attend_full};
 #endif

@@ -93,6 +93,6 @@ struct V {
 #include "full_attention.inl"
 
 extern const Kernels avx512vnni_kernels = {
-    "avx512vnni", few_rows, many_rows, few_rows_of_codes, expand_codes, encode_row, float_rows, PANEL, 16,
+    "avx512vnni", few_rows, many_rows, few_rows_of_codes, expand_codes, encode_row, encode_compensated, float_rows, PANEL, 16,
     &byte_products, quantize_row, rms_norm, rotate_head, silu_product, convert, add, attend, pack_tokens, attend_full};
 #endif

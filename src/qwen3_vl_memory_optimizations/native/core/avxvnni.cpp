@@ -13,7 +13,7 @@
 #include "full_attention.inl"
 
 extern const Kernels avxvnni_kernels = {
-    "avxvnni", few_rows, many_rows, few_rows_of_codes, expand_codes, encode_row, float_rows, PANEL, 16,
+    "avxvnni", few_rows, many_rows, few_rows_of_codes, expand_codes, encode_row, encode_compensated, float_rows, PANEL, 16,
 #ifdef QM_BYTES
     &byte_products,
 #else

@@ -79,36 +79,49 @@ void expand_codes(const Linear &product, int64_t first, int64_t stop, int8_t *to
 
 typedef uint16_t Sixteen __attribute__((vector_size(32)));
 
-// The table with the least error of 16 values, the first of several.
-ALWAYS_INLINE int64_t best_table(const int16_t (&values)[16], const uint16_t *errors) {
+// Sums of the errors of 16 values with each table.
+ALWAYS_INLINE void sums_of_errors(const int16_t (&values)[16], const uint16_t *errors, uint16_t (&sums)[QM_TABLES]) {
     constexpr int TOGETHER = 8; // vectors: more do not fit the registers
-    Sixteen least = {}, best = {};
     for (int64_t first = 0; first < QM_TABLES; first += TOGETHER * 16) {
-        Sixteen sums[TOGETHER] = {};
+        Sixteen total[TOGETHER] = {};
         for (int i = 0; i < 16; ++i) {
             const uint16_t *from = errors + (values[i] + QM_MOST_ENCODED) * QM_TABLES + first;
             for (int v = 0; v < TOGETHER; ++v) {
                 Sixteen each;
                 memcpy(&each, from + v * 16, sizeof each);
-                sums[v] += each;
+                total[v] += each;
             }
         }
-        for (int v = 0; v < TOGETHER; ++v) {
-            const Sixteen number = Sixteen{} + uint16_t(first + v * 16), less = (Sixteen)(sums[v] < least);
-            const bool is_first = first + v == 0;
-            least = is_first ? sums[v] : (sums[v] & less) | (least & ~less);
-            best = is_first ? number : (number & less) | (best & ~less);
-        }
+        memcpy(sums + first, total, sizeof total);
+    }
+}
+
+// The number of the least sum, the first of several.
+ALWAYS_INLINE int64_t least_of(const uint16_t (&sums)[QM_TABLES]) {
+    Sixteen least, best = {};
+    memcpy(&least, sums, sizeof least);
+    for (int64_t first = 16; first < QM_TABLES; first += 16) {
+        Sixteen each;
+        memcpy(&each, sums + first, sizeof each);
+        const Sixteen less = (Sixteen)(each < least);
+        least = (each & less) | (least & ~less);
+        best = ((Sixteen{} + uint16_t(first)) & less) | (best & ~less);
     }
     int64_t found = best[0];
-    uint16_t found_error = least[0];
+    uint16_t found_sum = least[0];
     for (int lane = 1; lane < 16; ++lane) {
         const int64_t number = best[lane] + lane;
-        if (least[lane] > found_error || (least[lane] == found_error && number > found)) continue;
+        if (least[lane] > found_sum || (least[lane] == found_sum && number > found)) continue;
         found = number;
-        found_error = least[lane];
+        found_sum = least[lane];
     }
     return found;
+}
+
+ALWAYS_INLINE int64_t best_table(const int16_t (&values)[16], const uint16_t *errors) {
+    uint16_t sums[QM_TABLES];
+    sums_of_errors(values, errors, sums);
+    return least_of(sums);
 }
 
 void encode_row(const qm_encoding &all, int64_t row) {
@@ -134,6 +147,70 @@ void encode_row(const qm_encoding &all, int64_t row) {
     }
     all.products[2 * row] = product;
     all.products[2 * row + 1] = square;
+}
+
+constexpr int CANDIDATES = 8; // tables tried for each group, one in each lane
+typedef float Candidates __attribute__((vector_size(4 * CANDIDATES)));
+typedef int32_t CandidateIntegers __attribute__((vector_size(4 * CANDIDATES)));
+
+// Values in halves of the tables' unit.
+ALWAYS_INLINE CandidateIntegers halves_of(Candidates values) {
+    const Candidates most = Candidates{} + float(QM_MOST_ENCODED);
+    Candidates halves = 2.0f * values;
+    halves = halves > most ? most : halves < -most ? -most : halves;
+    return (CandidateIntegers)(halves + 12582912.0f) - 0x4b400000; // rounded
+}
+
+// Encode the 16 `values` from `first` on, whose own errors later ones of them make up for too.
+ALWAYS_INLINE int64_t compensated_group(const qm_compensation &all, const float *values, const float *targets, int first,
+                                        uint8_t (&best)[16]) {
+    int16_t halves[16];
+    for (int i = 0; i < 16; ++i) halves[i] = int16_t(halves_of(Candidates{} + values[i])[0]);
+    uint16_t sums[QM_TABLES];
+    sums_of_errors(halves, all.errors, sums);
+    int64_t numbers[CANDIDATES];
+    for (int64_t &number : numbers) {
+        number = least_of(sums);
+        sums[number] = UINT16_MAX;
+    }
+    Candidates left[16], total = {};
+    for (int i = 0; i < 16; ++i) left[i] = Candidates{} + values[i];
+    uint8_t chosen[16][CANDIDATES];
+    for (int i = 0; i < 16; ++i) {
+        const CandidateIntegers at = halves_of(left[i]);
+        Candidates integers;
+        for (int c = 0; c < CANDIDATES; ++c) {
+            chosen[i][c] = all.nearest[numbers[c] * (2 * QM_MOST_ENCODED + 1) + QM_MOST_ENCODED + at[c]];
+            integers[c] = all.tables[numbers[c] * 16 + chosen[i][c]];
+        }
+        const Candidates error = left[i] - integers, lacking = targets[i] - integers;
+        total += error * error * all.importance[first + i];
+        const float *feedback = all.feedback + (first + i) * CODED + first;
+        for (int j = i + 1; j < 16; ++j) left[j] += lacking * feedback[j];
+    }
+    int least = 0;
+    for (int c = 1; c < CANDIDATES; ++c)
+        if (total[c] < total[least]) least = c;
+    for (int i = 0; i < 16; ++i) best[i] = chosen[i][least];
+    return numbers[least];
+}
+
+void encode_compensated(const qm_compensation &all, int64_t row) {
+    float *targets = all.targets + row * all.stride, values[CODED];
+    for (int i = 0; i < CODED; ++i) values[i] = targets[i] + all.fed_back[row * CODED + i];
+    uint8_t *numbers = all.numbers + row * all.row_bytes, *codes = all.codes + row * all.row_bytes;
+    memset(codes, 0, CODED / 2);
+    for (int group = 0; group < 4; ++group) {
+        const int first = group * 16;
+        uint8_t best[16];
+        numbers[group] = uint8_t(compensated_group(all, values + first, targets + first, first, best));
+        for (int i = 0; i < 16; ++i) {
+            codes[group % 2 * 16 + i] |= uint8_t(best[i] << group / 2 * 4);
+            targets[first + i] -= all.tables[numbers[group] * 16 + best[i]];
+            const float *feedback = all.feedback + (first + i) * CODED;
+            for (int j = first + 16; j < CODED; ++j) values[j] += targets[first + i] * feedback[j];
+        }
+    }
 }
 
 } // namespace

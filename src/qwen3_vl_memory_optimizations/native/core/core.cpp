@@ -189,6 +189,8 @@ void float_chunk(void *context, int64_t chunk) {
 
 void encode_chunk(void *context, int64_t row) { kernels->encode_row(*(const qm_encoding *)context, row); }
 
+void compensated_chunk(void *context, int64_t row) { kernels->encode_compensated(*(const qm_compensation *)context, row); }
+
 int64_t at_least_one(int64_t n) { return n < 1 ? 1 : n; }
 
 } // namespace
@@ -223,6 +225,10 @@ int qm_quantize(const void *x, int dtype, int64_t rows, int64_t columns, int64_t
 
 void qm_encode(const qm_encoding *encoding, int n_threads) {
     share_out(encode_chunk, (void *)encoding, encoding->rows, n_threads);
+}
+
+void qm_encode_compensated(const qm_compensation *encoding, int n_threads) {
+    share_out(compensated_chunk, (void *)encoding, encoding->rows, n_threads);
 }
 
 void qm_linear(const int16_t *integers, const float *scale, int64_t rows, const qm_weight *weight, void *out, int dtype,

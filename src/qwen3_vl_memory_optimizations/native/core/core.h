@@ -14,7 +14,7 @@ extern "C" {
 #endif
 
 #define QM_EXPORT __attribute__((visibility("default")))
-#define QM_ABI 3
+#define QM_ABI 4
 #define QM_LEVELS 16383          // largest integer of an activation: 1,024 * 16,383 * 127 < 2^31
 #define QM_BYTE_LEVELS 127       // the same with 8 bits
 #define QM_MOST_CREST 16         // largest value of a row with 8 bits, in units of its root mean square
@@ -83,6 +83,25 @@ struct qm_encoding {
 
 // For each 16 values, in the groups of `codes.inl`, take the table with the least sum of errors, the first of several.
 QM_EXPORT void qm_encode(const struct qm_encoding *encoding, int n_threads);
+
+// 64 columns of rows to encode so that later columns make up for the errors of earlier ones. Columns are in the order of
+// groups (see `codes.inl`): 16 of the first, 16 of the second, ...
+struct qm_compensation {
+    float *targets;         // [rows, 64], in the tables' unit; replaced by what the chosen integers lack
+    int64_t stride;         // elements between rows of `targets`
+    const float *fed_back;  // [rows, 64]: what errors of columns before these add
+    int64_t rows;
+    const float *feedback;  // [64, 64]: of column i to column j > i, the share of its error that is added
+    const float *importance; // [64]: of a squared error
+    const int8_t *tables;   // these three as above
+    const uint16_t *errors;
+    const uint8_t *nearest;
+    uint8_t *numbers, *codes; // where those of the 64 columns begin in the first row
+    int64_t row_bytes;
+};
+
+// Of the tables with the least sums of errors, take the one that leaves the least weighed errors after feedback.
+QM_EXPORT void qm_encode_compensated(const struct qm_compensation *encoding, int n_threads);
 
 // --- a decoder layer, for few rows
 

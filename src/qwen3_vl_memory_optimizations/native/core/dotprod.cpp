@@ -106,6 +106,6 @@ struct V {
 #include "full_attention.inl"
 
 extern const Kernels dotprod_kernels = {
-    "dotprod", few_rows, many_rows, few_rows_of_codes, expand_codes, encode_row, float_rows, PANEL, 16,
+    "dotprod", few_rows, many_rows, few_rows_of_codes, expand_codes, encode_row, encode_compensated, float_rows, PANEL, 16,
     &byte_products, quantize_row, rms_norm, rotate_head, silu_product, convert, add, attend, pack_tokens, attend_full};
 #endif

@@ -59,6 +59,7 @@ struct Kernels {
     void (*few_rows_of_codes)(const Linear &, int64_t first, int64_t stop);
     void (*expand_codes)(const Linear &, int64_t first, int64_t stop, int8_t *to);
     void (*encode_row)(const qm_encoding &, int64_t row);
+    void (*encode_compensated)(const qm_compensation &, int64_t row);
     // Compute columns `first` to `stop` of the result.
     void (*float_rows)(const FloatLinear &, int64_t first, int64_t stop);
     int64_t panel;      // columns of the result that `many_rows` computes together
