@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,10 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 OUTLIER_SHARE, OUTLIER_FACTOR = 0.005, 50
 
 
-def prepare(directory: Path) -> tuple[Path, Path, Path]:
-    """Return the directory to import `easy_vqa` from, the checkpoint of SmolLM2, and it with outliers; made once."""
-    images, model, outliers = (directory / name for name in ("easy-vqa", MODEL_NAME, f"{MODEL_NAME}-outliers"))
+def prepare(directory: Path) -> tuple[Path, Path, Path, Path]:
+    """Return the directory to import `easy_vqa` from, and SmolLM2: as it is, with outliers, and shuffled; made once."""
+    names = ("easy-vqa", MODEL_NAME, f"{MODEL_NAME}-outliers", f"{MODEL_NAME}-shuffled")
+    images, model, outliers, shuffled = (directory / name for name in names)
     directory.mkdir(parents=True, exist_ok=True)
     if not images.is_dir():
         _unpack(_wheel(EASY_VQA, directory), images)
@@ -29,7 +31,9 @@ def prepare(directory: Path) -> tuple[Path, Path, Path]:
         shutil.rmtree(wheel)
     if not outliers.is_dir():
         add_outliers(model, outliers)
-    return images, model, outliers
+    if not shuffled.is_dir():
+        shuffle_channels(model, shuffled)
+    return images, model, outliers, shuffled
 
 
 def _wheel(requirement: str, directory: Path) -> Path:
@@ -89,6 +93,51 @@ def add_outliers(source: Path, directory: Path) -> None:
         tensors[name][channels] *= OUTLIER_FACTOR
         for product in products[norm]:
             tensors[f"{prefix}.{product}.weight"][:, channels] /= OUTLIER_FACTOR
+    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    partial.rename(directory)
+
+
+def shuffle_channels(source: Path, directory: Path) -> None:
+    """Write the same function with its channels in another order.
+
+    The weights came quantised in groups of 32 columns; 4-bit codecs aligned with these groups would look lossless.
+    Shuffled are the hidden channels, the neurons of each MLP, and the value channels within each key-value head.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    config = json.loads((partial / "config.json").read_text())
+    tensors = load_file(partial / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randperm(config["hidden_size"], generator=generator)
+    heads, key_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    size = config["hidden_size"] // heads
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        neurons = torch.randperm(config["intermediate_size"], generator=generator)
+        within = [torch.randperm(size, generator=generator) for _ in range(key_heads)]
+        values = torch.cat([order + head * size for head, order in enumerate(within)])
+        attended = torch.cat([within[head * key_heads // heads] + head * size for head in range(heads)])
+        for name, rows, columns in (
+            ("self_attn.q_proj", None, hidden),
+            ("self_attn.k_proj", None, hidden),
+            ("self_attn.v_proj", values, hidden),
+            ("self_attn.o_proj", hidden, attended),
+            ("mlp.gate_proj", neurons, hidden),
+            ("mlp.up_proj", neurons, hidden),
+            ("mlp.down_proj", hidden, neurons),
+        ):
+            weight = tensors[f"{prefix}.{name}.weight"][:, columns]
+            tensors[f"{prefix}.{name}.weight"] = (weight if rows is None else weight[rows]).contiguous()
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}.{name}.weight"] = tensors[f"{prefix}.{name}.weight"][hidden]
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][hidden]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in tensors:
+            tensors[name] = tensors[name][:, hidden].contiguous()
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
     partial.rename(directory)
 

@@ -35,10 +35,12 @@ PLOT = "accuracy-against-bytes.png"
 
 TINY_NAME = "tiny Qwen3-VL"
 OUTLIERS_NAME = "SmolLM2 with outliers"
+SHUFFLED_NAME = "SmolLM2 with shuffled channels"
 WORK = {
     TINY_NAME: ("images", ["--images", "1000"], ["--images", "14"]),
     MODEL_NAME: ("text", ["--tokens", "20992"], ["--tokens", "1024"]),
     OUTLIERS_NAME: ("text", ["--tokens", "4096"], ["--tokens", "1024"]),
+    SHUFFLED_NAME: ("text", ["--tokens", "20992"], ["--tokens", "1024"]),
 }
 """Model -> task, options of the run, and of the short one within a budget."""
 
@@ -75,8 +77,8 @@ def main() -> None:
 
 def measure_all(arguments: argparse.Namespace) -> None:
     """Do the runs that are not there yet."""
-    images, smollm2, outliers = prepare(arguments.work_dir)
-    directories = {TINY_NAME: TINY, MODEL_NAME: smollm2, OUTLIERS_NAME: outliers}
+    images, smollm2, outliers, shuffled = prepare(arguments.work_dir)
+    directories = {TINY_NAME: TINY, MODEL_NAME: smollm2, OUTLIERS_NAME: outliers, SHUFFLED_NAME: shuffled}
     runs = json.loads(arguments.json.read_text())["runs"] if arguments.json.exists() else []
     for model in arguments.models:
         for codec in arguments.codecs:
@@ -201,8 +203,8 @@ def draw(runs: list[dict], path: Path) -> None:
     from matplotlib.ticker import ScalarFormatter
 
     colors = {codec: f"C{index}" for index, codec in enumerate(sorted({run["codec"] for run in runs}))}
-    figure, axes = plt.subplots(1, len(WORK), figsize=(11, 4.5), constrained_layout=True)
-    for axis, (model, (task, _, _)) in zip(axes, WORK.items(), strict=True):
+    figure, axes = plt.subplots(-(-len(WORK) // 2), 2, figsize=(11, 9), constrained_layout=True)
+    for axis, (model, (task, _, _)) in zip(axes.flat, WORK.items(), strict=True):
         metric = "perplexity" if task == "text" else "accuracy"
         for index, run in enumerate(run for run in runs if run["model"] == model and "result" in run):
             figures = run["result"]["tasks"][task]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from .compression.selection import TOLERANCES, WEIGHT_CANDIDATES
 from .config import MemoryConfig
 from .errors import CheckpointError, MemoryBudgetExceeded, format_bytes
 from .model.checkpoint.codec_speeds import codec_speeds
+from .model.checkpoint.fitting import fit
 from .model.checkpoint.formats import LogicalTensor, needs_packing, open_checkpoint, weights_of
 from .model.checkpoint.loading import WeightLoader
 from .model.checkpoint.packing import Calibration, Progress, find, find_packed, pack_checkpoint, plan_path
@@ -45,6 +47,36 @@ _SWITCHES = {
 }
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Need:
+    """What a compression plan must achieve; at most one of the first two.
+
+    Attributes:
+        most_bytes: what the large weights may take together.
+        bits: the same, as an average per weight.
+        tolerance: the largest relative error of a weight's outputs, if each is chosen by itself.
+    """
+
+    most_bytes: int | None = None
+    bits: float | None = None
+    tolerance: float | None = None
+
+    def bytes_for(self, source: Checkpoint) -> int | None:
+        """Return the most bytes of a checkpoint's large weights, if they are limited."""
+        if self.bits is None:
+            return self.most_bytes
+        sites = weight_sites(build_skeleton(source, torch.float32))
+        return int(sum(math.prod(site.shape) for site in sites if site.managed) * self.bits / 8)
+
+    def is_met_by(self, plan: CompressionPlan, source: Checkpoint) -> bool:
+        """Return whether a plan was made for this need."""
+        return (plan.most_bytes, plan.tolerance) == (self.bytes_for(source), _tolerance(self))
+
+
+def _tolerance(need: Need | None) -> float:
+    return TOLERANCES["weights"] if need is None or need.tolerance is None else need.tolerance
+
+
 def pack_model(
     directory: str | Path | Checkpoint,
     config: MemoryConfig,
@@ -52,6 +84,7 @@ def pack_model(
     plan: CompressionPlan | None = None,
     calibration: Path | None = None,
     fast: bool = False,
+    need: Need | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Pack a checkpoint once, as configured; `codec="auto"` first makes a plan and stores it (`plan_path`).
@@ -65,6 +98,7 @@ def pack_model(
         calibration: a directory of images and `.txt` files to calibrate with instead of the shipped ones; with `auto`,
             for a new plan.
         fast: compensate no errors, which takes a tenth of the time and loses more.
+        need: what a plan must achieve; makes a new one, unless the present one was made for the same.
         progress: called with a description, the amount done and the total.
 
     Returns:
@@ -86,13 +120,14 @@ def pack_model(
         return pack_checkpoint(source, codec=codec, calibration=inputs, config=config, progress=progress)
     path = plan_path(source, config)
     if plan is None and calibration is None:
-        packed = find_packed(source, "auto", config)
-        if packed is not None:
-            return packed
-        if path.is_file():  # the packing was interrupted and resumes by it, or the plan was edited since
-            plan = CompressionPlan.load(path)
+        kept = CompressionPlan.load(path) if path.is_file() else None
+        if need is None or (kept is not None and need.is_met_by(kept, source)):
+            packed = find_packed(source, "auto", config)
+            if packed is not None:
+                return packed
+            plan = kept  # the packing was interrupted and resumes by it, or the plan was edited since
     if plan is None:
-        plan = make_plan(source, config, calibration=calibration, progress=progress)
+        plan = make_plan(source, config, calibration=calibration, need=need, progress=progress)
     codecs = {weight.codec for weight in plan.weights.values()}
     inputs = None if fast else _calibration(source, config, calibration, codecs)
     return pack_checkpoint(source, plan=plan, calibration=inputs, config=config, progress=progress)
@@ -147,6 +182,7 @@ def make_plan(
     config: MemoryConfig,
     *,
     calibration: Path | None = None,
+    need: Need | None = None,
     progress: Progress | None = None,
 ) -> CompressionPlan:
     """Choose a codec for each large weight of a checkpoint (see `CompressionMethodSelector`).
@@ -160,11 +196,13 @@ def make_plan(
         source: not packed.
         config: the budget, and switches that exclude codecs.
         calibration: a directory with images and `.txt` files to use instead of the built-in ones.
+        need: what the plan must achieve; with it, `int4` is a candidate too.
         progress: called with a description, the amount done and the total.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.
-        ConfigurationError: `calibration` holds nothing that the model accepts.
+        ConfigurationError: `calibration` holds nothing that the model accepts, or the weights cannot be as small as
+            `need` says.
     """
     report = progress or (lambda description, done, total: None)
     dtype = compute_dtype_of(source.config, None, config)
@@ -175,14 +213,18 @@ def make_plan(
     weights = {}
     for number, site in enumerate(sites):
         report("choosing codecs", number, len(sites))
-        weights[site.name] = _chosen(find(source, stored, site), site, config, speeds, inputs)
+        weights[site.name] = _chosen(find(source, stored, site), site, config, speeds, inputs, need)
     report("choosing codecs", len(sites), len(sites))
+    most_bytes = None if need is None else need.bytes_for(source)
+    if most_bytes is not None:
+        weights = fit(weights, most_bytes)
     return CompressionPlan(
         weights=weights,
-        tolerance=TOLERANCES["weights"],
+        tolerance=_tolerance(need),
         calibrated_on=calibrated_on,
         access="bytes" if speeds is None else "streamed",
         machine="" if speeds is None else speeds.machine,
+        most_bytes=most_bytes,
     )
 
 
@@ -228,10 +270,15 @@ def _chosen(
     config: MemoryConfig,
     speeds: CodecSpeeds | None,
     inputs: Mapping[str, torch.Tensor],
+    need: Need | None,
 ) -> PlannedWeight:
     candidates = _VOCABULARY_CANDIDATES if site.vocabulary else WEIGHT_CANDIDATES
+    if need is not None and not site.vocabulary:
+        candidates = (*candidates, "int4")
     left_out = {name for switch, names in _SWITCHES.items() if not getattr(config, switch) for name in names}
-    selector = CompressionMethodSelector(speeds, candidates=tuple(name for name in candidates if name not in left_out))
+    selector = CompressionMethodSelector(
+        speeds, {"weights": _tolerance(need)}, tuple(name for name in candidates if name not in left_out)
+    )
     selection = selector.explain(
         weight.sample(_SAMPLE_ROWS),
         kind="weights",

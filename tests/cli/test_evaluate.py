@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import urllib.request
 
@@ -34,6 +35,8 @@ def test_every_codec_is_compared_with_plain_transformers(run, tiny):
     assert rows["none"]["share_of_16_bit"] == 2  # the shipped checkpoint is fp32
     assert rows["int8"]["share_of_16_bit"] == rows["int8"]["weight_bytes"] / report["weight_bytes_16_bit"] < 0.6
     assert list(rows["int8"]["weights_stored_as"]) == ["int8"]
+    assert 4.5 < rows["int4"]["bits_per_weight"] < 6 < 8 < rows["int8"]["bits_per_weight"] < 9
+    assert all(row["tokens_per_s"] > 0 and row["whole_bytes"] > row["weight_bytes"] for row in rows.values())
 
 
 def test_by_default_few_codecs_are_compared_and_one_is_recommended(run, tiny):
@@ -43,7 +46,13 @@ def test_by_default_few_codecs_are_compared_and_one_is_recommended(run, tiny):
     assert all(name in table for name in ("int8_rotated", "int8 ", "int4"))
     assert "svd" not in result.stdout and "sparse" not in result.stdout
     assert "perplexity: how unsure" in result.stdout
-    assert result.stdout.splitlines()[-1].startswith("Use int8")
+    assert result.stdout.splitlines()[-1].startswith("Use int4")
+    line = next(line for line in result.stdout.splitlines() if line.startswith("int4: "))
+    assert re.fullmatch(
+        r"int4: 1\.79 MB, 5\.3 bits per weight, accuracy [+-]\d+\.\d points about images, "
+        r"fits whole in \d+ MB, [\d.e+]+ tokens per second here",
+        line,
+    )
 
 
 def test_within_a_budget_the_table_fits_80_columns(run, tiny, tmp_path):

@@ -102,3 +102,37 @@ def test_options_of_calibration_that_exclude_each_other(run, tiny, tmp_path):
     options = ("pack", tiny, "--cache-dir", tmp_path, "--calibration", tmp_path, "--codec")
     assert "requires codec auto or int4" in run(*options, "int8").stderr
     assert "--fast encodes without calibration" in run(*options, "int4", "--fast").stderr
+
+
+def test_pack_mixes_codecs_to_fit(run, tiny, tmp_path):
+    options = ("pack", tiny, "--cache-dir", tmp_path)
+    fitted = run(*options, "--fit", "2.2MB")
+    assert fitted.exit_code == 0, fitted.stderr
+    assert "one step up: +" in fitted.stdout and "one step down: -" in fitted.stdout
+    packed = json.loads(run(*options, "--fit", "2.2MB", "--json").stdout)
+    assert packed["already_packed"]
+    assert {"int4", "int8_rotated"} <= set(packed["codecs"])
+    assert 2.0e6 < sum(row["bytes"] for row in packed["codecs"].values()) <= 2.2e6
+    plan = json.loads(Path(packed["plan"]).read_text())
+    assert plan["most_bytes"] == 2_200_000
+    assert json.loads(run(*options, "--json").stdout)["already_packed"]  # what there is, is used
+
+    looser = json.loads(run(*options, "--tolerance", "8%", "--json").stdout)
+    assert not looser["already_packed"]
+    assert looser["codecs"]["int4"]["weights"] > 10
+    fewer = json.loads(run(*options, "--bits", "5.5", "--json").stdout)
+    assert fewer["codecs"]["int4"]["weights"] > packed["codecs"]["int4"]["weights"]
+
+
+def test_needs_that_cannot_be_met_are_refused_with_numbers(run, tiny, tmp_path):
+    options = ("pack", tiny, "--cache-dir", tmp_path)
+    for given, message in (
+        (("--fit", "1MB"), "the smallest codecs take 1.54 MB"),
+        (("--fit", "much"), "--fit: 'much' is not a size"),
+        (("--bits", "0"), "--bits: 0 is not a number of bits"),
+        (("--tolerance", "huge"), "--tolerance: 'huge' is not a percentage"),
+        (("--bits", "5", "--fit", "2MB"), "--fit and --bits exclude each other"),
+        (("--codec", "int4", "--bits", "5"), "--bits requires codec auto"),
+    ):
+        result = run(*options, *given)
+        assert (result.exit_code, message in result.stderr) == (2, True), (given, result.stderr)

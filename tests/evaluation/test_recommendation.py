@@ -21,6 +21,8 @@ def result(codec, weight_bytes, *, agreement=1.0, perplexity=1.5, accuracy=0.9, 
         stored_as={},
         impacts={"text": impact},
         seconds=1.0,
+        tokens_per_s=10.0,
+        whole_bytes=2000,
     )
 
 

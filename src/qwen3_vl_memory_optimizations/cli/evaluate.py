@@ -178,6 +178,9 @@ def report(results: list[CodecResult]) -> dict[str, Any]:
                 "share_of_16_bit": result.share_of_half,
                 "weights_stored_as": result.stored_as,
                 "seconds": result.seconds,
+                "bits_per_weight": result.bits,
+                "tokens_per_s": result.tokens_per_s,
+                "whole_bytes": result.whole_bytes,
                 "tasks": tasks,
             }
         )
@@ -246,8 +249,27 @@ def _show(results: list[CodecResult]) -> None:
                 f"\n{result.codec}: largest layer errors: {named}", style="dim", highlight=False, soft_wrap=True
             )
     screen.print()
+    for result in results:
+        screen.print(in_one_line(result), highlight=False, soft_wrap=True)
+    screen.print()
     for name, meaning in _MEANINGS:
         screen.print(f"{name}: {meaning}", style="dim", highlight=False, soft_wrap=True)
+
+
+def in_one_line(result: CodecResult) -> str:
+    """Return what a user wants to know of a codec."""
+    from ..errors import format_bytes
+
+    parts = [f"{result.codec}: {format_bytes(result.weight_bytes)}", f"{result.bits:.1f} bits per weight"]
+    for task, impact in result.impacts.items():
+        if task == "text":
+            ratio = impact.optimized["perplexity"] / impact.baseline["perplexity"]
+            parts.append(f"perplexity {100 * (ratio - 1):+.1f} %")
+        else:
+            points = 100 * (impact.optimized["accuracy"] - impact.baseline["accuracy"])
+            parts.append(f"accuracy {points:+.1f} points about {task}")
+    parts.append(f"fits whole in {format_bytes(result.whole_bytes)}")
+    return ", ".join(parts) + f", {result.tokens_per_s:.3g} tokens per second here"
 
 
 def _table(title: str, *headings: str) -> Table:

@@ -25,6 +25,7 @@ from .common.progress import QuietOption, progress_line
 
 if TYPE_CHECKING:
     from ..model.checkpoint.plan import CompressionPlan
+    from ..planning import Need
 
 _MOST_NAMED = 12
 
@@ -61,6 +62,34 @@ def pack(
             help="Use this compression plan, such as an edited one; replaces a checkpoint packed with auto.",
         ),
     ] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            "--fit",
+            metavar="SIZE",
+            rich_help_panel=MEMORY,
+            help="Codec auto: mix 4, 8 and 16 bits so that the weights take at most SIZE, such as 2.4GB.",
+        ),
+    ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            "--bits",
+            metavar="N",
+            rich_help_panel=MEMORY,
+            help="The same, as an average number of bits per weight, such as 6.",
+        ),
+    ] = None,
+    tolerance: Annotated[
+        str | None,
+        typer.Option(
+            "--tolerance",
+            metavar="PERCENT",
+            rich_help_panel=MEMORY,
+            help="Codec auto: the largest error of a layer's output, such as 5%; from there on, 4 bits are admitted. "
+            "(default: 2%)",
+        ),
+    ] = None,
     profile: ProfileOption = None,
     ram_budget: RamBudgetOption = None,
     cache_dir: CacheDirOption = None,
@@ -90,6 +119,8 @@ def pack(
     if calibration and fast:
         raise ConfigurationError("--fast encodes without calibration; drop it or --calibration")
 
+    need = _need(fit, bits, tolerance, given=plan is not None or codec != "auto")
+
     from ..model.checkpoint.formats import needs_packing, open_checkpoint
     from ..model.checkpoint.packing import CALIBRATION_KEY, packed_directory, plan_path
     from ..model.checkpoint.plan import CompressionPlan
@@ -105,7 +136,9 @@ def pack(
     packed = packed_directory(source, config.weight_codec(), config)
     before = packed.stat().st_ino if packed.is_dir() else None
     start = time.perf_counter()
-    directory = pack_model(source, config, plan=given, calibration=calibration, fast=fast, progress=line.report)
+    directory = pack_model(
+        source, config, plan=given, calibration=calibration, fast=fast, need=need, progress=line.report
+    )
     line.close()
     seconds = time.perf_counter() - start
     was_there = before is not None and directory.stat().st_ino == before
@@ -129,6 +162,42 @@ def pack(
     _show(report, used)
 
 
+def _need(fit: str | None, bits: float | None, tolerance: str | None, *, given: bool) -> Need | None:
+    """Return what the options ask of a new plan.
+
+    Args:
+        fit, bits, tolerance: as given.
+        given: the codecs are given by other options.
+
+    Raises:
+        ConfigurationError: they contradict each other, or a value cannot be used.
+    """
+    from ..config import parse_size
+    from ..errors import ConfigurationError
+    from ..planning import Need
+
+    named = [
+        name for name, value in (("--fit", fit), ("--bits", bits), ("--tolerance", tolerance)) if value is not None
+    ]
+    if not named:
+        return None
+    if given:
+        raise ConfigurationError(f"{named[0]} requires codec auto without --plan; drop one of them")
+    if len(named) > 1:
+        raise ConfigurationError(f"{named[0]} and {named[1]} exclude each other; drop one of them")
+    if bits is not None and not 0 < bits <= 32:
+        raise ConfigurationError(f"--bits: {bits:g} is not a number of bits per weight; use such as 4.6")
+    share = None
+    if tolerance is not None:
+        try:
+            share = float(tolerance.strip().removesuffix("%")) / 100
+        except ValueError:
+            share = 0.0
+        if not 0 < share < 1:
+            raise ConfigurationError(f"--tolerance: {tolerance!r} is not a percentage; use such as 5%")
+    return Need(None if fit is None else parse_size(fit, key="--fit"), bits, share)
+
+
 def _show(report: dict[str, Any], plan: CompressionPlan | None) -> None:
     from ..errors import format_bytes
 
@@ -144,6 +213,9 @@ def _show(report: dict[str, Any], plan: CompressionPlan | None) -> None:
         screen.print(text, markup=False, highlight=False, soft_wrap=True)
     if plan is not None:
         screen.print(_plan_table(plan), highlight=False)
+        if plan.most_bytes is not None:
+            for line in _steps(plan):
+                screen.print(line, markup=False, highlight=False, soft_wrap=True)
         usual = max(report["codecs"], key=lambda name: report["codecs"][name]["weights"])
         others = [(name, weight) for name, weight in plan.weights.items() if weight.codec != usual]
         for name, weight in others[:_MOST_NAMED]:
@@ -165,6 +237,21 @@ def _by_codec(plan: CompressionPlan) -> dict[str, dict[str, Any]]:
         if weight.relative_error is not None:
             row["largest_error"] = max(weight.relative_error, row["largest_error"] or 0.0)
     return result
+
+
+def _steps(plan: CompressionPlan) -> list[str]:
+    """Return what one step more or less than a plan would cost and gain."""
+    from ..errors import format_bytes
+    from ..model.checkpoint.fitting import loss_of, next_steps
+
+    whole = loss_of(plan.weights) or 1.0
+    lines = []
+    for name, step in zip(("up", "down"), next_steps(plan.weights), strict=True):
+        if step is not None:
+            size = f"{'+' if step.n_bytes > 0 else '-'}{format_bytes(abs(step.n_bytes))}"
+            loss = f"{100 * step.loss / whole:+.2f} %"
+            lines.append(f"  one step {name}: {size}, summed error {loss} ({step.weight}: {step.codec})")
+    return lines
 
 
 def _plan_table(plan: CompressionPlan) -> Any:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from ..compression import codec_names, create_codec
 from ..config import MemoryConfig
 from ..factory import create_optimized_model
 from ..model.checkpoint.formats import needs_packing, open_checkpoint
 from ..model.checkpoint.packing import Progress
+from ..model.run.needs import PROCESS_BYTES, WORKSPACE_BYTES, run_needs
 from ..paging import ManagedTensor
 from ..profiles import configure
 from .comparison import AccuracyImpact, evaluate_accuracy_impact
@@ -25,6 +27,7 @@ BASELINE_PLAIN = "plain transformers"
 BASELINE_NONE = "codec none, within the same budget"
 
 _HALF_BYTES = 2
+_ASKED_TOKENS, _ANSWER_TOKENS, _TIMED_TOKENS = 32, 20, 16
 
 Watch = Callable[[Any, str], contextlib.AbstractContextManager[Any]]
 """Called with an optimised model and the name of its codec."""
@@ -57,6 +60,8 @@ class CodecResult:
         stored_as: codec -> how many weights it encodes; a codec leaves some as they are.
         impacts: name of a task -> figures.
         seconds: how long comparing took, both models together.
+        tokens_per_s: of an answer, measured after the comparison.
+        whole_bytes: the `ram_budget` in which an answer about 1,024 tokens reads nothing from the SSD.
     """
 
     codec: str
@@ -66,6 +71,13 @@ class CodecResult:
     stored_as: dict[str, int]
     impacts: dict[str, AccuracyImpact]
     seconds: float
+    tokens_per_s: float
+    whole_bytes: int
+
+    @property
+    def bits(self) -> float:
+        """Stored bits per weight, all in."""
+        return 8 * _HALF_BYTES * self.share_of_half
 
     @property
     def share_of_half(self) -> float:
@@ -115,14 +127,19 @@ def evaluate_codecs(
                         )
                         for task in tasks
                     }
+                    seconds = time.perf_counter() - start
+                    tokens_per_s = _tokens_per_s(model)
+                stored_bytes = weight_bytes(model)
                 yield CodecResult(
                     codec=each.codec,
                     baseline=BASELINE_PLAIN if _is_plain(directory, config) else BASELINE_NONE,
-                    weight_bytes=weight_bytes(model),
+                    weight_bytes=stored_bytes,
                     half_bytes=sum(parameter.numel() for parameter in model.parameters()) * _HALF_BYTES,
                     stored_as=_stored_as(model),
                     impacts=impacts,
-                    seconds=time.perf_counter() - start,
+                    seconds=seconds,
+                    tokens_per_s=tokens_per_s,
+                    whole_bytes=_whole_bytes(model, stored_bytes),
                 )
             finally:
                 model.memory_optimizer.close()
@@ -140,6 +157,35 @@ def weight_bytes(model: Any) -> int:
         else parameter.nbytes
         for parameter in model.parameters()
     )
+
+
+class _Clock(BaseStreamer):
+    """Notes when each token comes."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _tokens_per_s(model: Any) -> float:
+    """Return the rate of a short answer, without its first tokens."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.arange(_ASKED_TOKENS)[None] * 7 % vocabulary
+    clock = _Clock()
+    options = {"max_new_tokens": _ANSWER_TOKENS, "min_new_tokens": _ANSWER_TOKENS, "do_sample": False}
+    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=clock, **options)
+    times = clock.times[-_TIMED_TOKENS - 1 :]
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
+def _whole_bytes(model: Any, stored_bytes: int) -> int:
+    needs = run_needs(model.config, prompt_tokens=1024, new_tokens=256, itemsize=model.dtype.itemsize)
+    return PROCESS_BYTES + WORKSPACE_BYTES + needs.memory_bytes + needs.blocks_bytes + stored_bytes
 
 
 def _checked(codecs: Iterable[str]) -> list[str]:

@@ -26,6 +26,7 @@ _MOST_IMAGES = 4
 _MOST_PIXELS = 512 * 512
 _TEXT_CHARACTERS = 1600
 """About 400 tokens."""
+_NOVEL_CHARACTERS = 24_000
 _CHARACTERS_PER_TOKEN = 8
 """At most, about: text beyond is not even made into tokens."""
 WINDOW_TOKENS = 512
@@ -76,8 +77,8 @@ def calibration_windows(directory: Path, samples: Path | None, most_tokens: int)
         ConfigurationError: `samples` holds nothing usable.
     """
     characters = most_tokens * _CHARACTERS_PER_TOKEN
-    pictures, novel = _shipped(characters)
-    shipped = (_ASSETS / _MIXED_TEXT).read_text(encoding="utf-8") + novel
+    pictures, novel = _shipped(_NOVEL_CHARACTERS)
+    shipped = shipped_text()
     images: list[Any] = [*(_enlarged(path) for path in pictures), *_pages(novel, len(pictures))]
     text = shipped
     if samples is not None:
@@ -134,6 +135,11 @@ def _pages(text: str, n: int) -> list[Image.Image]:
         ImageDraw.Draw(page).multiline_text((16, 16), shown, fill="black")
         pages.append(page)
     return pages
+
+
+def shipped_text() -> str:
+    """Return the text that windows come from without samples."""
+    return (_ASSETS / _MIXED_TEXT).read_text(encoding="utf-8") + _shipped(_NOVEL_CHARACTERS)[1]
 
 
 def digest(directory: Path) -> str:

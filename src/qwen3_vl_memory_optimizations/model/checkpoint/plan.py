@@ -77,6 +77,7 @@ class CompressionPlan:
         calibrated_on: a description of the calibration inputs.
         access: the access pattern that costs were compared for (see `CompressionMethodSelector`).
         machine: whose speeds were compared; empty if none were.
+        most_bytes: what the weights were to fit (see `fitting`); `None`: each was chosen by itself.
     """
 
     weights: Mapping[str, PlannedWeight]
@@ -84,6 +85,12 @@ class CompressionPlan:
     calibrated_on: str
     access: str
     machine: str = ""
+    most_bytes: int | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the encoded weights, as far as their codecs were among the candidates."""
+        return sum(weight.n_bytes for weight in self.weights.values())
 
     def fingerprint(self) -> str:
         """Return a digest that is equal for plans with the same codecs."""
