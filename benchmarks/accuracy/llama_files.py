@@ -49,7 +49,7 @@ def build(work: Path) -> Path:
     if (tools / "llama-imatrix").exists() and (tools / "llama-quantize").exists():
         return tools
     work.mkdir(parents=True, exist_ok=True)
-    download = ["download", "--quiet", "--no-deps", "--no-binary", ":all:", "--dest", str(work), SOURCE]
+    download = ["download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(work), SOURCE]
     subprocess.run([sys.executable, "-m", "pip", *download], check=True)
     unpacked = work / "unpacked"
     shutil.rmtree(unpacked, ignore_errors=True)
@@ -71,8 +71,12 @@ def quantise(tools: Path, work: Path, model: Path) -> dict[str, Path]:
 
     plain, importance, text = work / "f32.gguf", work / "imatrix.gguf", work / "calibration.txt"
     if not plain.exists():
+        packages = work / "packages"  # the converter's, of which this project needs none
+        install = ["install", "--quiet", "--no-deps", "--target", str(packages), "sentencepiece"]
+        subprocess.run([sys.executable, "-m", "pip", *install], check=True)
+        environment = os.environ | {"PYTHONPATH": str(packages)}
         convert = [str(work / "source" / "convert_hf_to_gguf.py"), str(model), "--outtype", "f32", "--outfile"]
-        subprocess.run([sys.executable, *convert, str(plain)], check=True)
+        subprocess.run([sys.executable, *convert, str(plain)], env=environment, check=True)
     text.write_text(shipped_text(), encoding="utf-8")
     if not importance.exists():
         collect = ["-m", str(plain), "-f", str(text), "-o", str(importance), "-c", str(WINDOW)]

@@ -23,7 +23,7 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=OUTP
 
 LIBRARIES, INPUT = "libraries", "input"
 
-_IN_BYTES = ("downloading", "loading", "packing", "writing")
+_IN_BYTES = ("downloading", "loading", "calibrating", "packing", "writing")
 _FRAMES_PER_S = 5
 _NAME_COLUMNS, _BAR_COLUMNS = 16, 24
 _FIRST_AFTER_S = 1.0

@@ -10,6 +10,10 @@ from .rotation import rotate
 
 _DAMPING = 0.1
 """Added to the mean square of each input, as a share of their mean: few inputs leave directions undetermined."""
+_MOST_NORM = 8
+"""Rows with a larger norm, in units of the median, count as this for the damping: in trained models those of a text's
+first token may be hundreds of times as large as all others.
+"""
 _MOST_ATTEMPTS = 6
 _ROWS_TOGETHER = 1024
 _COLUMNS_TOGETHER = 1024
@@ -27,7 +31,8 @@ def error_feedback(inputs: torch.Tensor, order: torch.Tensor) -> Compensation:
     """
     moments = _moments(inputs, order.flip(0))
     diagonal = moments.diagonal()
-    mean = diagonal.mean()
+    norms = torch.linalg.vector_norm(inputs, dim=1, dtype=torch.float32)
+    mean = norms.clamp(max=_MOST_NORM * norms.median()).square().sum() / len(diagonal)
     if not bool(torch.isfinite(diagonal).all()):
         raise CodecError("inputs of a layer are infinite or NaN")
     if float(mean) == 0:
