@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwen3_vl_memory_optimizations import ConfigurationError, create_optimized_model
+from qwen3_vl_memory_optimizations import ConfigurationError, create_optimized_model, planning
 from qwen3_vl_memory_optimizations.config import MemoryConfig
 from qwen3_vl_memory_optimizations.model.checkpoint.packing import CODECS_KEY, plan_path
 from qwen3_vl_memory_optimizations.model.checkpoint.plan import CompressionPlan, PlannedWeight
-from qwen3_vl_memory_optimizations.planning import make_plan, pack_model
+from qwen3_vl_memory_optimizations.planning import Need, make_plan, pack_model
 from qwen3_vl_memory_optimizations.storage import Checkpoint, PackedWriter
 
 from .model import tiny
@@ -189,3 +189,12 @@ def test_outlier_channels_cost_less_than_two_points(tmp_path):
         assert tiny.share_right(model, 500) >= before - 0.02
     finally:
         model.memory_optimizer.close()
+
+
+@pytest.mark.parametrize("need", [Need(bits=6.5), Need(tolerance=0.08)])
+def test_needs_are_met_where_speeds_count_too(need, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "_WORTH_MEASURING_BYTES", 0)
+    plan = make_plan(Checkpoint.open(tiny.DIRECTORY), MemoryConfig(cache_dir=tmp_path), need=need)
+    assert plan.machine
+    assert "int4" in {weight.codec for weight in plan.weights.values()}
+    assert plan.most_bytes is None or plan.n_bytes <= plan.most_bytes

@@ -97,3 +97,15 @@ def test_left_operands_are_derived_once():
     for _ in range(2):
         x.derived("key", lambda x2d: calls.append(x2d.shape))
     assert calls == [(6, 4)] and x.rows == 6
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_weights_of_several_codecs_may_share_an_input(rows):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(rows, 512, generator=generator), torch.randn(64, 512, generator=generator)
+    codecs = [create_codec(name) for name in ("int8", "int8_rotated", "int4", "fp16", "int8")]
+    encoded = [codec.encode(weight) for codec in codecs]
+    shared, scratch = LinearInput(x), Scratch()
+    for codec, each in zip(codecs, encoded, strict=True):
+        alone = codec.linear(LinearInput(x), each, None, scratch).clone()
+        assert torch.equal(codec.linear(shared, each, None, scratch), alone), codec.name

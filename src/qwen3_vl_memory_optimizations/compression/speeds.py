@@ -17,7 +17,7 @@ from .codecs.svd import SKETCHES
 from .kernels import fastest_dtype
 from .registry import create_codec
 
-MEASURED_CODECS = ("none", "int8", "int8_rotated", "fp16", "svd", "sparse")
+MEASURED_CODECS = ("none", "int8", "int8_rotated", "int4", "fp16", "svd", "sparse")
 OPERATIONS = ("encode", "decode", "linear")
 _SIZES = (256, 1024)
 _LEAST_RUNS, _MOST_RUNS, _ENOUGH_S, _LONGEST_S = 3, 200, 0.05, 0.5

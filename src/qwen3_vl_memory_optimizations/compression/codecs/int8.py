@@ -6,6 +6,8 @@ Encoded rows have `data` int8 `[n, k]` and `scale` fp32 `[n]`. The native core m
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from ...errors import CodecError
@@ -40,6 +42,8 @@ class INT8Codec(Codec):
 
     name = "int8"
     lossless = False
+    _left_form: ClassVar[str] = "integers"
+    """Under which key integer activations are kept for other weights of the same input."""
 
     def supports(self, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
         """Return True for floating-point tensors of two or more dimensions."""
@@ -88,7 +92,7 @@ class INT8Codec(Codec):
         native = core()
         if native is None or x.given_dtype not in DTYPES:
             return self._decoded_product(x, encoded, bias, scratch)
-        integers = x.once("integers", lambda: self._integers(x, native))
+        integers = x.once(self._left_form, lambda: self._integers(x, native))
         assert isinstance(integers, Integers)
         product = self._native_product(native, integers, encoded, x.given_dtype)
         return product if bias is None else product.add_(bias)

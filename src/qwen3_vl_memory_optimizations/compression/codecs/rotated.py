@@ -22,6 +22,7 @@ class RotatedINT8Codec(INT8Codec):
     """
 
     name = "int8_rotated"
+    _left_form = "rotated integers"
 
     def encode(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """Rotate and quantise rows `[n, ...]` of any floating dtype.
