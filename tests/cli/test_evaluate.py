@@ -47,7 +47,7 @@ def test_by_default_few_codecs_are_compared_and_one_is_recommended(run, tiny):
     assert "svd" not in result.stdout and "sparse" not in result.stdout
     assert "perplexity: how unsure" in result.stdout
     assert result.stdout.splitlines()[-1].startswith("Use int4")
-    line = next(line for line in result.stdout.splitlines() if line.startswith("int4: "))
+    line = next(line for line in result.stdout.splitlines() if line.startswith("int4: 1.79 MB"))
     assert re.fullmatch(
         r"int4: 1\.79 MB, 5\.3 bits per weight, accuracy [+-]\d+\.\d points about images, "
         r"fits whole in \d+ MB, [\d.e+]+ tokens per second here",

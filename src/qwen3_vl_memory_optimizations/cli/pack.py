@@ -106,12 +106,13 @@ def pack(
     Example: qwen3vl-mem pack ~/models/Qwen3-VL-2B-Instruct
     """
     line = ctx.with_resource(progress_line(quiet=quiet or as_json))
-    from ..compression import create_codec
     from ..errors import ConfigurationError
     from ..profiles import configure
 
     config = configure(typed(ctx, profile=profile, codec=codec, cache_dir=cache_dir, ram_budget=ram_budget))
     codec = config.codec
+    from ..compression import create_codec  # imports torch, which mistakes above need not wait for
+
     if codec != "auto" and plan:
         raise ConfigurationError(f"--plan requires codec auto, not {codec!r}; drop one of them")
     if calibration and codec != "auto" and not create_codec(codec).compensates:
