@@ -1,7 +1,10 @@
 import json
 from pathlib import Path
 
+import pytest
 from safetensors import safe_open
+
+from qwen3_vl_memory_optimizations.native import core
 
 
 def test_a_checkpoint_is_packed_once(run, tiny, tmp_path):
@@ -77,6 +80,7 @@ def test_calibration_takes_a_directory_of_samples(run, tiny, tmp_path):
     assert json.loads(result.stdout)["calibrated_on"].startswith("0 images and text")
 
 
+@pytest.mark.skipif(core() is None, reason="errors are compensated by the native core alone")
 def test_int4_is_calibrated_unless_it_shall_be_fast(run, tiny, tmp_path):
     options = ("pack", tiny, "--cache-dir", tmp_path, "--codec", "int4", "--json")
     fast = json.loads(run(*options, "--fast").stdout)
@@ -100,7 +104,7 @@ def test_int4_is_calibrated_unless_it_shall_be_fast(run, tiny, tmp_path):
 
 def test_options_of_calibration_that_exclude_each_other(run, tiny, tmp_path):
     options = ("pack", tiny, "--cache-dir", tmp_path, "--calibration", tmp_path, "--codec")
-    assert "requires codec auto or int4" in run(*options, "int8").stderr
+    assert "requires codec auto, or int4" in run(*options, "int8").stderr
     assert "--fast encodes without calibration" in run(*options, "int4", "--fast").stderr
 
 

@@ -115,10 +115,12 @@ def pack(
 
     if codec != "auto" and plan:
         raise ConfigurationError(f"--plan requires codec auto, not {codec!r}; drop one of them")
-    if calibration and codec != "auto" and not create_codec(codec).compensates:
-        raise ConfigurationError(f"--calibration requires codec auto or int4, not {codec!r}; drop one of them")
     if calibration and fast:
         raise ConfigurationError("--fast encodes without calibration; drop it or --calibration")
+    if calibration and codec != "auto" and not create_codec(codec).compensates:
+        raise ConfigurationError(
+            f"--calibration requires codec auto, or int4 and the native core, not {codec!r}; drop one of them"
+        )
 
     need = _need(fit, bits, tolerance, given=plan is not None or codec != "auto")
 
