@@ -166,7 +166,8 @@ def _windows(
         required = fixed + WINDOW_TOKENS * _ACTIVATIONS * 4 * widest
         raise MemoryBudgetExceeded(
             f"encoding with calibration needs {format_bytes(required)}, but {format_bytes(max(0, available))} are "
-            "left; raise ram_budget, or encode without it (qwen3vl-mem pack --fast), which loses more",
+            "left; pack once without ram_budget (qwen3vl-mem pack), then load within it, or do without calibration "
+            "(pack --fast), which loses more",
             requested_bytes=required,
             available_bytes=max(0, available),
             budget_bytes=config.ram_budget or available,
