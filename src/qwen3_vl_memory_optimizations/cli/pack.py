@@ -101,9 +101,10 @@ def pack(
 
     With codec auto, calibration images and a text first run through the model
     to choose a codec per weight; the plan is saved next to the packed
-    checkpoint. The first `generate` does the same. An interrupted pack resumes.
+    checkpoint. With codec int4 they determine how each weight is encoded, which
+    takes minutes. The first `generate` does the same. An interrupted pack resumes.
 
-    Example: qwen3vl-mem pack ~/models/Qwen3-VL-2B-Instruct
+    Example: qwen3vl-mem pack ~/models/Qwen3-VL-2B-Instruct --fit 1.8GB
     """
     line = ctx.with_resource(progress_line(quiet=quiet or as_json))
     from ..errors import ConfigurationError
@@ -220,7 +221,8 @@ def _show(report: dict[str, Any], plan: CompressionPlan | None) -> None:
             for line in _steps(plan):
                 screen.print(line, markup=False, highlight=False, soft_wrap=True)
         usual = max(report["codecs"], key=lambda name: report["codecs"][name]["weights"])
-        others = [(name, weight) for name, weight in plan.weights.items() if weight.codec != usual]
+        fitted = plan.most_bytes is not None  # then all have one reason
+        others = [(name, weight) for name, weight in plan.weights.items() if weight.codec != usual and not fitted]
         for name, weight in others[:_MOST_NAMED]:
             line = f"  {name}: {weight.codec}; {weight.why_not(usual)}"
             screen.print(line, markup=False, highlight=False, soft_wrap=True)
