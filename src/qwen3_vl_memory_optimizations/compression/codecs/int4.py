@@ -94,7 +94,7 @@ class INT4Codec(RotatedINT8Codec):
         """Rotate and quantise rows `[n, ...]` of any floating dtype, as in GPTQ (arXiv:2210.17323).
 
         Raises:
-            CodecError: NaN or infinite values, which no scale represents; or there is no native core.
+            CodecError: NaN or infinite values, which no scale represents; or the native core is not available.
         """
         native, (errors, nearest) = core(), _look_up()
         if native is None:

@@ -89,7 +89,7 @@ class CompressionPlan:
 
     @property
     def n_bytes(self) -> int:
-        """Size of the encoded weights, as far as their codecs were among the candidates."""
+        """Size of the encoded weights whose codecs were among the candidates."""
         return sum(weight.n_bytes for weight in self.weights.values())
 
     def fingerprint(self) -> str:
